@@ -1,0 +1,13 @@
+"""One thread, no network, and what the test modules share."""
+import os
+os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
+
+import pytest
+import torch
+
+from reference import FAMILIES
+
+torch.set_num_threads(1)
+
+@pytest.fixture(params=FAMILIES)
+def family(request): return request.param

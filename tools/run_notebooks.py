@@ -1,0 +1,47 @@
+"""Run notebooks top to bottom in a fresh interpreter each, and store their outputs.
+
+python tools/run_notebooks.py [--slow] [nbs/01_masks.ipynb ...]     # no name: all of them
+
+Cells that carry a flag of `tst_flags` in settings.ini are left as they are, unless --slow lifts `slow`.
+"""
+import argparse
+import copy
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from fastcore.xtras import working_directory
+from nbdev.config import get_config
+from nbdev.process import extract_directives
+
+
+def is_left_out(cell, skip:set)->bool:
+    "Whether this cell is prose, exports the package, or is not for running."
+    if cell.cell_type!='code' or 'nbdev_export(' in cell.source: return True
+    found = extract_directives(copy.deepcopy(cell), lang='python')
+    return found.get('eval:', [''])[0].lower()=='false' or bool(skip & found.keys())
+
+def run(path:Path, skip:set):
+    "Run one notebook in its own folder; nothing is written if a cell fails."
+    nb = read_nb(path)
+    with working_directory(path.parent): CaptureShell(path).run_all(nb, exc_stop=True, preproc=lambda c: is_left_out(c, skip))
+    write_nb(nb, path)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('notebooks', nargs='*', type=Path)
+    parser.add_argument('--slow', action='store_true', help='run cells flagged `slow` too')
+    args = parser.parse_args()
+    cfg = get_config()
+    files = args.notebooks or sorted(Path(cfg.nbs_path).glob('*.ipynb'))
+    if len(files)==1: return run(files[0].absolute(), set(cfg.tst_flags.split()) - ({'slow'} if args.slow else set()))
+    for f in files:
+        start = time.time()
+        subprocess.run([sys.executable, __file__, str(f), *(['--slow'] if args.slow else [])], check=True, env=os.environ)
+        print(f'{f.name}: {time.time()-start:.0f} s', flush=True)
+
+if __name__=='__main__': main()

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'Part', 'Architecture', 'architecture', 'Place', 'find_roles', 'Layer', 'find_layers', 'hash_tensors',
-           'hash_weights']
+           'hash_weights', 'model_name']
 
 # %% ../nbs/00_architectures.ipynb #c6cc6364
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -139,3 +140,12 @@ def hash_weights(
 )->str: # 16 hexadecimal digits
     "The fingerprint of a model's body."
     return hash_tensors(dict(model.base_model.named_parameters()))
+
+# %% ../nbs/00_architectures.ipynb #5f82b702
+def model_name(
+    model:PreTrainedModel|str|Path, # a model, or the folder or Hub id that it is loaded from
+)->str: # a Hub id, the name of a folder, or the class of a model made in memory
+    "What to call a model in reports."
+    name = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    local = Path(name).is_absolute() or Path(name).is_dir()
+    return (Path(name).resolve().name if local else name) or type(model).__name__

@@ -8,7 +8,6 @@ __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each',
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,9 +25,10 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from . import __version__
-from .architectures import architecture, hash_weights
+from .architectures import architecture, hash_weights, model_name
 from .batches import Batch, is_dataset, is_regression, make_batches
 from .masks import MaskGradients, untouched
+from .output import whole_file
 
 # %% ../nbs/03_fisher.ipynb #71da40bf
 def square_each(
@@ -115,13 +115,11 @@ _FIELDS = ('heads', 'rows', 'head_matrices', 'row_matrices')
 def save(self:MaskFisher,
     path:str|Path, # file to write; its folder must exist
 ):
-    "Write one safetensors file, metadata included, by way of a temporary file beside it."
-    path,fields = Path(path),{k: getattr(self, k) for k in _FIELDS if getattr(self, k) is not None}
+    "Write one safetensors file, metadata included; it appears whole or not at all."
+    fields = {k: getattr(self, k) for k in _FIELDS if getattr(self, k) is not None}
     tensors = {f'{k}.{i}': t.contiguous().clone() for k,v in fields.items() for i,t in enumerate(v)}
     about = dict(format='pt', num_examples=str(self.num_examples), meta=json.dumps(self.meta))
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try: save_file(tensors, part, about); os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    with whole_file(path) as part: save_file(tensors, part, about)
 
 # %% ../nbs/03_fisher.ipynb #7eaa5e09
 @patch(cls_method=True)
@@ -248,7 +246,7 @@ def versions()->dict[str,str]:
     return dict(fisher_nodes=__version__, torch=str(torch.__version__), transformers=transformers.__version__)
 
 def _meta(model, data, **kwargs)->dict[str,Any]:
-    return dict(model=model.config._name_or_path, revision=getattr(model.config, '_commit_hash', None),
+    return dict(model=model_name(model), revision=getattr(model.config, '_commit_hash', None),
                 weight_hash=hash_weights(model), data=_describe_data(data), dtype=str(model.dtype), versions=versions(), **kwargs)
 
 # %% ../nbs/03_fisher.ipynb #f17b8054

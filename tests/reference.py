@@ -145,16 +145,15 @@ def weighted(states, name, weights, lambdas):
 def parameters(states):
     return [k for k, v in states[0].items() if v.is_floating_point()]
 
-def eq5(states, fishers, lambdas, num_heads):
-    "Eq. 5 with the paper's mapping, in float64; `fishers` are `(heads, rows)` pairs; integer buffers from the first state."
+def eq5(states, fishers, lambdas, num_heads, by_head=('query', 'key'), by_row=('intermediate',)):
+    "Eq. 5 in float64, by default with the paper's mapping; `fishers` are `(heads, rows)` pairs; integer buffers from the first state."
     merged = dict(states[0])
     for name in parameters(states):
         size = len(states[0][name])
+        found = re.fullmatch(r'encoder\.layer\.(\d+)\.(?:attention\.self\.)?(query|key|value|intermediate)\b.*', name)
         def weight(heads, rows):
-            if m := re.fullmatch(r'encoder\.layer\.(\d+)\.attention\.self\.(query|key)\.(weight|bias)', name):
-                return heads[int(m[1])].double().repeat_interleave(size//num_heads)
-            if m := re.fullmatch(r'encoder\.layer\.(\d+)\.intermediate\.dense\.(weight|bias)', name):
-                return rows[int(m[1])].double()
+            if found and found[2] in by_head: return heads[int(found[1])].double().repeat_interleave(size//num_heads)
+            if found and found[2] in by_row: return rows[int(found[1])].double()
             return torch.ones(size).double()
         merged[name] = weighted(states, name, [weight(*f) for f in fishers], lambdas)
     return merged

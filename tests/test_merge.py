@@ -21,9 +21,9 @@ def make_fisher(seed=0, layers=2, heads=4, intermediate=24, scale=1., dtype=torc
 
 def make_fishers(models, **kw): return {t: make_fisher(i, **kw) for i, t in enumerate(models)}
 
-def hand(models, fishers, lambdas=None):
+def hand(models, fishers, lambdas=None, **kw):
     return eq5([body(m) for m in models.values()], [(f.heads, f.rows) for f in fishers.values()],
-               [float((lambdas or {}).get(t, 1)) for t in models], 4)
+               [float((lambdas or {}).get(t, 1)) for t in models], 4, **kw)
 
 def ones(models): return {t: MaskFisher(torch.ones(2, 4), torch.ones(2, 24), 1, {}) for t in models}
 
@@ -43,6 +43,15 @@ def test_equals_eq5(family, n, weights):
     models = make_models(family, n)
     fishers, lambdas = make_fishers(models), weights and {t: weights[t] for t in models}
     same_body(merge(models, fishers, weights=lambdas), hand(models, fishers, lambdas))
+
+SCHEMES = {'paper': {}, 'with-value': dict(by_head=('query', 'key', 'value')), 'heads': dict(by_row=()),
+           'rows': dict(by_head=()), 'average': dict(by_head=(), by_row=())}
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_named_schemes(family, scheme):
+    models = make_models(family)
+    fishers = make_fishers(models)
+    same_body(merge(models, fishers, scheme=scheme), hand(models, fishers, **SCHEMES[scheme]))
 
 @pytest.mark.parametrize('n', [1, 2, 3, 5])
 @pytest.mark.parametrize('weights', [None, dict(alpha=1, beta=.5, gamma=3, delta=1e-3, epsilon=7)], ids=['one', 'lambda'])

@@ -1,10 +1,11 @@
 """`variant='released'` against what the authors' code computes."""
+import numpy as np
 import pytest
 import torch
 
-from fisher_nodes import MaskFisher, mask_fisher, merge
-from reference import body, ragged_batches, released_mask_fisher, released_merge, tiny
-from test_masks_fisher import QUIET, far, same
+from fisher_nodes import mask_fisher, merge
+from reference import FAMILIES, body, collate, examples, ragged_batches, released_mask_fisher, released_merge, split, tiny
+from test_masks_fisher import QUIET, far, same, to_dataset
 from test_merge import make_fishers, make_models, same_body, with_zeros
 
 def released(models, fishers):
@@ -35,6 +36,15 @@ def test_released_cuts_the_last_batch(family):
     cut = ragged_batches(family, (3, 1, 4, 2))[:3]
     cut[2] = {k: v[:3] for k, v in cut[2].items()}
     same(fisher, released_mask_fisher(model, cut))
+
+@pytest.mark.parametrize('num_samples,seed', [(None, 0), (37, 1)])
+def test_released_samples_a_dataset_with_replacement(family, num_samples, seed):
+    "As `set_seed(seed); np.random.choice(len(data), n)` does, even for all; then 32 a batch, in the order drawn."
+    model, rows = tiny(family), examples(40)
+    drawn = np.random.RandomState(seed).choice(40, num_samples or 40)
+    fisher = mask_fisher(model, to_dataset(rows), num_samples=num_samples, seed=seed, variant='released', **QUIET)
+    pad = FAMILIES[family][2]
+    same(fisher, released_mask_fisher(model, [collate(g, pad) for g in split([rows[i] for i in drawn], (32, 32))]))
 
 @pytest.mark.parametrize('n', [1, 2, 3])
 @pytest.mark.parametrize('zeros', [False, True])

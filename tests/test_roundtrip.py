@@ -1,5 +1,5 @@
 """What is written comes back as it was, and plain `transformers` can read it."""
-import copy, json
+import json
 
 import pytest
 import torch
@@ -10,13 +10,24 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from fisher_nodes import MaskFisher, Merged, mask_fisher, merge
 from reference import body, ragged_batches, tiny
 from test_masks_fisher import QUIET
-from test_merge import make_fisher, make_fishers, make_models, ones, hand, same_body
+from test_merge import make_fisher, make_fishers, make_models, hand, same_body
 
 def inputs_of(family): return {k: v for k, v in ragged_batches(family, (5,))[0].items() if k != 'labels'}
 
 def identical(a, b):
     assert a.keys() == b.keys()
     for k in a: assert_close(a[k], b[k], rtol=0, atol=0, msg=lambda m: f'{k}: {m}')
+
+def realigned(*models):
+    "Weights mapped from a file may start at odd addresses, which alone can move a last bit of a matrix product."
+    for m in models:
+        for p in m.parameters(): p.data = p.data.clone()
+    return models[0]
+
+def reload(folder):
+    back = Merged.from_pretrained(folder)
+    realigned(*back.values())
+    return back
 
 
 # --- MaskFisher -------------------------------------------------------------------------------
@@ -73,7 +84,7 @@ def saved(family, dtype, tmp_path):
 
 def test_merged_comes_back_exactly(family, saved):
     merged, out = saved
-    back = Merged.from_pretrained(out)
+    back = reload(out)
     assert list(back) == list(merged)
     identical(body(back['alpha']), merged.body.state_dict())
     identical(back.logits(**inputs_of(family)), merged.logits(**inputs_of(family)))
@@ -88,7 +99,7 @@ def test_plain_transformers_reads_every_task(family, dtype, saved):
         model, info = AutoModelForSequenceClassification.from_pretrained(out/t, dtype=dtype, output_loading_info=True)
         assert not info['missing_keys'] and not info['unexpected_keys']
         assert type(model) is type(merged[t]) and model.config.num_labels == merged[t].config.num_labels
-        assert_close(model.eval()(**inputs_of(family)).logits, merged[t](**inputs_of(family)).logits, rtol=0, atol=0)
+        assert_close(realigned(model.eval())(**inputs_of(family)).logits, merged[t](**inputs_of(family)).logits, rtol=0, atol=0)
 
 def test_plain_transformers_reads_the_body(dtype, saved):
     merged, out = saved
@@ -108,7 +119,7 @@ def test_only_plain_files_on_disk(saved):
 def test_the_folder_can_be_moved(family, saved, tmp_path):
     merged, out = saved
     moved = out.rename(tmp_path/'elsewhere')
-    identical(Merged.from_pretrained(moved).logits(**inputs_of(family)), merged.logits(**inputs_of(family)))
+    identical(reload(moved).logits(**inputs_of(family)), merged.logits(**inputs_of(family)))
     AutoModelForSequenceClassification.from_pretrained(moved/'beta')
 
 def storages(models):
@@ -134,10 +145,10 @@ def test_a_reloaded_merge_can_be_merged_again(family, tmp_path):
 def test_what_is_saved_does_not_follow_later_changes(family, tmp_path):
     merged = merge(make_models(family), method='average')
     merged.save_pretrained(tmp_path/'out')
-    want = copy.deepcopy(merged.logits(**inputs_of(family)))
     with torch.no_grad():
+        want = merged.logits(**inputs_of(family))
         for p in merged.body.parameters(): p.zero_()
-    identical(Merged.from_pretrained(tmp_path/'out').logits(**inputs_of(family)), want)
+    identical(reload(tmp_path/'out').logits(**inputs_of(family)), want)
 
 @pytest.mark.parametrize('overwrite', [False, True])
 def test_a_folder_in_use_is_replaced_only_when_asked(family, overwrite, tmp_path):

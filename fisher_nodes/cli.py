@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'FISHER', 'COMMANDS', 'OWN', 'parse_pairs', 'for_tasks', 'check_file', 'run_fisher', 'run_merge',
-           'run_evaluate', 'run_finetune', 'run_demo', 'make_parser', 'main']
+           'run_evaluate', 'find_commit', 'write_record', 'run_finetune', 'run_demo', 'make_parser', 'main']
 
 # %% ../nbs/09_cli.ipynb #03e759c5
 import argparse
 import json
 import os
+import platform
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
+from .output import OutputExistsError, check_folder, whole_file
 
 # %% ../nbs/09_cli.ipynb #9c5dd032
 def parse_pairs(
@@ -48,10 +52,10 @@ def check_file(
     path:str, # file to write
     overwrite:bool, # whether it may be there already
 )->Path:
-    "The path, its folder made; `FileExistsError` if the file is there."
+    "The path, its folder made; `OutputExistsError` if the file is there."
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
-        raise FileExistsError(f'--out {path} exists{" and is a folder" if path.is_dir() else "; give --overwrite to replace it"}')
+        raise OutputExistsError(f'--out {path} exists{" and is a folder" if path.is_dir() else "; give --overwrite to replace it"}')
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -78,7 +82,7 @@ def run_fisher(args):
 def run_merge(args):
     "Merge models of several tasks into one body with a head for each."
     from fisher_nodes.fisher import MaskFisher
-    from fisher_nodes.merger import check_folder, merge
+    from fisher_nodes.merger import merge
     models = parse_pairs(args.models, 'models')
     check_folder(args.out, args.overwrite)
     fishers = for_tasks(args.fisher, models, '--fisher', MaskFisher.load)
@@ -96,23 +100,45 @@ def _merge_data(specs:dict[str,str]|None, max_length:int|None):
     loaded = {k: load_task(v) for k,v in specs.items()}
     return {k: d for k,(d,_) in loaded.items()}, {k: max_length or t.max_length for k,(_,t) in loaded.items()}
 
-# %% ../nbs/09_cli.ipynb #bb81ea1e
+# %% ../nbs/09_cli.ipynb #b8031b25
+def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
+    "Models, data specs, tokenizer and origin of a merged model (by task), or of one model (by data spec)."
+    from fisher_nodes.architectures import model_name
+    from fisher_nodes.merger import Merged, is_merged
+    if is_merged(name):
+        merged = Merged.from_pretrained(name)
+        return dict(merged), for_tasks(specs, merged, '--data'), merged.tokenizer, merged.report
+    if len(specs)!=1: raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
+    model,tokenizer = _load(name)
+    return {specs[0]: model}, {specs[0]: specs[0]}, tokenizer, dict(model=model_name(model))
+
 def run_evaluate(args):
     "Score a merged model on all its tasks, or one model on one data set."
     from fisher_nodes.evaluation import evaluate
-    from fisher_nodes.merger import Merged, is_merged
     from fisher_nodes.tasks import load_task
-    if is_merged(args.model):
-        merged = Merged.from_pretrained(args.model)
-        specs = for_tasks(args.data, merged, '--data')
-        models,tokenizer = dict(merged),merged.tokenizer
-    else:
-        specs,(model,tokenizer) = dict(enumerate(args.data[:1])),_load(args.model)
-        if len(args.data)>1: raise ValueError(f'--data: {args.model} is one model; give one data set')
-        models = {0: model}
+    out = check_file(args.out, args.overwrite) if args.out else None
+    models,specs,tokenizer,source = _models_to_score(args.model, args.data)
     loaded = {k: load_task(v, args.split) for k,v in specs.items()}
-    score = lambda k,data,task: evaluate(models[k], data, task, tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
-    return {specs[k]: score(k, *v) for k,v in loaded.items()}
+    scores = {k: evaluate(models[k], data, task, tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
+              for k,(data,task) in loaded.items()}
+    if out: write_record(out, scores=scores, data=specs, split=args.split, source=source)
+    return scores
+
+# %% ../nbs/09_cli.ipynb #52afa805
+def find_commit()->str|None:
+    "The commit of the source tree that this package is run from; None outside one."
+    git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty', '--abbrev=12']
+    try: return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): return None
+
+def write_record(
+    path:Path, # JSON file to write
+    **record, # what was measured
+):
+    "Write a result with versions, machine, commit and date."
+    from fisher_nodes.fisher import versions
+    about = dict(versions=versions(), machine=platform.machine(), commit=find_commit(), date=date.today().isoformat())
+    with whole_file(path) as part: part.write_text(json.dumps(record | about, indent=1)+'\n')
 
 # %% ../nbs/09_cli.ipynb #bed658ed
 def run_finetune(args):
@@ -157,7 +183,7 @@ COMMANDS = dict(
         'fisher-nodes merge mnli=MODEL sst2=MODEL --data mnli=glue:mnli sst2=glue:sst2 --num-samples 128 --out DIR\n'
         '  fisher-nodes merge mnli=MODEL sst2=MODEL --fisher mnli=FILE sst2=FILE --weights mnli=1 sst2=0.5 --out DIR\n'
         '  fisher-nodes merge a=DIR b=DIR --method average --out DIR'),
-    evaluate=(run_evaluate, ['device', 'max_length', 'precision', 'split', 'seed'],
+    evaluate=(run_evaluate, ['device', 'max_length', 'precision', 'split', 'seed', 'overwrite'],
         'fisher-nodes evaluate DIR --data mnli=glue:mnli sst2=glue:sst2\n  fisher-nodes evaluate MODEL --data glue:sst2'),
     finetune=(run_finetune, ['data', 'num_samples', 'seed', 'device', 'max_length', 'out', 'overwrite'],
         'fisher-nodes finetune MODEL --data glue:rte --validation glue:rte --epochs 3 --out rte'))

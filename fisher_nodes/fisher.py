@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
-           'MaskFisher', 'Variant', 'precision_context', 'versions', 'mask_fisher']
+           'MaskFisher', 'Variant', 'precision_context', 'versions', 'find_device', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from fastcore.basics import patch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -127,7 +127,9 @@ def load(cls:MaskFisher,
     path:str|Path, # a file that `save` wrote
 )->MaskFisher:
     "Read a saved `MaskFisher`; `ValueError` for a file that is not one."
-    with safe_open(path, 'pt') as f:
+    try: file = safe_open(path, 'pt')
+    except SafetensorError as e: raise ValueError(f'{path} is not a saved MaskFisher: {e}') from None
+    with file as f:
         about,keys = f.metadata() or {},list(f.keys())
         if 'num_examples' not in about or 'heads.0' not in keys: raise ValueError(f'{path} is not a saved MaskFisher')
         count = lambda k: sum(o.startswith(f'{k}.') for o in keys)
@@ -212,7 +214,8 @@ def _pairs(model, batch:Batch, labels:str, loss:Callable|None, seed:int)->Iterat
     "Run the model forward; yield weights and losses."
     if loss is not None:
         losses = loss(model, batch.inputs)
-        if losses.shape!=(len(batch.rows),): raise ValueError(f'your `loss` gave shape {tuple(losses.shape)} for {len(batch.rows)} examples; expected one loss each')
+        got = f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else type(losses).__name__
+        if got!=f'shape ({len(batch.rows)},)': raise ValueError(f'your `loss` gave {got} for {len(batch.rows)} examples; expected a tensor with one loss each')
         yield torch.ones(len(losses), device=losses.device), losses
     else:
         inputs = {k: v for k,v in batch.inputs.items() if k!='labels'}
@@ -260,6 +263,13 @@ def _check_choices(model, variant, labels, matrices, loss):
     if labels!='empirical' and (loss is not None or is_regression(model)):
         raise ValueError(f'{labels=} needs the built-in loss of a classification head')
 
+def find_device(
+    device:str|torch.device, # 'cpu', 'cuda', 'cuda:1', …
+)->torch.device:
+    "The device of that name; `ValueError` if torch knows none or has none."
+    try: return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e: raise ValueError(f'no device {str(device)!r} here: {str(e).splitlines()[0]}') from None
+
 def _chunks(size:int, lengths:Sequence[int])->list[list[int]]:
     "Positions in their own order, `size` a batch."
     return [list(range(i, min(i+size, len(lengths)))) for i in range(0, len(lengths), size)]
@@ -286,7 +296,7 @@ def mask_fisher(
     _check_choices(model, variant, labels, matrices, loss)
     how = VARIANTS[variant]
     plan = partial(_chunks, how.batch_size) if how.batch_size else None
-    where = torch.device(device or model.device)
+    where = find_device(device or model.device)
     context = precision_context(precision, model, where)
     with untouched(model, device), torch.inference_mode(False), torch.enable_grad(), context, MaskGradients(model, how.ffn_mask) as masks:
         batches = make_batches(model, data, num_samples=num_samples, seed=seed, replacement=how.replacement, plan=plan, batch_tokens=batch_tokens,
@@ -294,5 +304,6 @@ def mask_fisher(
         sums = _Sums(how.reduce, matrices)
         bar = tqdm(batches.batches, total=batches.num_batches, desc='mask Fisher', unit='batch', delay=2, disable=not progress)
         n = _accumulate(model, bar, masks, sums, labels, loss, seed)
+        tensors = sums.result(1/n if how.mean else 1., torch.promote_types(model.dtype, torch.float32))
         meta = _meta(model, data, num_examples=n, seed=seed, variant=variant, estimator=labels, precision=precision, device=where.type)
-    return MaskFisher(**sums.result(1/n if how.mean else 1., torch.promote_types(model.dtype, torch.float32)), num_examples=n, meta=meta)
+    return MaskFisher(**tensors, num_examples=n, meta=meta)

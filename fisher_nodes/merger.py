@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 import torch
@@ -22,12 +23,13 @@ from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from .architectures import architecture, find_layers, find_roles, hash_weights, model_name
 from .batches import make_batches
+from .evaluation import load_tokenizer
 from .fisher import MaskFisher, VARIANTS, mask_fisher, versions
 from .mapping import KINDS, assign_kinds, check_fisher, fill_zeros, get_scheme, node_shares, weighted_mean
-from .output import whole_folder
+from .output import OutputExistsError, whole_folder
 
 # %% ../nbs/05_merger.ipynb #c40576e2
 MUST_AGREE = ('model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'vocab_size',
@@ -48,7 +50,6 @@ def check_models(
     models:Mapping[str,PreTrainedModel], # task -> model
 ):
     "An error unless all models can be merged and all names can be folders."
-    if not models: raise ValueError('no models to merge')
     for task,m in models.items():
         if not isinstance(task, str) or not re.fullmatch(r'[A-Za-z0-9][\w.-]*', task):
             raise ValueError(f'task name {task!r} must be letters, digits, dots, dashes or underscores, since it names a folder')
@@ -98,7 +99,15 @@ def average_bodies(
             raise ValueError(f'{name} is not finite after merging; in the models it is not finite in {bad or "none of them"}')
     return out
 
-# %% ../nbs/05_merger.ipynb #15d5ddaa
+# %% ../nbs/05_merger.ipynb #30802ff0
+def _new_copy(module:nn.Module, memo:dict)->nn.Module:
+    "A deep copy in evaluation mode, trainable, without the hooks that somebody put on the original."
+    new = copy.deepcopy(module, memo).eval().requires_grad_(True)
+    for m in new.modules():
+        for name,o in vars(m).items():
+            if name.endswith('_hooks') and isinstance(o, dict): o.clear()
+    return new
+
 def with_body(
     model:PreTrainedModel, # its head and config are copied
     body:PreTrainedModel, # takes the place of its body
@@ -107,7 +116,7 @@ def with_body(
     old = model.base_model
     if old is model: return body
     pairs = [*zip(old.modules(), body.modules()), *zip(old.parameters(), body.parameters())]
-    return copy.deepcopy(model, {id(a): b for a,b in pairs}).eval()
+    return _new_copy(model, {id(a): b for a,b in pairs})
 
 class Merged(Mapping):
     "A merged body with a head for each task; `merged[task]` is a model like any other."
@@ -172,16 +181,19 @@ def _find_tokenizer(models:Mapping[str,Any], tokenizer:Any)->Any:
     "The tokenizer given, or the one beside the first model that was given as a folder or Hub id."
     paths = [str(o) for o in models.values() if isinstance(o, (str, Path))]
     if tokenizer is not None or not paths: return tokenizer
-    found = [AutoTokenizer.from_pretrained(o) for o in paths]
-    for path,o in zip(paths, found):
-        if o.get_vocab()!=found[0].get_vocab(): raise ValueError(f'models cannot be merged: the tokenizers of {paths[0]} and {path} differ')
-    return found[0]
+    found = {o: t for o in paths if (t:=load_tokenizer(o, needed=False)) is not None}
+    for path,o in found.items():
+        first = next(iter(found))
+        if o.get_vocab()!=found[first].get_vocab(): raise ValueError(f'models cannot be merged: the tokenizers of {first} and {path} differ')
+    return next(iter(found.values()), None)
 
 # %% ../nbs/05_merger.ipynb #35b0d540
 def _match_tasks(given:Any, tasks:Sequence[str], name:str)->dict[str,Any]:
     "`given` in the order of `tasks`; `ValueError` naming what is missing or too much."
     if isinstance(given, Sequence) and not isinstance(given, str) and len(given)==len(tasks): return dict(zip(tasks, given))
-    if not isinstance(given, Mapping): raise ValueError(f'`{name}` must have one entry for each of {list(tasks)}, got {type(given).__name__}')
+    if not isinstance(given, Mapping):
+        size = f' of {len(given)}' if isinstance(given, Sequence) else ''
+        raise ValueError(f'`{name}` must have one entry for each of the {len(tasks)} tasks {list(tasks)}, got {type(given).__name__}{size}')
     missing,extra = [t for t in tasks if t not in given],[t for t in given if t not in tasks]
     if missing or extra: raise ValueError(f'`{name}` must have one entry for each of {list(tasks)}; missing {missing}, not a model {extra}')
     return {t: given[t] for t in tasks}
@@ -189,10 +201,9 @@ def _match_tasks(given:Any, tasks:Sequence[str], name:str)->dict[str,Any]:
 def _lambdas(weights:Any, tasks:Sequence[str])->Tensor:
     "λ as a tensor, shape `(M,)`; `ValueError` unless finite, not negative and not all zero."
     named = _match_tasks({t: 1. for t in tasks} if weights is None else weights, tasks, 'weights')
-    out = torch.tensor([float(o) for o in named.values()], dtype=torch.float64)
-    bad = {t: o for t,o in named.items() if not 0<=o<torch.inf}
-    if bad or out.sum()==0: raise ValueError(f'`weights` must be finite, not negative and not all zero, got {bad or named}')
-    return out
+    bad = {t: o for t,o in named.items() if not (isinstance(o, Real) and 0<=o<torch.inf)}
+    if bad or not any(named.values()): raise ValueError(f'`weights` must be finite numbers, not negative and not all zero, got {bad or named}')
+    return torch.tensor([float(o) for o in named.values()], dtype=torch.float64)
 
 # %% ../nbs/05_merger.ipynb #386a6b9e
 def _check_data(models, data, lengths, kwargs):
@@ -251,12 +262,13 @@ def _method_scheme(method:str, variant:str, scheme:Any, fishers:Any, data:Any)->
 
 def _assemble(models:Mapping[str,PreTrainedModel], state:Mapping[str,Tensor], report:dict, tokenizer:Any)->Merged:
     "Put the merged state into a new body, and every task's head on it."
-    body = copy.deepcopy(next(iter(models.values())).base_model)
+    body = _new_copy(next(iter(models.values())).base_model, {})
     body.load_state_dict(state, assign=True)
-    body.eval().requires_grad_(True)
     return Merged(body, {t: with_body(m, body) for t,m in models.items()}, report, tokenizer)
 
-# %% ../nbs/05_merger.ipynb #a32b5db0
+# %% ../nbs/05_merger.ipynb #84967259
+@torch.inference_mode(False)
+@torch.no_grad()
 def _merge_loaded(models, fishers, table, variant, λ, tokenizer, **about)->Merged:
     "Weight and average models whose Fishers have been checked."
     used = list(fishers.values()) if variant=='paper' else fill_zeros(list(fishers.values()))
@@ -286,6 +298,7 @@ def merge(
     "Merge fine-tuned models (Equation 5); the given models stay as they are. `ValueError` for bad input."
     table = _method_scheme(method, variant, scheme, fishers, data)
     sources = _name_models(models)
+    if not sources: raise ValueError('`models` is empty: no models to merge')
     tasks = list(sources)
     λ = _lambdas(weights, tasks)
     fishers = {} if fishers is None else _match_tasks(fishers, tasks, 'fishers')
@@ -373,7 +386,7 @@ def save_pretrained(self:Merged,
     path:str|Path, # folder to write; made if missing
     overwrite:bool=False, # whether it may hold something; an earlier merged model there is replaced
 ):
-    "Write the body once and a folder for each task; `FileExistsError` if the folder is not empty."
+    "Write the body once and a folder for each task; `OutputExistsError` if the folder is not empty."
     path,tasks = Path(path),list(self)
     stale = list(json.loads((path/RECORD).read_text())['tasks']) if is_merged(path) else []
     taken = {'config.json','model.safetensors','README.md',RECORD} & set(tasks)
@@ -402,7 +415,8 @@ def from_pretrained(cls:Merged,
     path = Path(path)
     if not is_merged(path): raise ValueError(f'{path} is not a merged model: it has no {RECORD}')
     report = json.loads((path/RECORD).read_text())
+    gone = [t for t in report['tasks'] if not (path/t/'config.json').is_file()]
+    if gone: raise ValueError(f'{path} is not whole: the folders of {gone} are missing')
     models = {t: _load_any(path/t) for t in report['tasks']}
     body = next(iter(models.values())).base_model
-    tokenizer = AutoTokenizer.from_pretrained(path) if (path/'tokenizer_config.json').exists() else None
-    return cls(body, {t: with_body(m, body) for t,m in models.items()}, report, tokenizer)
+    return cls(body, {t: with_body(m, body) for t,m in models.items()}, report, load_tokenizer(path, needed=False))

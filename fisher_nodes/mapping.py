@@ -8,7 +8,6 @@ __all__ = ['KINDS', 'Scheme', 'PAPER', 'RELEASED', 'SCHEMES', 'get_scheme', 'ass
 
 # %% ../nbs/04_mapping.ipynb #93e0e899
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .architectures import Place

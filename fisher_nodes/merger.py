@@ -29,7 +29,7 @@ from .batches import make_batches
 from .evaluation import load_tokenizer
 from .fisher import MaskFisher, VARIANTS, mask_fisher, versions
 from .mapping import KINDS, assign_kinds, check_fisher, fill_zeros, get_scheme, node_shares, weighted_mean
-from .output import OutputExistsError, whole_folder
+from .output import whole_folder
 
 # %% ../nbs/05_merger.ipynb #c40576e2
 MUST_AGREE = ('model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'vocab_size',

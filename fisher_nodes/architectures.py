@@ -147,5 +147,5 @@ def model_name(
 )->str: # a Hub id, the name of a folder, or the class of a model made in memory
     "What to call a model in reports."
     name = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
-    local = Path(name).is_absolute() or Path(name).is_dir()
-    return (Path(name).resolve().name if local else name) or type(model).__name__
+    if not name: return type(model).__name__
+    return Path(name).resolve().name if Path(name).is_absolute() or Path(name).is_dir() else name

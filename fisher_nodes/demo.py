@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from .batches import sample_rows
 from .evaluation import evaluate, predict
 from .finetuning import finetune, load_body
-from .fisher import _describe_data, mask_fisher, versions
+from .fisher import describe_data, mask_fisher, versions
 from .merger import Merged, merge
 from .tasks import Task, as_dataset
 
@@ -128,7 +128,7 @@ def checkpoint(
     progress:bool=True,
 )->PreTrainedModel: # fine-tuned on the corpus
     "Fine-tune MiniLM, or load what an earlier run with the same settings left."
-    wanted = dict(base=BASE, data=_describe_data(corpus.train), num_examples=min(num_samples, len(corpus.train)),
+    wanted = dict(base=BASE, data=describe_data(corpus.train), num_examples=min(num_samples, len(corpus.train)),
         max_length=corpus.task.max_length, seed=seed, **RECIPE)
     record = out/'finetune.json'
     if record.exists() and not overwrite:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
-           'MaskFisher', 'Variant', 'precision_context', 'versions', 'find_device', 'mask_fisher']
+           'MaskFisher', 'Variant', 'precision_context', 'describe_data', 'versions', 'find_device', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
@@ -237,8 +237,8 @@ def _accumulate(model, batches, masks:MaskGradients, sums:_Sums, labels, loss, s
     _check_finite(seen, rows)
     return n
 
-# %% ../nbs/03_fisher.ipynb #bd64b0da
-def _describe_data(data:Any)->str:
+# %% ../nbs/03_fisher.ipynb #7e06bdb4
+def describe_data(data:Any)->str:
     "A name for the data: builder, configuration and split of a data set, and its fingerprint."
     if not is_dataset(data): return type(data).__name__
     info = [data.info.builder_name, data.info.config_name, str(data.split) if data.split else None]
@@ -250,7 +250,7 @@ def versions()->dict[str,str]:
 
 def _meta(model, data, **kwargs)->dict[str,Any]:
     return dict(model=model_name(model), revision=getattr(model.config, '_commit_hash', None),
-                weight_hash=hash_weights(model), data=_describe_data(data), dtype=str(model.dtype), versions=versions(), **kwargs)
+                weight_hash=hash_weights(model), data=describe_data(data), dtype=str(model.dtype), versions=versions(), **kwargs)
 
 # %% ../nbs/03_fisher.ipynb #f17b8054
 def _check_choices(model, variant, labels, matrices, loss):

@@ -23,10 +23,10 @@ from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from .architectures import architecture, find_layers, find_roles, hash_weights, model_name
 from .batches import make_batches
-from .evaluation import load_tokenizer
+from .evaluation import load_model, load_tokenizer
 from .fisher import MaskFisher, VARIANTS, mask_fisher, versions
 from .mapping import KINDS, assign_kinds, check_fisher, fill_zeros, get_scheme, node_shares, weighted_mean
 from .output import whole_folder
@@ -164,12 +164,7 @@ def _known(value:str, known:Mapping, name:str):
     "`ValueError` listing what exists."
     if value not in known: raise ValueError(f'`{name}` is {value!r}; expected one of {list(known)}')
 
-# %% ../nbs/05_merger.ipynb #1de87e9a
-def _load_model(source:Any)->PreTrainedModel:
-    "A model as it is, or loaded with its task head."
-    if not isinstance(source, (str, Path)): return source
-    return AutoModelForSequenceClassification.from_pretrained(str(source), use_safetensors=True)
-
+# %% ../nbs/05_merger.ipynb #ee5a39bb
 def _name_models(models:Any)->dict[str,Any]:
     "Models by task; a list gets the names `task0`, `task1`, …"
     if isinstance(models, Mapping): return dict(models)
@@ -303,7 +298,7 @@ def merge(
     λ = _lambdas(weights, tasks)
     fishers = {} if fishers is None else _match_tasks(fishers, tasks, 'fishers')
     data = data if data is None else _match_tasks(data, tasks, 'data')
-    loaded = {t: _load_model(o) for t,o in sources.items()}
+    loaded = {t: load_model(o) if isinstance(o, (str, Path)) else o for t,o in sources.items()}
     check_models(loaded)
     tokenizer = _find_tokenizer(sources, tokenizer)
     if data is not None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GLUE', 'PAPER_TASKS', 'METRICS', 'Task', 'as_task', 'check_label_type', 'check_rows', 'as_dataset', 'read_glue',
-           'read_table', 'is_text', 'text_columns', 'label_names', 'file_task', 'load_task', 'correlation',
+           'read_table', 'is_text', 'table_text', 'label_names', 'file_task', 'load_task', 'correlation',
            'from_sklearn', 'task_metric', 'score']
 
 # %% ../nbs/06_tasks.ipynb #f8c6f460
@@ -139,7 +139,7 @@ def is_text(
     "Strings of either `pyarrow` size."
     return str(column.type) in ('string','large_string')
 
-def text_columns(
+def table_text(
     table, # a `pyarrow.Table`
     source:str, # what the message calls it
 )->tuple: # one or two column names
@@ -181,7 +181,7 @@ def file_task(
         raise ValueError(f"{source}: no column 'label' among {table.column_names}")
     names = label_names(table, source) if labels is None else tuple(labels)
     metrics = ('accuracy',) if names else ('pearson','spearmanr')
-    task = Task(Path(source).stem, text_columns(table, source), names, metrics)
+    task = Task(Path(source).stem, table_text(table, source), names, metrics)
     if not (names and is_text(table['label'])): return table, task
     ids, values = {name:i for i,name in enumerate(names)}, table['label'].to_pylist()
     if unknown := sorted(set(values)-ids.keys()-{None}):

@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def class_names(
 )->list[str]|None: # None for a regression, or where classes have no names of their own
     "What a model calls its classes, in order; so that `label` words in a file mean the same to it."
     from transformers import AutoConfig
-    config = getattr(model, 'config', None) or AutoConfig.from_pretrained(model)
+    from fisher_nodes.evaluation import names_model
+    with names_model(model): config = getattr(model, 'config', None) or AutoConfig.from_pretrained(model)
     names = [config.id2label[i] for i in sorted(config.id2label)]
     return None if len(names)<2 or all(o.startswith('LABEL_') for o in names) else names
 
@@ -157,8 +159,9 @@ def run_finetune(args):
     from fisher_nodes.tasks import load_task
     data,task = load_task(args.data)
     validation = load_task(args.validation, 'validation')[0] if args.validation else None
-    finetune(args.model, data, task, out=args.out, validation=validation, epochs=args.epochs, learning_rate=args.learning_rate,
-        batch_size=args.batch_size, max_length=args.max_length, num_samples=args.num_samples, seed=args.seed, device=args.device, overwrite=args.overwrite)
+    with redirect_stdout(sys.stderr): # where `Trainer` prints its log
+        finetune(args.model, data, task, out=args.out, validation=validation, epochs=args.epochs, learning_rate=args.learning_rate,
+            batch_size=args.batch_size, max_length=args.max_length, num_samples=args.num_samples, seed=args.seed, device=args.device, overwrite=args.overwrite)
     return {'wrote': str(args.out), **json.loads((Path(args.out)/'finetune.json').read_text())}
 
 def run_demo(args):

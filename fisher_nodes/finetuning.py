@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from .architectures import model_name
 from .batches import collate, dataset_batches, is_dataset, make_batches, row_lengths, sample_rows, text_columns
-from .evaluation import evaluate, is_raw, load_tokenizer
+from .evaluation import evaluate, is_raw, load_tokenizer, names_model
 from .fisher import describe_data, find_device, versions
 from .masks import keep_rng
 from .output import whole_folder
@@ -61,7 +61,7 @@ def load_body(
 )->PreTrainedModel: # the body; the caller's own object if one was given
     "The body of a model, from safetensors only when it is loaded."
     if isinstance(model, PreTrainedModel): return model.base_model
-    return AutoModel.from_pretrained(str(model), use_safetensors=True)
+    with names_model(model): return AutoModel.from_pretrained(str(model), use_safetensors=True)
 
 def new_model(
     model, # a `PreTrainedModel` with or without a head, a folder or a Hub id
@@ -187,7 +187,7 @@ def finetune(
     recipe = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
     with whole_folder(out, RECORD, overwrite, WEIGHTS) as files, TemporaryDirectory(dir=files) as scratch, keep_rng():
         set_seed(seed)
-        tokenizer, new = load_tokenizer(model, tokenizer, is_raw(data)), new_model(model, task)
+        new, tokenizer = new_model(model, task), load_tokenizer(model, tokenizer, is_raw(data))
         text = dict(tokenizer=tokenizer, max_length=max_length or task.max_length)
         rows = training_rows(new, data, num_samples, seed, **text)
         check_validation(new, validation, **text)

@@ -181,7 +181,7 @@ def test_pickled_weights_are_not_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path/'pytorch_model.bin')
     (tmp_path/'model.safetensors').unlink()
-    with pytest.raises(OSError): predict(tmp_path, rows(), progress=False)
+    with pytest.raises(ValueError): predict(tmp_path, rows(), progress=False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')

@@ -1,0 +1,141 @@
+"""The command line as a shell user meets it: whole runs, one line for each mistake, models by Hub id from a local cache."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from fisher_nodes import MaskFisher, Merged, merge
+from fisher_nodes.cli import COMMANDS, main
+
+WORDS = '[PAD] [UNK] [CLS] [SEP] it rains the sun shines on cats dogs'.split()
+
+def save_model(folder, num_labels=2, seed=0, words=WORDS, **kw):
+    torch.manual_seed(seed)
+    names = {i: f'class {"abc"[i]}' for i in range(num_labels)}
+    size = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24) | kw
+    BertForSequenceClassification(BertConfig(**size, id2label=names, label2id={v: k for k, v in names.items()})).save_pretrained(folder)
+    tok = Tokenizer(WordLevel({o: i for i, o in enumerate(words)}, unk_token='[UNK]'))
+    tok.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='[PAD]', unk_token='[UNK]', model_max_length=16).save_pretrained(folder)
+
+def save_rows(path, labels):
+    texts = [' '.join(WORDS[4+(i*j) % 8] for j in range(1, 3+i % 4)) for i in range(len(labels))]
+    path.write_text('text,label\n'+''.join(f'{t},{o}\n' for t, o in zip(texts, labels)))
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory):
+    d = tmp_path_factory.mktemp('cli')
+    save_model(d/'x'); save_model(d/'y', 3, seed=1)
+    save_model(d/'wide', hidden_size=20); save_model(d/'words', words=WORDS[::-1])
+    save_rows(d/'x.csv', [0, 1]*6); save_rows(d/'y.csv', [0, 1, 2]*4); save_rows(d/'bad.csv', [0, 1, 2, 1])
+    save_rows(d/'named.csv', ['class b', 'class a']*4); save_rows(d/'strange.csv', ['good', 'bad'])
+    return d
+
+@pytest.fixture(autouse=True)
+def inside(here, monkeypatch): monkeypatch.chdir(here)
+
+def run(line, capsys):
+    status = main(line.split())
+    out = capsys.readouterr().out
+    assert status==0, line
+    return json.loads(out)
+
+def test_whole_way(here, tmp_path, capsys):
+    "Fishers to files, files to a merge, the merge to scores; each equals what Python gives."
+    for k in 'xy': run(f'fisher {k} --data {k}.csv --num-samples 8 --out {tmp_path}/{k}.safetensors', capsys)
+    said = run(f'merge x=x y=y --fisher x={tmp_path}/x.safetensors y={tmp_path}/y.safetensors --weights x=1 y=.5 --out {tmp_path}/m', capsys)
+    assert said['tasks']==['x', 'y'] and said['zero_fisher_nodes']==dict(heads=0, rows=0)
+    models = {k: AutoModelForSequenceClassification.from_pretrained(here/k) for k in 'xy'}
+    fishers = {k: MaskFisher.load(tmp_path/f'{k}.safetensors') for k in 'xy'}
+    assert {k: (f.num_examples, f.meta['data'], f.meta['model']) for k, f in fishers.items()}=={k: (8, f'{k}.csv', k) for k in 'xy'}
+    want, got = merge(models, fishers, weights=[1, .5]), Merged.from_pretrained(tmp_path/'m')
+    for n, t in want.body.state_dict().items(): assert_close(got.body.state_dict()[n], t, rtol=0, atol=0)
+    scores = run(f'evaluate {tmp_path}/m --data x=x.csv y=y.csv --out {tmp_path}/scores.json', capsys)
+    record = json.loads((tmp_path/'scores.json').read_text())
+    assert set(scores)=={'x', 'y'} and record['scores']==scores and record['source']['tasks']['y']['weight']==.5
+    assert {'versions', 'commit', 'date', 'machine'}<=set(record)
+
+def test_data_or_files_the_same(tmp_path, capsys):
+    for k in 'xy': run(f'fisher {k} --data {k}.csv --num-samples 5 --seed 3 --out {tmp_path}/{k}.safetensors', capsys)
+    run(f'merge x=x y=y --fisher x={tmp_path}/x.safetensors y={tmp_path}/y.safetensors --out {tmp_path}/a', capsys)
+    run(f'merge x=x y=y --data x=x.csv y=y.csv --num-samples 5 --seed 3 --out {tmp_path}/b', capsys)
+    a, b = (Merged.from_pretrained(tmp_path/o).body.state_dict() for o in 'ab')
+    for n in a: assert_close(a[n], b[n], rtol=0, atol=0)
+
+def test_average_needs_no_data(tmp_path, capsys):
+    run(f'merge x=x y=y --method average --out {tmp_path}/m', capsys)
+    assert {o.suffix for o in (tmp_path/'m').rglob('*') if o.is_file()}=={'.json', '.md', '.safetensors'}
+    run(f'evaluate {tmp_path}/m/y --data y.csv', capsys)
+
+def test_label_words_mean_what_the_model_means(tmp_path, capsys):
+    "Sorted, 'class a' comes first anyway; the model's own order decides, and unknown words are refused."
+    a = run(f'fisher x --data named.csv --out {tmp_path}/a.safetensors', capsys)
+    assert a['num_examples']==8
+
+def test_finetune(tmp_path, capsys):
+    said = run(f'finetune x --data y.csv --validation y.csv --epochs 1 --batch-size 4 --out {tmp_path}/new', capsys)
+    assert said['num_examples']==12 and 'accuracy' in said['scores']
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path/'new').config.num_labels==3
+
+MISTAKES = {
+    'merge x=x x=y --method average --out {o}': "task 'x' is given twice",
+    'merge x=x y=wide --method average --out {o}': "hidden_size is 16 in 'x' but 20 in 'y'",
+    'merge x=x y=words --method average --out {o}': 'the tokenizers of x and words differ',
+    'merge x=x y=y --out {o}': 'needs either `fishers` or `data`',
+    'merge x=x y=y --method soup --out {o}': 'expected one of',
+    'merge x=x y=y --data x=x.csv --out {o}': "--data names ['x'], but the models are ['x', 'y']",
+    'merge x=x y=y --data x=x.csv y=y.csv --weights x=1 y=one --out {o}': '--weights: could not convert',
+    'merge x=x y=y --method average --out x': 'is not empty',
+    'merge x=nowhere y=y --method average --out {o}': 'cannot load nowhere',
+    'fisher nowhere --data x.csv --out {o}': 'cannot load nowhere',
+    'finetune nowhere --data x.csv --out {o}': 'cannot load nowhere',
+    'fisher x --data bad.csv --out {o}': 'bad.csv: row 2 has label 2, expected 0 to 1',
+    'fisher x --data strange.csv --out {o}': "'bad' is not among ['class a', 'class b']",
+    'fisher x --data x.csv --num-samples 0 --out {o}': '`num_samples` must be at least 1',
+    'fisher x --data nowhere.csv --out {o}': 'nowhere.csv',
+    'fisher x --data glue:nope --out {o}': 'nope',
+    'fisher x --data x.csv --device tpu9 --out {o}': "no device 'tpu9'",
+    'fisher x --data x.csv --out x/config.json': 'exists; give --overwrite',
+    'evaluate x --data x.csv y.csv': 'x is one model',
+    'evaluate x --data y.csv': 'label',
+    'finetune x --data x.csv --out y': 'is not empty',
+}
+
+@pytest.mark.parametrize('line, say', MISTAKES.items())
+def test_mistakes(line, say, tmp_path, capsys):
+    "Exit status 2, one line that names what is wrong, and nothing written."
+    before = sorted(Path('.').rglob('*'))
+    assert main(line.format(o=tmp_path/'new').split())==2
+    text = [o for o in capsys.readouterr().err.splitlines() if o.startswith('fisher-nodes')]
+    assert len(text)==1 and say in text[0]
+    assert not (tmp_path/'new').exists() and sorted(Path('.').rglob('*'))==before
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as e: main([command, '--help'])
+    assert e.value.code==0 and f'fisher-nodes {command}' in capsys.readouterr().out.split('example:')[1]
+
+def test_models_by_hub_id(here, tmp_path):
+    "In a process of its own, offline, from a cache in the layout that huggingface_hub keeps."
+    for k in 'xy':
+        repo = tmp_path/'hub'/f'models--some--{k}'
+        (repo/'refs').mkdir(parents=True); (repo/'refs'/'main').write_text('0'*40)
+        (repo/'snapshots').mkdir(); os.symlink(here/k, repo/'snapshots'/('0'*40))
+    env = os.environ | dict(HF_HOME=str(tmp_path), HF_HUB_OFFLINE='1')
+    code = 'import sys; from fisher_nodes.cli import main; sys.exit(main())'
+    line = f'merge x=some/x y=some/y --data x=x.csv y=y.csv --num-samples 4 --out {tmp_path}/m'
+    done = subprocess.run([sys.executable, '-c', code, *line.split()], env=env, capture_output=True, text=True, cwd=here)
+    assert done.returncode==0, done.stderr
+    report = json.loads((tmp_path/'m'/'merge_report.json').read_text())
+    assert {k: o['model'] for k, o in report['tasks'].items()}==dict(x='some/x', y='some/y')
+    done = subprocess.run([sys.executable, '-c', code, *line.replace('some/y', 'some/z').replace('/m', '/n').split()], env=env, capture_output=True, text=True, cwd=here)
+    assert done.returncode==2 and 'some/z' in done.stderr and not (tmp_path/'n').exists()

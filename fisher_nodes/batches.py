@@ -128,7 +128,8 @@ def check_labels(
 # %% ../nbs/02_batches.ipynb #106546c3
 def _dataset_labels(model:PreTrainedModel, columns:dict[str,list], rows:Sequence[int]):
     "Check the labels of a data set's rows."
-    if 'labels' not in columns: raise ValueError(f'the data set has no `labels` or `label` column, only {list(columns)}')
+    if 'labels' not in columns:
+        raise ValueError(f'the data set has no `labels` or `label` column, only {list(columns)}')
     for row,o in zip(rows, columns['labels']):
         if o is None or isinstance(o, str): raise ValueError(f'label {o!r} of row {row} is not a number')
     check_labels(model, torch.tensor(columns['labels']), rows)
@@ -170,7 +171,8 @@ def _check_lengths(model, lengths:Sequence[int], rows:Sequence[int]):
     "`ValueError` naming the first row that is empty or longer than the model's positions."
     limit = max_positions(model)
     for row,n in zip(rows, lengths):
-        if not 1<=n<=limit: raise ValueError(f'row {row} has {n} tokens; expected 1 to {limit}, the positions of the model')
+        if not 1<=n<=limit:
+            raise ValueError(f'row {row} has {n} tokens; expected 1 to {limit}, the positions of the model')
 
 # %% ../nbs/02_batches.ipynb #e69ea0ed
 def dataset_batches(
@@ -200,11 +202,14 @@ def _check_batch(model, batch:Any, start:int, need_labels:bool)->int:
         what = f'keys {list(batch)}' if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f'a batch must be a dict of tensors with `input_ids`, got {what} at example {start}')
     ids = batch.get('input_ids', batch.get('inputs_embeds'))
-    if ids.ndim<2: raise ValueError(f'`input_ids` at example {start} must have shape (B, T), got {tuple(ids.shape)}')
+    if ids.ndim<2:
+        raise ValueError(f'`input_ids` at example {start} must have shape (B, T), got {tuple(ids.shape)}')
     if len(ids)==0: raise ValueError(f'the batch at example {start} is empty: no examples')
     if need_labels:
-        if not isinstance(batch.get('labels'), Tensor): raise ValueError(f'the batch at example {start} has no `labels`, only {list(batch)}')
-        if len(batch['labels'])!=len(ids): raise ValueError(f"{len(ids)} examples but {len(batch['labels'])} labels at example {start}")
+        if not isinstance(batch.get('labels'), Tensor):
+            raise ValueError(f'the batch at example {start} has no `labels`, only {list(batch)}')
+        if len(batch['labels'])!=len(ids):
+            raise ValueError(f"{len(ids)} examples but {len(batch['labels'])} labels at example {start}")
         check_labels(model, batch['labels'], range(start, start+len(ids)))
     return len(ids)
 
@@ -231,8 +236,10 @@ def is_dataset(data:Any)->bool:
 def _check_data(data:Any):
     "`ValueError` that says what to give instead of something that is not data."
     kind = type(data).__name__
-    if isinstance(data, Mapping): raise ValueError(f'`data` is a {kind} with keys {list(data)}; give one split, or a list of batches')
-    if kind=='IterableDataset': raise ValueError('`data` is a stream; make a Dataset of some of its rows first')
+    if isinstance(data, Mapping):
+        raise ValueError(f'`data` is a {kind} with keys {list(data)}; give one split, or a list of batches')
+    if kind=='IterableDataset':
+        raise ValueError('`data` is a stream; make a Dataset of some of its rows first')
     if isinstance(data, str) or not isinstance(data, Iterable):
         raise ValueError(f'`data` must be a datasets.Dataset or an iterable of batches, got {kind} {data!r}')
     if hasattr(data, '__len__') and len(data)==0: raise ValueError('`data` is empty: no examples')
@@ -255,9 +262,11 @@ def make_batches(
     _check_data(data)
     if not is_dataset(data):
         if isinstance(data, Sequence): list(own_batches(model, data, num_samples, need_labels))
-        return Batches(own_batches(model, data, num_samples, need_labels), len(data) if hasattr(data, '__len__') else None)
+        count = len(data) if hasattr(data, '__len__') else None
+        return Batches(own_batches(model, data, num_samples, need_labels), count)
     budget = batch_tokens or BATCH_TOKENS.get(model.device.type, 2**15)
     rows = sample_rows(len(data), num_samples, seed, replacement)
-    return dataset_batches(model, data, rows, plan=plan or partial(length_batches, batch_tokens=budget), need_labels=need_labels, **kwargs)
+    plan = plan or partial(length_batches, batch_tokens=budget)
+    return dataset_batches(model, data, rows, plan=plan, need_labels=need_labels, **kwargs)
 
 BATCH_TOKENS = {'cpu': 2**12} # tokens a batch by device type

@@ -45,7 +45,8 @@ def for_tasks(
     "Read one value for every task."
     if pairs is None: return None
     found = parse_pairs(pairs, what)
-    if set(found)!=set(tasks): raise ValueError(f'{what} names {sorted(found)}, but the models are {sorted(tasks)}')
+    if set(found)!=set(tasks):
+        raise ValueError(f'{what} names {sorted(found)}, but the models are {sorted(tasks)}')
     try: return {k: convert(found[k]) for k in tasks}
     except ValueError as e: raise ValueError(f'{what}: {e}') from None
 
@@ -57,7 +58,8 @@ def check_file(
     "The path, its folder made; `OutputExistsError` if the file is there."
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
-        raise OutputExistsError(f'--out {path} exists{" and is a folder" if path.is_dir() else "; give --overwrite to replace it"}')
+        hint = ' and is a folder' if path.is_dir() else '; give --overwrite to replace it'
+        raise OutputExistsError(f'--out {path} exists{hint}')
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -92,8 +94,9 @@ def run_fisher(args):
     out = check_file(args.out, args.overwrite)
     data,task = load_rows(args.data, args.model)
     model,tokenizer = _load(args.model)
-    fisher = mask_fisher(model, data, num_samples=args.num_samples, seed=args.seed, variant=args.variant, labels=args.labels,
-        precision=args.precision, device=args.device, tokenizer=tokenizer, max_length=args.max_length or task.max_length)
+    fisher = mask_fisher(model, data, num_samples=args.num_samples, seed=args.seed, variant=args.variant,
+        labels=args.labels, precision=args.precision, device=args.device, tokenizer=tokenizer,
+        max_length=args.max_length or task.max_length)
     fisher.meta['data'] = args.data
     fisher.save(out)
     return {'wrote': str(out), 'num_examples': fisher.num_examples}
@@ -127,7 +130,8 @@ def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
     if is_merged(name):
         merged = Merged.from_pretrained(name)
         return dict(merged), for_tasks(specs, merged, '--data'), merged.tokenizer, merged.report
-    if len(specs)!=1: raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
+    if len(specs)!=1:
+        raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
     model,tokenizer = _load(name)
     return {specs[0]: model}, {specs[0]: specs[0]}, tokenizer, dict(model=model_name(model))
 
@@ -137,8 +141,8 @@ def run_evaluate(args):
     out = check_file(args.out, args.overwrite) if args.out else None
     models,specs,tokenizer,source = _models_to_score(args.model, args.data)
     loaded = {k: load_rows(v, models[k], args.split) for k,v in specs.items()}
-    scores = {k: evaluate(models[k], data, task, tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
-              for k,(data,task) in loaded.items()}
+    how = dict(tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
+    scores = {k: evaluate(models[k], data, task, **how) for k,(data,task) in loaded.items()}
     if out: write_record(out, scores=scores, data=specs, split=args.split, source=source)
     return scores
 
@@ -166,8 +170,9 @@ def run_finetune(args):
     data,task = load_task(args.data)
     validation = load_task(args.validation, 'validation')[0] if args.validation else None
     with redirect_stdout(sys.stderr): # where `Trainer` prints its log
-        finetune(args.model, data, task, out=args.out, validation=validation, epochs=args.epochs, learning_rate=args.learning_rate,
-            batch_size=args.batch_size, max_length=args.max_length, num_samples=args.num_samples, seed=args.seed, device=args.device, overwrite=args.overwrite)
+        finetune(args.model, data, task, out=args.out, validation=validation, epochs=args.epochs,
+            learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length,
+            num_samples=args.num_samples, seed=args.seed, device=args.device, overwrite=args.overwrite)
     return {'wrote': str(args.out), **json.loads((Path(args.out)/'finetune.json').read_text())}
 
 def run_demo(args):

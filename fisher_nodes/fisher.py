@@ -52,7 +52,8 @@ def per_example_loss(
     labels:Tensor, # class numbers `(B,)`, or numbers to predict
 )->Tensor: # shape `(B,)`, float32 or better
     "Cross-entropy, or squared error for a regression, of every example."
-    if logits.ndim!=2: raise ValueError(f'expected logits of shape (B, classes), got {tuple(logits.shape)}; give your own `loss=`')
+    if logits.ndim!=2:
+        raise ValueError(f'expected logits of shape (B, classes), got {tuple(logits.shape)}; give your own `loss=`')
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if is_regression(model): return (logits-labels.to(logits).view_as(logits)).square().mean(1)
     return cross_entropy(logits, labels, reduction='none')
@@ -78,7 +79,8 @@ def draw_labels(
     return (torch.tensor(u, device=logits.device, dtype=edges.dtype)[:,None]>edges).sum(1)
 
 def _sampled(model, logits, batch:Batch, seed)->Iterator[tuple[Tensor,Tensor]]:
-    yield torch.ones(len(logits), device=logits.device), per_example_loss(model, logits, draw_labels(logits, batch.rows, seed))
+    labels = draw_labels(logits, batch.rows, seed)
+    yield torch.ones(len(logits), device=logits.device), per_example_loss(model, logits, labels)
 
 ESTIMATORS = dict(empirical=_empirical, exact=_exact, sampled=_sampled)
 
@@ -131,7 +133,8 @@ def load(cls:MaskFisher,
     except SafetensorError as e: raise ValueError(f'{path} is not a saved MaskFisher: {e}') from None
     with file as f:
         about,keys = f.metadata() or {},list(f.keys())
-        if 'num_examples' not in about or 'heads.0' not in keys: raise ValueError(f'{path} is not a saved MaskFisher')
+        if 'num_examples' not in about or 'heads.0' not in keys:
+            raise ValueError(f'{path} is not a saved MaskFisher')
         count = lambda k: sum(o.startswith(f'{k}.') for o in keys)
         fields = {k: _pack([f.get_tensor(f'{k}.{i}') for i in range(count(k))]) for k in _FIELDS if count(k)}
     return cls(**fields, num_examples=int(about['num_examples']), meta=json.loads(about['meta']))
@@ -170,9 +173,12 @@ def precision_context(
 ):
     "A context in which matrix products have the precision asked for."
     if precision is None: return nullcontext()
-    if precision not in PRECISIONS: raise ValueError(f'`precision` is {precision!r}; expected None or one of {list(PRECISIONS)}')
-    if model.dtype!=torch.float32: raise ValueError(f'precision {precision!r} needs float32 weights; the model has {model.dtype}')
-    if precision=='tf32' and device.type!='cuda': raise ValueError(f"precision 'tf32' needs a CUDA device, not {device}")
+    if precision not in PRECISIONS:
+        raise ValueError(f'`precision` is {precision!r}; expected None or one of {list(PRECISIONS)}')
+    if model.dtype!=torch.float32:
+        raise ValueError(f'precision {precision!r} needs float32 weights; the model has {model.dtype}')
+    if precision=='tf32' and device.type!='cuda':
+        raise ValueError(f"precision 'tf32' needs a CUDA device, not {device}")
     return PRECISIONS[precision](device)
 
 # %% ../nbs/03_fisher.ipynb #a31fc5c8
@@ -190,14 +196,15 @@ class _Sums:
         self.sums,self.reduce = {},reduce
         self.squares = dict(heads=('heads',), all=('heads','rows')).get(matrices, ())
 
-    def add(self, key:tuple, value:Tensor): self.sums[key] = value if key not in self.sums else self.sums[key].add_(value)
+    def add(self, key:tuple, value:Tensor):
+        self.sums[key] = value if key not in self.sums else self.sums[key].add_(value)
 
     def update(self, weights:Tensor, **grads:list[Tensor]):
         for kind,layers in grads.items():
             for i,g in enumerate(layers):
                 w = weights.to(g.device)
                 self.add((kind, i), self.reduce(g, w))
-                if kind in self.squares: self.add((kind[:-1]+'_matrices', i), (g.double()*w.double()[:,None]).T @ g.double())
+                if kind in self.squares: self.add((kind[:-1]+'_matrices', i), (g.double().T*w.double()) @ g.double())
 
     def result(self, scale:float, dtype:torch.dtype)->dict[str,NodeTensors]:
         kinds = dict.fromkeys(k for k,_ in self.sums)
@@ -215,7 +222,8 @@ def _pairs(model, batch:Batch, labels:str, loss:Callable|None, seed:int)->Iterat
     if loss is not None:
         losses = loss(model, batch.inputs)
         got = f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else type(losses).__name__
-        if got!=f'shape ({len(batch.rows)},)': raise ValueError(f'your `loss` gave {got} for {len(batch.rows)} examples; expected a tensor with one loss each')
+        if got!=f'shape ({len(batch.rows)},)':
+            raise ValueError(f'your `loss` gave {got} for {len(batch.rows)} examples; expected one loss each')
         yield torch.ones(len(losses), device=losses.device), losses
     else:
         inputs = {k: v for k,v in batch.inputs.items() if k!='labels'}
@@ -250,13 +258,15 @@ def versions()->dict[str,str]:
 
 def _meta(model, data, **kwargs)->dict[str,Any]:
     return dict(model=model_name(model), revision=getattr(model.config, '_commit_hash', None),
-                weight_hash=hash_weights(model), data=describe_data(data), dtype=str(model.dtype), versions=versions(), **kwargs)
+                weight_hash=hash_weights(model), data=describe_data(data), dtype=str(model.dtype),
+                versions=versions(), **kwargs)
 
 # %% ../nbs/03_fisher.ipynb #f17b8054
 def _check_choices(model, variant, labels, matrices, loss):
     "An error for an unsupported model, an unknown choice, or two that exclude each other."
     architecture(model)
-    for name,value,known in (('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS), ('matrices', matrices, (None,'heads','all'))):
+    choices = (('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS), ('matrices', matrices, (None,'heads','all')))
+    for name,value,known in choices:
         if value not in known: raise ValueError(f'`{name}` is {value!r}; expected one of {list(known)}')
     if variant=='released' and (labels!='empirical' or matrices):
         raise ValueError(f'the released code knows true labels and diagonals only, not {labels=}, {matrices=}')
@@ -268,7 +278,8 @@ def find_device(
 )->torch.device:
     "The device of that name; `ValueError` if torch knows none or has none."
     try: return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e: raise ValueError(f'no device {str(device)!r} here: {str(e).splitlines()[0]}') from None
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'no device {str(device)!r} here: {str(e).splitlines()[0]}') from None
 
 def _chunks(size:int, lengths:Sequence[int])->list[list[int]]:
     "Positions in their own order, `size` a batch."
@@ -298,12 +309,16 @@ def mask_fisher(
     plan = partial(_chunks, how.batch_size) if how.batch_size else None
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
-    with untouched(model, device), torch.inference_mode(False), torch.enable_grad(), context, MaskGradients(model, how.ffn_mask) as masks:
-        batches = make_batches(model, data, num_samples=num_samples, seed=seed, replacement=how.replacement, plan=plan, batch_tokens=batch_tokens,
-            need_labels=loss is None and labels=='empirical', every=loss is not None, tokenizer=tokenizer, max_length=max_length)
+    with (untouched(model, device), torch.inference_mode(False), torch.enable_grad(), context,
+          MaskGradients(model, how.ffn_mask) as masks):
+        batches = make_batches(model, data, num_samples=num_samples, seed=seed, replacement=how.replacement,
+            plan=plan, batch_tokens=batch_tokens, need_labels=loss is None and labels=='empirical',
+            every=loss is not None, tokenizer=tokenizer, max_length=max_length)
         sums = _Sums(how.reduce, matrices)
-        bar = tqdm(batches.batches, total=batches.num_batches, desc='mask Fisher', unit='batch', delay=2, disable=not progress)
+        bar = tqdm(batches.batches, total=batches.num_batches, desc='mask Fisher', unit='batch', delay=2,
+                   disable=not progress)
         n = _accumulate(model, bar, masks, sums, labels, loss, seed)
         tensors = sums.result(1/n if how.mean else 1., torch.promote_types(model.dtype, torch.float32))
-        meta = _meta(model, data, num_examples=n, seed=seed, variant=variant, estimator=labels, precision=precision, device=where.type)
+        meta = _meta(model, data, num_examples=n, seed=seed, variant=variant, estimator=labels,
+                     precision=precision, device=where.type)
     return MaskFisher(**tensors, num_examples=n, meta=meta)

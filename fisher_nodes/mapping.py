@@ -47,10 +47,12 @@ def get_scheme(
 )->Scheme:
     "The table of a scheme; `ValueError` for an unknown name or kind."
     if isinstance(scheme, str):
-        if scheme not in SCHEMES: raise ValueError(f'`scheme` is {scheme!r}; expected one of {list(SCHEMES)} or a table')
+        if scheme not in SCHEMES:
+            raise ValueError(f'`scheme` is {scheme!r}; expected one of {list(SCHEMES)} or a table')
         return SCHEMES[scheme]
     for role,kind in scheme.items():
-        if kind not in KINDS: raise ValueError(f'kind {kind!r} of role {role!r} is unknown; expected one of {list(KINDS)}')
+        if kind not in KINDS:
+            raise ValueError(f'kind {kind!r} of role {role!r} is unknown; expected one of {list(KINDS)}')
     return scheme
 
 # %% ../nbs/04_mapping.ipynb #9ee22627
@@ -61,7 +63,8 @@ def assign_kinds(
 )->dict[str,str]: # name -> kind, for every parameter
     "The kind of weight of every parameter; `ValueError` for a role the architecture does not know."
     for role in scheme:
-        if role not in roles: raise ValueError(f'role {role!r} of the scheme is unknown; expected one of {sorted(set(roles))}')
+        if role not in roles:
+            raise ValueError(f'role {role!r} of the scheme is unknown; expected one of {sorted(set(roles))}')
     return {name: scheme.get(place.role, 'one') for name,place in places.items()}
 
 # %% ../nbs/04_mapping.ipynb #4fe43273
@@ -100,11 +103,13 @@ def widest(
 # %% ../nbs/04_mapping.ipynb #e67e1fdc
 def _check_nodes(task:str, kind:str, i:int, got:Tensor, want:int):
     "`ValueError` unless `got` holds `want` finite numbers that are not negative."
-    if tuple(got.shape)!=(want,): raise ValueError(f'Fisher of {task!r}, {kind} of layer {i}: shape {tuple(got.shape)}, expected ({want},)')
+    if tuple(got.shape)!=(want,):
+        raise ValueError(f'Fisher of {task!r}, {kind} of layer {i}: shape {tuple(got.shape)}, expected ({want},)')
     bad = ~(torch.isfinite(got) & (got>=0))
     if bad.any():
         j = int(bad.nonzero()[0,0])
-        raise ValueError(f'Fisher of {task!r}, {kind} of layer {i}: node {j} is {got[j].item()}, expected a finite number of at least 0')
+        raise ValueError(f'Fisher of {task!r}, {kind} of layer {i}: node {j} is {got[j].item()}, '
+                         'expected a finite number of at least 0')
 
 def check_fisher(
     task:str, # for the message
@@ -113,9 +118,11 @@ def check_fisher(
     weight_hash:str|None=None, # `hash_weights` of the model it is for; None skips that check
 ):
     "`ValueError` unless the Fisher fits the model; names task, layer and node."
-    if not isinstance(fisher, MaskFisher): raise TypeError(f'Fisher of {task!r} must be a MaskFisher, got {type(fisher).__name__}')
+    if not isinstance(fisher, MaskFisher):
+        raise TypeError(f'Fisher of {task!r} must be a MaskFisher, got {type(fisher).__name__}')
     if not len(fisher.heads)==len(fisher.rows)==len(layers):
-        raise ValueError(f'Fisher of {task!r} has {len(fisher.heads)} layers of heads and {len(fisher.rows)} of rows; the model has {len(layers)}')
+        raise ValueError(f'Fisher of {task!r} has {len(fisher.heads)} layers of heads and {len(fisher.rows)} of rows; '
+                         f'the model has {len(layers)}')
     for i,o in enumerate(layers):
         heads,rows = fisher.layer(i)
         _check_nodes(task, 'heads', i, heads, o.heads)
@@ -134,4 +141,5 @@ def fill_zeros(
         layers = [torch.stack(o) for o in zip(*(getattr(f, kind) for f in fishers))]
         filled = [o.masked_fill((o==0).all(0), 1) for o in layers]
         return [[o[j] for o in filled] for j in range(len(fishers))]
-    return [MaskFisher(tuple(h), tuple(r), f.num_examples, f.meta) for f,h,r in zip(fishers, fill('heads'), fill('rows'))]
+    filled = zip(fishers, fill('heads'), fill('rows'))
+    return [MaskFisher(tuple(h), tuple(r), f.num_examples, f.meta) for f,h,r in filled]

@@ -46,7 +46,8 @@ def mask_sites(
     ffn_mask:str='before', # 'before' bias and activation (Equation 2), or 'after' them (released code)
 )->list[Site]: # heads and rows of the first layer, then of the second, …
     "Every masked tensor, in the order of the forward pass."
-    if ffn_mask not in FFN_SITES: raise ValueError(f'`ffn_mask` is {ffn_mask!r}; expected one of {list(FFN_SITES)}')
+    if ffn_mask not in FFN_SITES:
+        raise ValueError(f'`ffn_mask` is {ffn_mask!r}; expected one of {list(FFN_SITES)}')
     body,arch,(role,side) = model.base_model,architecture(model),FFN_SITES[ffn_mask]
     module = lambda role,i: body.get_submodule(arch.path(role, i))
     sites = [(Site(module('attention_output', i), 'input', layer.heads), Site(module(role, i), side, layer.rows))
@@ -99,7 +100,8 @@ def per_example(self:MaskGradients,
 )->tuple[list[Tensor], list[Tensor]]: # a layer each: heads `(B, H)` and rows `(B, D)`
     "Every example's mask gradients, by one backward pass over the summed losses."
     if losses.ndim!=1: raise ValueError(f'`losses` must have shape (B,), got {tuple(losses.shape)}')
-    if not losses.requires_grad: raise ValueError('the losses do not depend on the masked layers of the model')
+    if not losses.requires_grad:
+        raise ValueError('the losses do not depend on the masked layers of the model')
     self.grads = [None]*len(self.sites)
     torch.autograd.grad(losses.sum(), self.leaves, retain_graph=retain_graph, allow_unused=True)
     self.used = True
@@ -110,8 +112,10 @@ def per_example(self:MaskGradients,
 def _checked(self:MaskGradients, n:int)->tuple[list[Tensor], list[Tensor]]:
     "The collected gradients by layer; `ValueError` unless every site saw `n` rows."
     for k,g in enumerate(self.grads):
-        if g is None: raise ValueError(f'no gradient reached layer {k//2}: do the losses depend on the whole body?')
-        if len(g)!=n: raise ValueError(f'{n} losses for {len(g)} rows in the body; one example must be one row')
+        if g is None:
+            raise ValueError(f'no gradient reached layer {k//2}: do the losses depend on the whole body?')
+        if len(g)!=n:
+            raise ValueError(f'{n} losses for {len(g)} rows in the body; one example must be one row')
     return self.grads[0::2], self.grads[1::2]
 
 # %% ../nbs/01_masks.ipynb #278f5288

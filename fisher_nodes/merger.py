@@ -31,19 +31,21 @@ from .fisher import MaskFisher, VARIANTS, mask_fisher, versions
 from .mapping import KINDS, assign_kinds, check_fisher, fill_zeros, get_scheme, node_shares, weighted_mean
 from .output import whole_folder
 
-# %% ../nbs/05_merger.ipynb #c40576e2
-MUST_AGREE = ('model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'vocab_size',
-              'max_position_embeddings', 'type_vocab_size', 'hidden_act', 'layer_norm_eps', 'pad_token_id')
+# %% ../nbs/05_merger.ipynb #1846deb4
+MUST_AGREE = ('model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size',
+              'vocab_size', 'max_position_embeddings', 'type_vocab_size', 'hidden_act', 'layer_norm_eps', 'pad_token_id')
 
 def _check_pair(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
     "`ValueError` naming what the bodies of two models disagree in."
     for key in MUST_AGREE:
         x,y = getattr(a.config, key, None),getattr(b.config, key, None)
-        if x!=y: raise ValueError(f'models cannot be merged: {key} is {x!r} in {first!r} but {y!r} in {task!r}')
+        if x!=y:
+            raise ValueError(f'models cannot be merged: {key} is {x!r} in {first!r} but {y!r} in {task!r}')
     shapes = [{n: tuple(t.shape) for n,t in m.base_model.state_dict().items()} for m in (a,b)]
     for name in sorted(set(shapes[0])|set(shapes[1])):
         x,y = [o.get(name, 'missing') for o in shapes]
-        if x!=y: raise ValueError(f'models cannot be merged: {name} is {x} in {first!r} but {y} in {task!r}')
+        if x!=y:
+            raise ValueError(f'models cannot be merged: {name} is {x} in {first!r} but {y} in {task!r}')
 
 # %% ../nbs/05_merger.ipynb #1635bb42
 def check_models(
@@ -79,7 +81,7 @@ def plan_shares(
     for name,place in places.items():
         key = kinds[name],place.layer
         if key not in cache:
-            F = [KINDS[kinds[name]](f, place.layer) for f in fishers] if kinds[name]!='one' else [torch.ones(1)]*len(weights)
+            F = [KINDS[kinds[name]](f, place.layer) for f in fishers or [None]*len(weights)]
             cache[key] = Shares(kinds[name], *node_shares(torch.stack(F), weights))
     return {name: cache[kinds[name], place.layer] for name,place in places.items()}
 
@@ -96,7 +98,7 @@ def average_bodies(
         out[name] = weighted_mean([o[name] for o in states], plan[name].shares)
         if not torch.isfinite(out[name]).all():
             bad = [task for task,o in zip(models, states) if not torch.isfinite(o[name]).all()]
-            raise ValueError(f'{name} is not finite after merging; in the models it is not finite in {bad or "none of them"}')
+            raise ValueError(f'{name} is not finite after merging; not finite in the models {bad}')
     return out
 
 # %% ../nbs/05_merger.ipynb #30802ff0
@@ -131,7 +133,7 @@ class Merged(Mapping):
     def __getitem__(self, task): return self.models[task]
     def __iter__(self): return iter(self.models)
     def __len__(self): return len(self.models)
-    def __repr__(self): return f'{type(self).__name__}({", ".join(self)}; {self.report["method"]} of {type(self.body).__name__})'
+    def __repr__(self): return f'Merged({", ".join(self)}; {self.report["method"]} of {type(self.body).__name__})'
 
 # %% ../nbs/05_merger.ipynb #706a95ae
 class _Given(nn.Module):
@@ -179,25 +181,29 @@ def _find_tokenizer(models:Mapping[str,Any], tokenizer:Any)->Any:
     found = {o: t for o in paths if (t:=load_tokenizer(o, needed=False)) is not None}
     for path,o in found.items():
         first = next(iter(found))
-        if o.get_vocab()!=found[first].get_vocab(): raise ValueError(f'models cannot be merged: the tokenizers of {first} and {path} differ')
+        if o.get_vocab()!=found[first].get_vocab():
+            raise ValueError(f'models cannot be merged: the tokenizers of {first} and {path} differ')
     return next(iter(found.values()), None)
 
 # %% ../nbs/05_merger.ipynb #35b0d540
 def _match_tasks(given:Any, tasks:Sequence[str], name:str)->dict[str,Any]:
     "`given` in the order of `tasks`; `ValueError` naming what is missing or too much."
-    if isinstance(given, Sequence) and not isinstance(given, str) and len(given)==len(tasks): return dict(zip(tasks, given))
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    if listed and len(given)==len(tasks): return dict(zip(tasks, given))
     if not isinstance(given, Mapping):
-        size = f' of {len(given)}' if isinstance(given, Sequence) else ''
-        raise ValueError(f'`{name}` must have one entry for each of the {len(tasks)} tasks {list(tasks)}, got {type(given).__name__}{size}')
+        got = type(given).__name__ + (f' of {len(given)}' if listed else '')
+        raise ValueError(f'`{name}` must have one entry for each of the {len(tasks)} tasks {list(tasks)}, got {got}')
     missing,extra = [t for t in tasks if t not in given],[t for t in given if t not in tasks]
-    if missing or extra: raise ValueError(f'`{name}` must have one entry for each of {list(tasks)}; missing {missing}, not a model {extra}')
+    if missing or extra:
+        raise ValueError(f'`{name}` must have an entry for each of {list(tasks)}; missing {missing}, not a model {extra}')
     return {t: given[t] for t in tasks}
 
 def _lambdas(weights:Any, tasks:Sequence[str])->Tensor:
     "λ as a tensor, shape `(M,)`; `ValueError` unless finite, not negative and not all zero."
     named = _match_tasks({t: 1. for t in tasks} if weights is None else weights, tasks, 'weights')
     bad = {t: o for t,o in named.items() if not (isinstance(o, Real) and 0<=o<torch.inf)}
-    if bad or not any(named.values()): raise ValueError(f'`weights` must be finite numbers, not negative and not all zero, got {bad or named}')
+    if bad or not any(named.values()):
+        raise ValueError(f'`weights` must be finite, not negative and not all zero, got {bad or named}')
     return torch.tensor([float(o) for o in named.values()], dtype=torch.float64)
 
 # %% ../nbs/05_merger.ipynb #386a6b9e
@@ -205,8 +211,8 @@ def _check_data(models, data, lengths, kwargs):
     "Look through all data before the first Fisher is measured; `ValueError` naming the task."
     need_labels = kwargs['loss'] is None and kwargs['labels']=='empirical'
     for t,m in models.items():
-        try: make_batches(m, data[t], num_samples=kwargs['num_samples'], seed=kwargs['seed'], tokenizer=kwargs['tokenizer'],
-                          max_length=lengths[t], need_labels=need_labels, every=kwargs['loss'] is not None)
+        try: make_batches(m, data[t], num_samples=kwargs['num_samples'], seed=kwargs['seed'], max_length=lengths[t],
+                          tokenizer=kwargs['tokenizer'], need_labels=need_labels, every=kwargs['loss'] is not None)
         except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
 
 def _measure(models:Mapping[str,PreTrainedModel], data:Mapping[str,Any], max_length:Any, **kwargs)->dict[str,MaskFisher]:
@@ -217,12 +223,15 @@ def _measure(models:Mapping[str,PreTrainedModel], data:Mapping[str,Any], max_len
 
 def _check_fishers(fishers:Mapping[str,MaskFisher], models:Mapping[str,PreTrainedModel], variant:str|None):
     "`ValueError` unless every Fisher fits its model and all were computed alike."
-    for task,f in fishers.items(): check_fisher(task, f, find_layers(models[task]), hash_weights(models[task]) if getattr(f, 'meta', {}) else None)
+    for task,f in fishers.items():
+        known = getattr(f, 'meta', {}).get('weight_hash')
+        check_fisher(task, f, find_layers(models[task]), known and hash_weights(models[task]))
     for key in ('variant', 'estimator'):
         found = {t: f.meta[key] for t,f in fishers.items() if key in f.meta}
         if len(set(found.values()))>1: raise ValueError(f'the Fishers differ in {key}: {found}')
         if key=='variant' and variant and found and variant not in found.values():
-            raise ValueError(f"the Fishers have variant {next(iter(found.values()))!r}, the merge {variant!r}; say which mapping you mean with `scheme=`")
+            raise ValueError(f'the Fishers are of variant {next(iter(found.values()))!r}, the merge is {variant!r}; '
+                             'say which mapping you mean with `scheme=`')
 
 # %% ../nbs/05_merger.ipynb #dc1da6b8
 def _by_role(model:PreTrainedModel, plan:Mapping[str,Shares])->dict[str,dict]:
@@ -251,8 +260,10 @@ def _method_scheme(method:str, variant:str, scheme:Any, fishers:Any, data:Any)->
     "The scheme to weight with; `ValueError` for unknown choices, or too few or too many inputs."
     _known(method, METHODS, 'method'); _known(variant, VARIANTS, 'variant')
     how,given = METHODS[method],[k for k,v in dict(fishers=fishers, data=data).items() if v is not None]
-    if how.needs_fishers and len(given)!=1: raise ValueError(f'method {method!r} needs either `fishers` or `data`, got {given or "neither"}')
-    if not how.needs_fishers and (given or scheme): raise ValueError(f'method {method!r} weights all parameters alike; it takes no {given or "scheme"}')
+    if how.needs_fishers and len(given)!=1:
+        raise ValueError(f'method {method!r} needs either `fishers` or `data`, got {given or "neither"}')
+    if not how.needs_fishers and (given or scheme):
+        raise ValueError(f'method {method!r} weights all alike; it takes no {given or "scheme"}')
     return get_scheme(scheme or how.scheme or variant)
 
 def _assemble(models:Mapping[str,PreTrainedModel], state:Mapping[str,Tensor], report:dict, tokenizer:Any)->Merged:
@@ -271,6 +282,7 @@ def _merge_loaded(models, fishers, table, variant, λ, tokenizer, **about)->Merg
     report = _report(models, plan, fishers, λ, scheme=dict(table), variant=variant if fishers else None, **about)
     return _assemble(models, average_bodies(models, plan), report, tokenizer)
 
+# %% ../nbs/05_merger.ipynb #522af005
 def merge(
     models:Mapping[str,Any]|Sequence[Any], # task -> model, folder or Hub id; or a list of them
     fishers:Mapping[str,MaskFisher]|None=None, # task -> `MaskFisher` of that very model
@@ -302,8 +314,8 @@ def merge(
     check_models(loaded)
     tokenizer = _find_tokenizer(sources, tokenizer)
     if data is not None:
-        fishers = _measure(loaded, data, max_length, num_samples=num_samples, seed=seed, variant=variant, labels=labels,
-                           precision=precision, loss=loss, device=device, tokenizer=tokenizer, progress=progress)
+        fishers = _measure(loaded, data, max_length, num_samples=num_samples, seed=seed, variant=variant,
+            labels=labels, precision=precision, loss=loss, device=device, tokenizer=tokenizer, progress=progress)
     _check_fishers(fishers, loaded, None if scheme else variant)
     return _merge_loaded(loaded, fishers, table, variant, λ, tokenizer, method=method)
 
@@ -369,8 +381,10 @@ logits = Merged.from_pretrained("{folder}").logits(**batch)   # all tasks from o
 def _card(merged:Merged, folder:str)->ModelCard:
     "The model card of a merged model."
     tasks,report = merged.report['tasks'],merged.report
-    rows = [f"| {t} | {o['model']} | {o['weight']:g} | {(o['fisher'] or {}).get('num_examples', '')} |" for t,o in tasks.items()]
-    data = ModelCardData(library_name='transformers', tags=['merge', 'fisher-mask-nodes', report['method']], pipeline_tag='text-classification')
+    row = lambda t,o: f"| {t} | {o['model']} | {o['weight']:g} | {(o['fisher'] or {}).get('num_examples', '')} |"
+    rows = [row(t, o) for t,o in tasks.items()]
+    data = ModelCardData(library_name='transformers', pipeline_tag='text-classification',
+                         tags=['merge', 'fisher-mask-nodes', report['method']])
     text = _CARD.format(title=f'Merged: {", ".join(tasks)}', n=len(tasks), url='https://github.com/fisher-nodes/fisher_nodes',
                         method=report['method'], rows='\n'.join(rows), folder=folder, task=next(iter(tasks)))
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}')
@@ -399,7 +413,8 @@ def _load_any(folder:Path)->PreTrainedModel:
     "The model of a folder, of the transformers class that its config names."
     name = json.loads((folder/'config.json').read_text())['architectures'][0]
     cls = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)): raise ValueError(f'{folder}: {name!r} is not a transformers model')
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise ValueError(f'{folder}: {name!r} is not a transformers model')
     return cls.from_pretrained(folder, use_safetensors=True)
 
 @patch(cls_method=True)

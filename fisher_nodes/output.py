@@ -40,7 +40,9 @@ def check_folder(
     out = Path(out)
     if out.exists() and not out.is_dir(): raise OutputExistsError(f'output {out} is a file, not a folder')
     found = sorted(o.name for o in out.iterdir() if not o.name.startswith(_PART)) if out.exists() else []
-    if found and not overwrite: raise OutputExistsError(f'output folder {out} is not empty, it has {", ".join(found[:3])}; pass overwrite=True (--overwrite) to replace it')
+    if found and not overwrite:
+        raise OutputExistsError(f'output folder {out} is not empty, it has {", ".join(found[:3])}; '
+                                'pass overwrite=True (--overwrite) to replace it')
     return out
 
 # %% ../nbs/11_output.ipynb #f507904a

@@ -2,11 +2,22 @@
 
 __version__ = "0.1.0"
 
-from .evaluation import evaluate, predict
-from .finetuning import finetune
-from .fisher import MaskFisher, mask_fisher
-from .mapping import SCHEMES
-from .merger import METHODS, Merged, merge
-from .tasks import GLUE, Task, load_task
+from importlib import import_module
 
-__all__ = ['GLUE', 'METHODS', 'SCHEMES', 'MaskFisher', 'Merged', 'Task', 'evaluate', 'finetune', 'load_task', 'mask_fisher', 'merge', 'predict']
+# Where each public name lives. Modules are imported when a name is first used, so `fisher-nodes --help` needs no torch.
+_PLACES = {
+    'evaluation': ['evaluate', 'predict'],
+    'finetuning': ['finetune'],
+    'fisher': ['MaskFisher', 'mask_fisher'],
+    'mapping': ['SCHEMES'],
+    'merger': ['METHODS', 'Merged', 'merge'],
+    'tasks': ['GLUE', 'Task', 'load_task'],
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+__all__ = sorted(_MODULES)
+
+def __getattr__(name):
+    if name not in _MODULES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
+
+def __dir__(): return [*globals(), *__all__]

@@ -48,6 +48,7 @@ class Architecture:
     "One model family: the parts its body is made of."
     family:str # `config.model_type`
     parts:tuple[Part,...] # every floating-point parameter of the body belongs to exactly one
+    skips_padding:bool=False # position numbers start at `pad_token_id+1` instead of 0
 
     def path(self,
         role:str, # a role that occurs once a layer
@@ -56,7 +57,8 @@ class Architecture:
         "Where the module with `role` is in layer number `layer`."
         return next(p.path for p in self.parts if p.role==role).format(layer)
 
-ARCHITECTURES = {o: Architecture(o, _BERT) for o in ('bert', 'roberta', 'xlm-roberta', 'camembert')}
+ARCHITECTURES = {'bert': Architecture('bert', _BERT),
+    **{o: Architecture(o, _BERT, skips_padding=True) for o in ('roberta', 'xlm-roberta', 'camembert')}}
 
 # %% ../nbs/00_architectures.ipynb #7b308207
 def architecture(
@@ -117,6 +119,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _checksum(t:Tensor, chunk:int=1<<22)->Tensor:
     "Sum and position-weighted sum of the bits of `t`, int64 with wrap-around, shape `(2,)`."
+    t = torch.view_as_real(t) if t.is_complex() else t
     bits = t.detach().contiguous().view(_BITS[t.element_size()]).flatten()
     total = torch.zeros(2, dtype=torch.int64, device=t.device)
     for i,part in enumerate(bits.split(chunk)):

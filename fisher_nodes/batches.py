@@ -10,6 +10,7 @@ __all__ = ['BATCH_TOKENS', 'check_num_samples', 'sample_rows', 'length_batches',
 # %% ../nbs/02_batches.ipynb #063e76e9
 import inspect
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from .architectures import ARCHITECTURES
 
 # %% ../nbs/02_batches.ipynb #730d5886
 def check_num_samples(
@@ -30,7 +32,7 @@ def check_num_samples(
 def sample_rows(
     size:int, # rows there are
     num_samples:int|None=None, # rows wanted; None, or more than there are, gives all
-    seed:int=0,
+    seed:int=0, # of the draw
     replacement:bool=False, # draw with replacement, as the released code does
 )->list[int]: # row numbers, in drawn order
     "A seeded sample of row numbers."
@@ -58,7 +60,8 @@ def text_columns(
     dataset, # a `datasets.Dataset`
 )->list[str]: # one column name, or two for pairs
     "The columns of strings, in order; `ValueError` unless there are one or two."
-    found = [c for c,f in dataset.features.items() if getattr(f, 'dtype', None) in ('string','large_string')]
+    strings = [c for c,f in dataset.features.items() if getattr(f, 'dtype', None) in ('string','large_string')]
+    found = [c for c in strings if c not in ('label','labels')]
     if len(found) not in (1,2):
         raise ValueError(f'expected one or two columns of text, found {found} among {dataset.column_names}')
     return found
@@ -69,7 +72,8 @@ def max_positions(
 )->int: # tokens
     "The longest row the position embeddings can hold."
     cfg = model.config
-    return cfg.max_position_embeddings - (0 if cfg.model_type=='bert' else cfg.pad_token_id+1)
+    skips = cfg.model_type in ARCHITECTURES and ARCHITECTURES[cfg.model_type].skips_padding
+    return cfg.max_position_embeddings - (cfg.pad_token_id+1 if skips else 0)
 
 def tokenize(
     dataset, # a `datasets.Dataset` with one or two columns of text
@@ -98,8 +102,11 @@ def collate(
 )->dict[str,Tensor]: # one tensor a column, lists padded to the longest of `rows`
     "Pad some rows to tensors."
     width = max(lengths[i] for i in rows)
-    pad = lambda v,o: v[:width]+[o]*(width-len(v)) if isinstance(v, list) else v
-    return {k: torch.tensor([pad(c[i], fill.get(k, 0)) for i in rows]) for k,c in columns.items()}
+    ids = columns['input_ids']
+    is_padded = lambda c: all(isinstance(c[i], list) and len(c[i])==len(ids[i]) for i in rows)
+    pad = lambda v,o: v[:width]+[o]*(width-len(v))
+    return {k: torch.tensor([pad(c[i], fill.get(k, 0)) if is_padded(c) and k!='labels' else c[i] for i in rows])
+            for k,c in columns.items()}
 
 # %% ../nbs/02_batches.ipynb #9572a3e7
 def is_regression(
@@ -244,7 +251,9 @@ def _check_data(data:Any):
         raise ValueError(f'`data` must be a datasets.Dataset or an iterable of batches, got {kind} {data!r}')
     if hasattr(data, '__len__') and len(data)==0: raise ValueError('`data` is empty: no examples')
 
-# %% ../nbs/02_batches.ipynb #c5de704c
+# %% ../nbs/02_batches.ipynb #31813d7c
+BATCH_TOKENS = defaultdict(lambda: 2**15, cpu=2**12) # tokens per batch, by device type
+
 def make_batches(
     model:PreTrainedModel, # its `forward` names the columns, its config the classes
     data:Any, # a `datasets.Dataset`, or an iterable of batches
@@ -264,9 +273,7 @@ def make_batches(
         if isinstance(data, Sequence): list(own_batches(model, data, num_samples, need_labels))
         count = len(data) if hasattr(data, '__len__') else None
         return Batches(own_batches(model, data, num_samples, need_labels), count)
-    budget = batch_tokens or BATCH_TOKENS.get(model.device.type, 2**15)
+    budget = batch_tokens or BATCH_TOKENS[model.device.type]
     rows = sample_rows(len(data), num_samples, seed, replacement)
     plan = plan or partial(length_batches, batch_tokens=budget)
     return dataset_batches(model, data, rows, plan=plan, need_labels=need_labels, **kwargs)
-
-BATCH_TOKENS = {'cpu': 2**12} # tokens a batch by device type

@@ -97,7 +97,6 @@ def run_fisher(args):
     fisher = mask_fisher(model, data, num_samples=args.num_samples, seed=args.seed, variant=args.variant,
         labels=args.labels, precision=args.precision, device=args.device, tokenizer=tokenizer,
         max_length=args.max_length or task.max_length)
-    fisher.meta['data'] = args.data
     fisher.save(out)
     return {'wrote': str(out), 'num_examples': fisher.num_examples}
 
@@ -133,17 +132,20 @@ def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
     if len(specs)!=1:
         raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
     model,tokenizer = _load(name)
-    return {specs[0]: model}, {specs[0]: specs[0]}, tokenizer, dict(model=model_name(model))
+    key = specs[0] if specs[0].startswith('glue:') else Path(specs[0]).name
+    return {key: model}, {key: specs[0]}, tokenizer, dict(model=model_name(model))
 
 def run_evaluate(args):
     "Score a merged model on all its tasks, or one model on one data set."
     from fisher_nodes.evaluation import evaluate
+    from fisher_nodes.fisher import describe_data
     out = check_file(args.out, args.overwrite) if args.out else None
     models,specs,tokenizer,source = _models_to_score(args.model, args.data)
     loaded = {k: load_rows(v, models[k], args.split) for k,v in specs.items()}
     how = dict(tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
     scores = {k: evaluate(models[k], data, task, **how) for k,(data,task) in loaded.items()}
-    if out: write_record(out, scores=scores, data=specs, split=args.split, source=source)
+    data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
+    if out: write_record(out, scores=scores, data=data, split=args.split, source=source)
     return scores
 
 # %% ../nbs/09_cli.ipynb #52afa805
@@ -167,8 +169,10 @@ def run_finetune(args):
     "Fine-tune a model on one data set."
     from fisher_nodes.finetuning import finetune
     from fisher_nodes.tasks import load_task
+    check_folder(args.out, args.overwrite)
     data,task = load_task(args.data)
-    validation = load_task(args.validation, 'validation')[0] if args.validation else None
+    names = task.labels or None
+    validation = load_task(args.validation, 'validation', names)[0] if args.validation else None
     with redirect_stdout(sys.stderr): # where `Trainer` prints its log
         finetune(args.model, data, task, out=args.out, validation=validation, epochs=args.epochs,
             learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length,

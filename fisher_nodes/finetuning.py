@@ -16,9 +16,10 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, set_seed
+from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed
 
 from .architectures import model_name
 from .batches import collate, dataset_batches, is_dataset, make_batches, row_lengths, sample_rows, text_columns
@@ -30,8 +31,8 @@ from .tasks import Task, as_task
 
 # %% ../nbs/08_finetuning.ipynb #28e970c0
 def data_task(
-    data, # a `datasets.Dataset` with a label column
-    task=None, # a `Task`, a name in `GLUE`, or None to read it off `data`
+    data:Any, # a `datasets.Dataset` with a label column
+    task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None to read it off `data`
 )->Task: # the task to train for
     "The task of a data set."
     if task is not None: return as_task(task)
@@ -45,9 +46,9 @@ def data_task(
 
 # %% ../nbs/08_finetuning.ipynb #77d07cae
 def task_config(
-    config, # of the model to start from; not changed
+    config:PretrainedConfig, # of the model to start from; not changed
     task:Task, # names the classes
-): # a copy for the task
+)->PretrainedConfig: # a copy for the task
     "A model's configuration with the classes of a task."
     config, names = deepcopy(config), task.labels or ('score',)
     config.id2label = dict(enumerate(names))
@@ -57,14 +58,14 @@ def task_config(
 
 # %% ../nbs/08_finetuning.ipynb #03b3ee8c
 def load_body(
-    model, # a `PreTrainedModel` with or without a head, a folder or a Hub id
+    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with or without a head, a folder or a Hub id
 )->PreTrainedModel: # the body; the caller's own object if one was given
     "The body of a model, from safetensors only when it is loaded."
     if isinstance(model, PreTrainedModel): return model.base_model
     with names_model(model): return AutoModel.from_pretrained(str(model), use_safetensors=True)
 
 def new_model(
-    model, # a `PreTrainedModel` with or without a head, a folder or a Hub id
+    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with or without a head, a folder or a Hub id
     task:Task, # names the classes
 )->PreTrainedModel: # a float32 copy of the body under a fresh head
     "A model to train: the body of `model`, and a new head for `task`."
@@ -78,11 +79,11 @@ def new_model(
 # %% ../nbs/08_finetuning.ipynb #73d7a267
 def training_rows(
     model:PreTrainedModel, # knows its positions and its classes
-    data, # a `datasets.Dataset`, tokenised, or raw text with `tokenizer`
+    data:Any, # a `datasets.Dataset`, tokenised, or raw text with `tokenizer`
     num_samples:int|None=None, # rows to train on; None takes all
     seed:int=0, # of the sample
     **kwargs, # `tokenizer` and `max_length` of `dataset_batches`
-): # a `datasets.Dataset` of the model's inputs and `labels`, unpadded
+)->Any: # a `datasets.Dataset` of the model's inputs and `labels`, unpadded
     "Tokenised, checked rows, a seeded sample of them if there are more than `num_samples`."
     from datasets import Dataset
     if not is_dataset(data): raise ValueError(f'`data` must be a datasets.Dataset, got {type(data).__name__}')
@@ -93,15 +94,15 @@ def training_rows(
 
 # %% ../nbs/08_finetuning.ipynb #cd4cc793
 def training_arguments(
-    folder, # scratch folder that `Trainer` insists on
+    folder:str|Path, # scratch folder that `Trainer` insists on
     size:int, # training rows
     epochs=3,
     learning_rate:float=5e-5, # peak of the schedule
     batch_size:int=32,
     seed:int=0, # of the order of rows and of dropout
-    device=torch.device('cpu'), # where to train
+    device:str|torch.device|None=torch.device('cpu'), # where to train
     progress:bool=False, # show the progress bar of `Trainer`
-): # `transformers.TrainingArguments`
+)->Any: # `transformers.TrainingArguments`
     "The recipe: linear schedule, 6% warm-up, weight decay 0.01, rows grouped by length."
     from transformers import TrainingArguments
     if min(epochs, learning_rate, batch_size)<=0:
@@ -119,11 +120,11 @@ def training_arguments(
 # %% ../nbs/08_finetuning.ipynb #e16dada4
 def train(
     model:PreTrainedModel, # trained in place
-    rows, # from `training_rows`
-    folder, # scratch folder
-    device=torch.device('cpu'), # where to train
+    rows:Any, # from `training_rows`
+    folder:str|Path, # scratch folder
+    device:str|torch.device|None=torch.device('cpu'), # where to train
     **kwargs, # the rest of `training_arguments`
-)->list: # mean loss of each epoch
+)->list[float]: # mean loss of each epoch
     "Train a model on rows."
     from transformers import PrinterCallback, Trainer
     fill = {'input_ids': model.config.pad_token_id or 0}
@@ -143,7 +144,7 @@ WEIGHTS = ('model*.safetensors*', 'pytorch_model*') # what an earlier model in t
 
 def save_all(
     model:PreTrainedModel,
-    tokenizer, # saved too, unless None
+    tokenizer:Any, # saved too, unless None
     folder:Path, # exists
     record:dict, # what goes into `finetune.json`
 ):
@@ -156,7 +157,7 @@ def save_all(
 # %% ../nbs/08_finetuning.ipynb #e78458e4
 def check_validation(
     model:PreTrainedModel, # already with the head of the task
-    data, # what `evaluate` will be given, or None
+    data:Any, # what `evaluate` will be given, or None
     **kwargs, # `tokenizer` and `max_length`
 ):
     "Find what is wrong with the validation rows before training, not after."
@@ -164,20 +165,20 @@ def check_validation(
 
 # %% ../nbs/08_finetuning.ipynb #b5e9ad96
 def finetune(
-    model, # a `PreTrainedModel` with or without a head, a folder or a Hub id
-    data, # a `datasets.Dataset`, tokenised or raw text, with labels
-    task=None, # a `Task`, a name in `GLUE`, or None to read it off `data`
+    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with or without a head, a folder or a Hub id
+    data:Any, # a `datasets.Dataset`, tokenised or raw text, with labels
+    task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None to read it off `data`
     *,
-    out, # folder to write: safetensors, tokenizer, `finetune.json`
-    validation=None, # labelled rows to score the result on
-    tokenizer=None, # for raw text; a folder or Hub id brings its own
+    out:str|Path, # folder to write: safetensors, tokenizer, `finetune.json`
+    validation:Any=None, # labelled rows to score the result on
+    tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
     epochs=3,
     learning_rate:float=5e-5, # peak of the schedule
     batch_size:int=32,
     max_length:int|None=None, # tokens kept of a raw row; None is the task's
     num_samples:int|None=None, # rows to train on; None takes all
     seed:int=0, # of the sample, the head, the order of rows and dropout
-    device=None, # where to train; None is a GPU if there is one
+    device:str|torch.device|None=None, # where to train; None is a GPU if there is one
     overwrite:bool=False, # whether `out` may hold files already
     progress:bool=True, # show the progress bar of `Trainer`
 )->PreTrainedModel: # in evaluation mode

@@ -297,7 +297,7 @@ def mask_fisher(
     labels:str='empirical', # true labels; 'exact' or 'sampled' for the model's own
     precision:str|None=None, # 'fp32', 'tf32' or 'bf16'; None computes as the model is stored
     loss:Callable|None=None, # your own `loss(model, batch)->(B,)`; None is cross-entropy or squared error
-    tokenizer=None, # for raw text
+    tokenizer:Any=None, # for raw text
     max_length:int|None=None, # in tokens, for raw text; None is the model's own limit
     batch_tokens:int|None=None, # most tokens in a batch of a data set; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -294,11 +294,11 @@ def merge(
     weights:Mapping[str,float]|Sequence[float]|None=None, # λ of Equation 5; None is 1 for all
     num_samples:int|None=128, # training rows of each task, if Fishers are measured
     seed:int=0, # of that sample
-    tokenizer=None, # for raw text, and saved with the result
+    tokenizer:Any=None, # for raw text, and saved with the result
     max_length:int|Mapping[str,int]|None=None, # in tokens, for raw text; a number, or one for each task
     labels:str='empirical', # whose labels, if Fishers are measured, as in `mask_fisher`
     precision:str|None=None, # as in `mask_fisher`
-    loss=None, # as in `mask_fisher`
+    loss:Callable|None=None, # as in `mask_fisher`
     device:str|torch.device|None=None, # where Fishers are measured; None is where each model is
     progress:bool=True, # show progress bars
 )->Merged:

@@ -10,8 +10,10 @@ __all__ = ['GLUE', 'PAPER_TASKS', 'METRICS', 'Task', 'as_task', 'check_label_typ
 # %% ../nbs/06_tasks.ipynb #f8c6f460
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +47,7 @@ PAPER_TASKS = ('mnli','qqp','qnli','sst2','mrpc','rte')
 
 # %% ../nbs/06_tasks.ipynb #8e37b9c0
 def as_task(
-    task, # a `Task`, or a name in `GLUE`
+    task:Any, # a `Task`, or a name in `GLUE`
 )->Task: # the task itself
     "Look a task up by name; a `Task` is returned as it is."
     if isinstance(task, Task): return task
@@ -54,7 +56,7 @@ def as_task(
 
 # %% ../nbs/06_tasks.ipynb #40071f7a
 def check_label_type(
-    kind, # the label column's `pyarrow` type
+    kind:Any, # the label column's `pyarrow` type
     task:Task,
     source:str, # what the message calls the table
 ):
@@ -66,7 +68,7 @@ def check_label_type(
 
 # %% ../nbs/06_tasks.ipynb #4f84d06d
 def check_rows(
-    table, # a `pyarrow.Table`
+    table:Any, # a `pyarrow.Table`
     task:Task, # names the columns and the classes
     source:str, # what the messages call the table
 ):
@@ -88,11 +90,11 @@ def check_rows(
 
 # %% ../nbs/06_tasks.ipynb #d6be91c5
 def as_dataset(
-    table, # a `pyarrow.Table` with the columns of `task`
+    table:Any, # a `pyarrow.Table` with the columns of `task`
     task:Task,
     source:str, # short name: `glue/rte`, or a file's name
     split:str='train',
-): # a `datasets.Dataset` with the text columns and `label`
+)->Any: # a `datasets.Dataset` with the text columns and `label`
     "Checked rows as a data set with typed columns."
     from datasets import ClassLabel, Dataset, DatasetInfo, Features, NamedSplit, Value
     check_rows(table, task, source)
@@ -106,7 +108,7 @@ def as_dataset(
 def read_glue(
     task:Task, # one of `GLUE`
     split:str, # a split's own name, such as `validation_matched`
-): # a `pyarrow.Table`
+)->Any: # a `pyarrow.Table`
     "Rows of a GLUE split, from `FISHER_NODES_GLUE` when set and from the Hub when not."
     root = os.environ.get('FISHER_NODES_GLUE')
     if not root:
@@ -118,8 +120,8 @@ def read_glue(
 
 # %% ../nbs/06_tasks.ipynb #1ed9bcc0
 def read_table(
-    path, # a `.parquet`, `.csv` or `.jsonl` file
-): # a `pyarrow.Table`
+    path:str|Path, # a `.parquet`, `.csv` or `.jsonl` file
+)->Any: # a `pyarrow.Table`
     "Read a local file of rows; the suffix says how."
     import pyarrow as pa
     from pyarrow import csv, parquet
@@ -134,15 +136,15 @@ def read_table(
 
 # %% ../nbs/06_tasks.ipynb #4be9191d
 def is_text(
-    column, # a `pyarrow` column
+    column:Any, # a `pyarrow` column
 )->bool: # whether it holds strings
     "Strings of either `pyarrow` size."
     return str(column.type) in ('string','large_string')
 
 def table_text(
-    table, # a `pyarrow.Table`
+    table:Any, # a `pyarrow.Table`
     source:str, # what the message calls it
-)->tuple: # one or two column names
+)->tuple[str,...]: # one or two column names
     "The string columns other than `label`."
     names = tuple(c for c in table.column_names if c!='label' and is_text(table[c]))
     if len(names) in (1,2): return names
@@ -150,9 +152,9 @@ def table_text(
 
 # %% ../nbs/06_tasks.ipynb #baaedf7b
 def label_names(
-    table, # a `pyarrow.Table` with a column `label`
+    table:Any, # a `pyarrow.Table` with a column `label`
     source:str, # what the messages call the file
-)->tuple: # class names; empty for regression
+)->tuple[str,...]: # class names; empty for regression
     "Class names that the label column implies."
     import pyarrow as pa
     from datasets import Features
@@ -171,10 +173,10 @@ def label_names(
 
 # %% ../nbs/06_tasks.ipynb #689c1cff
 def file_task(
-    table, # a `pyarrow.Table` of raw text with a `label` column
+    table:Any, # a `pyarrow.Table` of raw text with a `label` column
     source:str, # file name; its stem becomes the task's name
-    labels=None, # class names in order; by default what the column implies
-)->tuple: # the table with integer or float labels, and its `Task`
+    labels:Sequence[str]|None=None, # class names in order; by default what the column implies
+)->tuple[Any,Task]: # the table with integer or float labels, and its `Task`
     "Read a `Task` off the columns of a file and turn string labels into integers."
     import pyarrow as pa
     if 'label' not in table.column_names:
@@ -191,10 +193,10 @@ def file_task(
 
 # %% ../nbs/06_tasks.ipynb #9e7805dd
 def load_task(
-    spec, # `glue:TASK`, or a `.parquet`, `.csv` or `.jsonl` file with a `label` column
+    spec:str|Path, # `glue:TASK`, or a `.parquet`, `.csv` or `.jsonl` file with a `label` column
     split:str='train', # `train`, `validation`, or a GLUE split's own name
-    labels=None, # class names of a file's labels, in order; see `file_task`
-)->tuple: # a `datasets.Dataset` and its `Task`
+    labels:Sequence[str]|None=None, # class names of a file's labels, in order; see `file_task`
+)->tuple[Any,Task]: # a `datasets.Dataset` and its `Task`
     "Rows and task of a data spec."
     spec = str(spec)
     if spec.startswith('glue:'):
@@ -207,7 +209,7 @@ def load_task(
 # %% ../nbs/06_tasks.ipynb #f40c4817
 def correlation(
     name:str, # `pearsonr` or `spearmanr` of `scipy.stats`
-): # a function of predictions and references
+)->Callable: # a function of predictions and references
     "A correlation that is 0 where the predictions are constant."
     def metric(predictions, references):
         from scipy import stats
@@ -218,7 +220,7 @@ def correlation(
 # %% ../nbs/06_tasks.ipynb #4caadbf5
 def from_sklearn(
     name:str, # a function of `sklearn.metrics`
-): # a function of predictions and references
+)->Callable: # a function of predictions and references
     "A scikit-learn metric, imported when it is used."
     def metric(predictions, references):
         from sklearn import metrics
@@ -231,8 +233,8 @@ METRICS = dict(accuracy=from_sklearn('accuracy_score'), f1=from_sklearn('f1_scor
 
 # %% ../nbs/06_tasks.ipynb #6be2d4cb
 def task_metric(
-    task, # a `Task`, or a name in `GLUE`
-): # an `evaluate.Metric` that computes all metrics of the task
+    task:Any, # a `Task`, or a name in `GLUE`
+)->Any: # an `evaluate.Metric` that computes all metrics of the task
     "The task's metrics as one `evaluate.Metric`, kept in memory."
     import datasets
     import evaluate
@@ -251,10 +253,10 @@ def task_metric(
 
 # %% ../nbs/06_tasks.ipynb #9e55d80c
 def score(
-    task, # a `Task`, or a name in `GLUE`
-    predictions, # one class or number per row
-    references, # the gold labels, of the same length
-)->dict: # metric name to a float
+    task:Any, # a `Task`, or a name in `GLUE`
+    predictions:Any, # one class or number per row
+    references:Any, # the gold labels, of the same length
+)->dict[str,float]: # metric name to a float
     "All metrics of a task."
     if len(predictions)!=len(references) or not len(references):
         raise ValueError(f'{len(predictions)} predictions for {len(references)} references')

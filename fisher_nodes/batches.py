@@ -114,6 +114,7 @@ def is_regression(
 )->bool:
     "Whether the task head predicts numbers instead of classes, by the rule of transformers."
     kind = model.config.problem_type
+    if kind=='multi_label_classification': raise ValueError('a multi-label head has no built-in loss or score; give your own `loss=`')
     return kind=='regression' if kind else model.config.num_labels==1
 
 def check_labels(
@@ -171,12 +172,15 @@ def _dataset_columns(model, dataset, tokenizer, max_length)->dict[str,list]:
     if 'input_ids' in dataset.column_names: return dataset.with_format(None)[:]
     if tokenizer is None:
         raise ValueError(f'the data set has no `input_ids`, only {dataset.column_names}; tokenise it or give `tokenizer=`')
+    if max_length is not None and max_length<1: raise ValueError(f'`max_length` must be at least 1, got {max_length}')
     limit = max_positions(model)
     return tokenize(dataset, tokenizer, min(max_length or limit, limit))
 
-def _check_lengths(model, lengths:Sequence[int], rows:Sequence[int]):
-    "`ValueError` naming the first row that is empty or longer than the model's positions."
+def _check_lengths(model, columns:Mapping[str,list], lengths:Sequence[int], rows:Sequence[int]):
+    "`ValueError` naming the first row that is empty, too long, or whose mask has another length."
     limit = max_positions(model)
+    for row,ids,mask in zip(rows, columns['input_ids'], columns['attention_mask']):
+        if len(ids)!=len(mask): raise ValueError(f'row {row} has {len(ids)} `input_ids` but {len(mask)} of `attention_mask`')
     for row,n in zip(rows, lengths):
         if not 1<=n<=limit:
             raise ValueError(f'row {row} has {n} tokens; expected 1 to {limit}, the positions of the model')
@@ -198,7 +202,7 @@ def dataset_batches(
     if need_labels: _dataset_labels(model, columns, rows)
     elif not every: columns.pop('labels', None)
     lengths = row_lengths(columns)
-    _check_lengths(model, lengths, rows)
+    _check_lengths(model, columns, lengths, rows)
     fill,plans = {'input_ids': model.config.pad_token_id or 0}, plan(lengths)
     return Batches((Batch([rows[i] for i in p], collate(columns, lengths, p, fill)) for p in plans), len(plans))
 

@@ -251,7 +251,7 @@ def make_parser()->argparse.ArgumentParser:
 # %% ../nbs/09_cli.ipynb #4403b1bf
 def main(
     argv:Sequence[str]|None=None, # words after the program's name; None reads them from the shell
-)->int: # exit status: 0, or 2 for bad input
+)->int: # exit status: 0, 2 for bad input, 130 when interrupted
     "Run `fisher-nodes`."
     args = make_parser().parse_args(argv)
     try: result = args.run(args)
@@ -259,5 +259,8 @@ def main(
         if os.environ.get('FISHER_NODES_DEBUG'): raise
         print(f'fisher-nodes {args.command}: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f'fisher-nodes {args.command}: interrupted', file=sys.stderr)
+        return 130
     if result is not None: print(json.dumps(result, indent=1))
     return 0

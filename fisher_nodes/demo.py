@@ -10,7 +10,6 @@ __all__ = ['PACKAGES', 'BASE', 'RECIPE', 'METHODS', 'package_file', 'minilm_path
 # %% ../nbs/10_demo.ipynb #e03636ba
 import csv
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from .batches import sample_rows
 from .evaluation import evaluate, predict
 from .finetuning import finetune, load_body
 from .fisher import describe_data, mask_fisher, versions
-from .merger import Merged, merge
+from .merger import Merged, is_merged, merge
 from .tasks import Task, as_dataset
 
 # %% ../nbs/10_demo.ipynb #68d60c55
@@ -175,14 +174,13 @@ def score_table(
 # %% ../nbs/10_demo.ipynb #327b49be
 def save_merged(
     merged, # a `Merged`
-    folder:Path, # where to write it; an older merge there is removed
+    folder:Path, # where to write it; an older merge there is replaced
     data:dict, # task name to `Corpus`
     tokenizer,
     size:int=64, # rows of each task to compare on
 )->bool: # True; a difference is an error
     "Save a merge, and check that it answers the same when reloaded."
-    shutil.rmtree(folder, ignore_errors=True)
-    merged.save_pretrained(folder)
+    merged.save_pretrained(folder, overwrite=is_merged(folder))
     again = Merged.from_pretrained(folder)
     for name,corpus in data.items():
         rows, kw = held_out(corpus, size), dict(tokenizer=tokenizer, max_length=corpus.task.max_length, progress=False)

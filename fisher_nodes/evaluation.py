@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .batches import Batch, Batches, is_dataset, is_regression, make_batches
-from .fisher import precision_context
+from .fisher import find_device, model_logits, precision_context
 from .masks import untouched
 from .tasks import GLUE, Task, as_task, score
 
@@ -40,10 +41,8 @@ def batch_logits(
 )->Tensor: # shape `(B, num_labels)`, on the CPU
     "Logits of one batch, checked."
     inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k,v in batch.inputs.items()}
-    out = model(**{k: v for k,v in inputs.items() if k!='labels'})
-    if not hasattr(out, 'logits'):
-        raise ValueError(f'{type(model).__name__} has no task head: its output has no logits, only {list(out)}')
-    logits = out.logits.to('cpu', torch.promote_types(out.logits.dtype, torch.float32))
+    logits = model_logits(model, {k: v for k,v in inputs.items() if k!='labels'})
+    logits = logits.to('cpu', torch.promote_types(logits.dtype, torch.float32))
     check_logits(logits, batch.rows)
     return logits
 
@@ -72,7 +71,7 @@ def names_model(
 )->Iterator[None]:
     "Turn a failure to find a model into a `ValueError` that says which."
     try: yield
-    except OSError as e: raise ValueError(f'cannot load {model}: {e}') from None
+    except (OSError, RuntimeError, SafetensorError) as e: raise ValueError(f'cannot load {model}: {" ".join(str(e).split())}') from None
 
 def load_model(
     model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id
@@ -106,8 +105,7 @@ def load_tokenizer(
     if tokenizer is not None and set(tokenizer.get_vocab())-set(tokenizer.all_special_tokens): return tokenizer
     if needed: raise ValueError(f'{model} has no tokenizer; give `tokenizer=`')
 
-# %% ../nbs/07_evaluation.ipynb #3d6a0b77
-@torch.inference_mode()
+# %% ../nbs/07_evaluation.ipynb #4779796c
 def run_model(
     model:PreTrainedModel, # with a task head
     data:Any, # a `datasets.Dataset`, or an iterable of batches
@@ -118,8 +116,8 @@ def run_model(
     **kwargs, # `tokenizer`, `max_length` and `batch_tokens` of `make_batches`
 )->tuple[Tensor,Tensor]: # logits and labels of `gather`
     "Logits and labels of all rows, in the data's own order; the model comes back as it was."
-    context = precision_context(precision, model, torch.device(device or model.device))
-    with untouched(model, device), context:
+    context = precision_context(precision, model, find_device(device or model.device))
+    with torch.inference_mode(False), torch.no_grad(), untouched(model, device), context:
         return gather(model, make_batches(model, data, need_labels=need_labels, **kwargs), progress)
 
 # %% ../nbs/07_evaluation.ipynb #21393606

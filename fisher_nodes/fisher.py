@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
-           'MaskFisher', 'Variant', 'precision_context', 'describe_data', 'versions', 'find_device', 'mask_fisher']
+           'MaskFisher', 'Variant', 'precision_context', 'model_logits', 'describe_data', 'versions', 'find_device',
+           'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,7 +57,7 @@ def per_example_loss(
         raise ValueError(f'expected logits of shape (B, classes), got {tuple(logits.shape)}; give your own `loss=`')
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if is_regression(model): return (logits-labels.to(logits).view_as(logits)).square().mean(1)
-    return cross_entropy(logits, labels, reduction='none')
+    return cross_entropy(logits, labels.long(), reduction='none')
 
 # %% ../nbs/03_fisher.ipynb #41d61cf2
 def _empirical(model, logits, batch:Batch, seed)->Iterator[tuple[Tensor,Tensor]]:
@@ -87,7 +88,7 @@ ESTIMATORS = dict(empirical=_empirical, exact=_exact, sampled=_sampled)
 # %% ../nbs/03_fisher.ipynb #3a3d3468
 NodeTensors = Tensor|tuple[Tensor,...]
 
-@dataclass
+@dataclass(eq=False)
 class MaskFisher:
     "Fisher information of every mask of a model (Equation 4), and its origin."
     heads:NodeTensors # shape `(layers, H)`, or a tuple of `(H,)` where layers differ
@@ -129,11 +130,12 @@ def load(cls:MaskFisher,
     path:str|Path, # a file that `save` wrote
 )->MaskFisher:
     "Read a saved `MaskFisher`; `ValueError` for a file that is not one."
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not a file')
     try: file = safe_open(path, 'pt')
     except SafetensorError as e: raise ValueError(f'{path} is not a saved MaskFisher: {e}') from None
     with file as f:
         about,keys = f.metadata() or {},list(f.keys())
-        if 'num_examples' not in about or 'heads.0' not in keys:
+        if not {'num_examples','meta'}<=about.keys() or 'heads.0' not in keys:
             raise ValueError(f'{path} is not a saved MaskFisher')
         count = lambda k: sum(o.startswith(f'{k}.') for o in keys)
         fields = {k: _pack([f.get_tensor(f'{k}.{i}') for i in range(count(k))]) for k in _FIELDS if count(k)}
@@ -155,16 +157,17 @@ VARIANTS = dict(paper=Variant('before', square_each, True, False, None, False),
 
 # %% ../nbs/03_fisher.ipynb #f6a7a638
 @contextmanager
-def _tf32(on:bool)->Iterator[None]:
-    "Matrix products in TF32 or in full float32; the global setting comes back."
+def _tf32(on:bool, device:torch.device)->Iterator[None]:
+    "Matrix products in TF32 or in full float32, without autocast; the global setting comes back."
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('high' if on else 'highest')
-    try: yield
+    try:
+        with torch.autocast(device.type, enabled=False): yield
     finally: torch.set_float32_matmul_precision(before)
 
 def _bf16(device:torch.device): return torch.autocast(device.type, torch.bfloat16)
 
-PRECISIONS = dict(fp32=lambda d: _tf32(False), tf32=lambda d: _tf32(True), bf16=_bf16)
+PRECISIONS = dict(fp32=partial(_tf32, False), tf32=partial(_tf32, True), bf16=_bf16)
 
 # %% ../nbs/03_fisher.ipynb #1415e0e7
 def precision_context(
@@ -218,6 +221,15 @@ def _to_device(v:Any, device:torch.device)->Any:
     if not isinstance(v, Tensor): return v
     return (v.clone() if v.is_inference() else v).to(device, non_blocking=True)
 
+def model_logits(
+    model:PreTrainedModel, # with a task head
+    inputs:Mapping[str,Any], # what its `forward` takes
+)->Tensor: # shape `(B, classes)`
+    "The logits of a batch; `ValueError` for a model without a task head."
+    out = model(**inputs)
+    if not hasattr(out, 'logits'): raise ValueError(f'{type(model).__name__} has no task head: its output has no logits')
+    return out.logits
+
 def _pairs(model, batch:Batch, labels:str, loss:Callable|None, seed:int)->Iterator[tuple[Tensor,Tensor]]:
     "Run the model forward; yield weights and losses."
     if loss is not None:
@@ -228,7 +240,7 @@ def _pairs(model, batch:Batch, labels:str, loss:Callable|None, seed:int)->Iterat
         yield torch.ones(len(losses), device=losses.device), losses
     else:
         inputs = {k: v for k,v in batch.inputs.items() if k!='labels'}
-        yield from ESTIMATORS[labels](model, model(**inputs).logits, batch, seed)
+        yield from ESTIMATORS[labels](model, model_logits(model, inputs), batch, seed)
 
 # %% ../nbs/03_fisher.ipynb #98124430
 def _accumulate(model, batches, masks:MaskGradients, sums:_Sums, labels, loss, seed)->int:
@@ -286,9 +298,16 @@ def _chunks(size:int, lengths:Sequence[int])->list[list[int]]:
     "Positions in their own order, `size` a batch."
     return [list(range(i, min(i+size, len(lengths)))) for i in range(0, len(lengths), size)]
 
+# %% ../nbs/03_fisher.ipynb #5b8abd5d
+def _resolve(model:Any, tokenizer:Any)->tuple[Any,Any]:
+    "A model as it is, or loaded together with its tokenizer."
+    if not isinstance(model, (str, Path)): return model, tokenizer
+    from fisher_nodes.evaluation import load_model, load_tokenizer
+    return load_model(model), load_tokenizer(model, tokenizer, needed=False)
+
 # %% ../nbs/03_fisher.ipynb #ed8e0e69
 def mask_fisher(
-    model:PreTrainedModel, # fine-tuned, of a supported family; comes back exactly as it was
+    model:PreTrainedModel|str|Path, # fine-tuned, of a supported family, or its folder or Hub id; comes back as it was
     data:Any, # a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), or an iterable of batches
     *,
     num_samples:int|None=None, # N; a data set is sampled, own batches are cut; None takes all
@@ -305,12 +324,13 @@ def mask_fisher(
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->MaskFisher:
     "Fisher information of every head and FFN row (Equation 4); `ValueError` for bad input, before long work."
+    model,tokenizer = _resolve(model, tokenizer)
     _check_choices(model, variant, labels, matrices, loss)
     how = VARIANTS[variant]
     plan = partial(_chunks, how.batch_size) if how.batch_size else None
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
-    with (untouched(model, device), torch.inference_mode(False), torch.enable_grad(), context,
+    with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context,
           MaskGradients(model, how.ffn_mask) as masks):
         batches = make_batches(model, data, num_samples=num_samples, seed=seed, replacement=how.replacement,
             plan=plan, batch_tokens=batch_tokens, need_labels=loss is None and labels=='empirical',

@@ -73,8 +73,9 @@ def node_shares(
     weights:Tensor, # λ, shape `(M,)`
 )->tuple[Tensor,int]: # shares, shape `(M, nodes)`, columns adding up to 1, and how many nodes had no Fisher
     "Each model's share of every node (the weights in Equation 5)."
-    weights = weights.double()[:,None]
-    products = weights*fishers.double()
+    weights,fishers = (weights/weights.max()).double()[:,None],fishers.double()
+    largest = fishers.amax(0)
+    products = weights*fishers/largest.masked_fill(largest==0, 1)
     total = products.sum(0)
     empty = total==0
     return torch.where(empty, weights/weights.sum(), products/total.masked_fill(empty, 1)), int(empty.sum())

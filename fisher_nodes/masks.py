@@ -52,7 +52,9 @@ def mask_sites(
     module = lambda role,i: body.get_submodule(arch.path(role, i))
     sites = [(Site(module('attention_output', i), 'input', layer.heads), Site(module(role, i), side, layer.rows))
              for i,layer in enumerate(find_layers(model))]
-    return [site for pair in sites for site in pair]
+    flat = [site for pair in sites for site in pair]
+    if len({id(o.module) for o in flat})<len(flat): raise ValueError('layers share modules; a mask needs a module of its own')
+    return flat
 
 # %% ../nbs/01_masks.ipynb #23a2b3b8
 class MaskGradients:
@@ -89,8 +91,10 @@ def _watch(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None=None)->Tensor:
 @patch
 def _add(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None, grad:Tensor):
     "Add the mask gradients of site `k` to those of the same backward pass."
-    new = node_gradients(x if bias is None else x-bias, grad, self.sites[k].nodes)
-    self.grads[k] = new if self.grads[k] is None else self.grads[k]+new
+    new,old = node_gradients(x if bias is None else x-bias, grad, self.sites[k].nodes),self.grads[k]
+    if old is not None and len(old)!=len(new):
+        raise ValueError(f'two passes through the body have {len(old)} and {len(new)} rows; one example must be one row')
+    self.grads[k] = new if old is None else old+new
 
 # %% ../nbs/01_masks.ipynb #23a325c1
 @patch
@@ -136,6 +140,8 @@ def untouched(
     device:str|torch.device|None=None, # where to run; None leaves the model where it is
 )->Iterator[None]:
     "Evaluation mode and frozen weights inside; outside, the model and all random states are as before."
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError('the model was made inside `torch.inference_mode`; make or load it outside')
     modes = [(m, m.training) for m in model.modules()]
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     home = next(model.parameters()).device

@@ -24,12 +24,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from .architectures import architecture, find_layers, find_roles, hash_weights, model_name
+from .architectures import Layer, architecture, find_layers, find_roles, hash_weights, model_name
 from .batches import make_batches
 from .evaluation import load_model, load_tokenizer
 from .fisher import MaskFisher, VARIANTS, mask_fisher, versions
 from .mapping import KINDS, assign_kinds, check_fisher, fill_zeros, get_scheme, node_shares, weighted_mean
-from .output import whole_folder
+from .output import OutputExistsError, whole_folder
 
 # %% ../nbs/05_merger.ipynb #1846deb4
 MUST_AGREE = ('model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size',
@@ -47,14 +47,18 @@ def _check_pair(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
         if x!=y:
             raise ValueError(f'models cannot be merged: {name} is {x} in {first!r} but {y} in {task!r}')
 
-# %% ../nbs/05_merger.ipynb #1635bb42
+# %% ../nbs/05_merger.ipynb #12dd2345
+_TASK_NAME = re.compile(r'[A-Za-z0-9][\w.-]*')
+
 def check_models(
     models:Mapping[str,PreTrainedModel], # task -> model
 ):
     "An error unless all models can be merged and all names can be folders."
     for task,m in models.items():
-        if not isinstance(task, str) or not re.fullmatch(r'[A-Za-z0-9][\w.-]*', task):
+        if not isinstance(task, str) or not _TASK_NAME.fullmatch(task):
             raise ValueError(f'task name {task!r} must be letters, digits, dots, dashes or underscores, since it names a folder')
+        if Path(task).suffix in ('.json', '.md', '.safetensors', '.txt', '.model', '.jinja'):
+            raise ValueError(f'task name {task!r} looks like a file of the saved model; a task names a folder')
         try: architecture(m)
         except (TypeError, ValueError) as e: raise type(e)(f'model of {task!r}: {e}') from None
     first,*others = models
@@ -117,7 +121,7 @@ def with_body(
     old = model.base_model
     if old is model: return body
     pairs = [*zip(old.modules(), body.modules()), *zip(old.parameters(), body.parameters())]
-    return _new_copy(model, {id(a): b for a,b in pairs})
+    return _new_copy(model, {id(a): b for a,b in pairs}).to(body.dtype)
 
 class Merged(Mapping):
     "A merged body with a head for each task; `merged[task]` is a model like any other."
@@ -145,6 +149,8 @@ def logits(self:Merged,
     **inputs, # what the body takes: `input_ids`, `attention_mask`, …
 )->dict[str,Tensor]: # task -> logits
     "The logits of every task from one pass through the shared body."
+    bare = [t for t,m in self.models.items() if m is self.body]
+    if bare: raise ValueError(f'the models of {bare} have no task head, so there are no logits')
     out,answers = self.body(**inputs),{}
     for task,model in self.models.items():
         head = copy.copy(model)
@@ -351,7 +357,8 @@ def _save_body(body:PreTrainedModel, folder:Path):
 def _save_task(model:PreTrainedModel, body_file:Path, folder:Path):
     "A task's folder: config, head, a link to the body, and an index of both."
     shared = {t.data_ptr() for t in model.base_model.state_dict().values()}
-    head = {n: t.contiguous() for n,t in model.state_dict().items() if t.data_ptr() not in shared}
+    own = {t.data_ptr(): n for n,t in model.state_dict().items() if t.data_ptr() not in shared} # one name if tied
+    head = {n: t.contiguous() for n,t in model.state_dict().items() if own.get(t.data_ptr())==n}
     files = [f'model-0000{i}-of-00002.safetensors' for i in (1,2)]
     body = [f'{model.base_model_prefix}.{n}' for n in model.base_model.state_dict()]
     index = {n: files[0] for n in body} | {n: files[1] for n in head}
@@ -391,6 +398,23 @@ def _card(merged:Merged, folder:str)->ModelCard:
                         method=report['method'], rows='\n'.join(rows), folder=folder, task=next(iter(tasks)))
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}')
 
+# %% ../nbs/05_merger.ipynb #a6597712
+def _read_report(path:Path)->dict[str,Any]:
+    "The report of a merged model; `ValueError` if it is not one, or names tasks that are not plain names."
+    try: report = json.loads((path/RECORD).read_text())
+    except json.JSONDecodeError as e: raise ValueError(f'{path/RECORD} is not a merge report: {e}') from None
+    tasks = report.get('tasks') if isinstance(report, dict) else None
+    if not tasks or not all(_TASK_NAME.fullmatch(t) for t in tasks): raise ValueError(f'{path/RECORD} is not a merge report: its tasks are {tasks}')
+    return report
+
+def _earlier_tasks(path:Path)->list[str]: return list(_read_report(path)['tasks'])
+
+def _check_widths(body:PreTrainedModel):
+    "`ValueError` where layers differ from the config, since transformers could not load them."
+    want = Layer(body.config.num_attention_heads, body.config.hidden_size//body.config.num_attention_heads, body.config.intermediate_size)
+    odd = [i for i,o in enumerate(find_layers(body)) if o!=want]
+    if odd: raise ValueError(f'layers {odd} have other widths than the config says; transformers could not load them from disk')
+
 # %% ../nbs/05_merger.ipynb #7f161208
 @patch
 def save_pretrained(self:Merged,
@@ -399,16 +423,17 @@ def save_pretrained(self:Merged,
 ):
     "Write the body once and a folder for each task; `OutputExistsError` if the folder is not empty."
     path,tasks = Path(path),list(self)
-    stale = list(json.loads((path/RECORD).read_text())['tasks']) if is_merged(path) else []
-    taken = {'config.json','model.safetensors','README.md',RECORD} & set(tasks)
-    if taken: raise ValueError(f'task names {sorted(taken)} are names of files in the folder')
+    _check_widths(self.body)
+    stale = _earlier_tasks(path) if is_merged(path) else []
+    for t in tasks:
+        if (path/t).exists() and t not in stale: raise OutputExistsError(f'{path/t} is there and not from an earlier merge')
     with whole_folder(path, RECORD, overwrite, stale) as out:
         _save_body(self.body, out)
         for task,model in self.items(): _save_task(model, out/'model.safetensors', out/task)
         for folder in (out, *(out/t for t in tasks)):
             if self.tokenizer is not None: self.tokenizer.save_pretrained(folder)
         (out/RECORD).write_text(json.dumps(self.report, indent=1))
-        _card(self, path.name).save(out/'README.md')
+        _card(self, path.resolve().name).save(out/'README.md')
 
 # %% ../nbs/05_merger.ipynb #c4b67181
 def _load_any(folder:Path)->PreTrainedModel:
@@ -426,7 +451,7 @@ def from_pretrained(cls:Merged,
     "Load a merged model: one body, a head for each task."
     path = Path(path)
     if not is_merged(path): raise ValueError(f'{path} is not a merged model: it has no {RECORD}')
-    report = json.loads((path/RECORD).read_text())
+    report = _read_report(path)
     gone = [t for t in report['tasks'] if not (path/t/'config.json').is_file()]
     if gone: raise ValueError(f'{path} is not whole: the folders of {gone} are missing')
     models = {t: _load_any(path/t) for t in report['tasks']}

@@ -1,0 +1,122 @@
+"""Faults that were found by trying to break the package, each kept as a test."""
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.testing import assert_close
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+from fisher_nodes import MaskFisher, Merged, finetune, mask_fisher, merge
+from fisher_nodes.mapping import node_shares
+from reference import brute_mask_fisher, examples, ragged_batches, task_loss, tiny
+from test_roundtrip import inputs_of
+
+def pair(**kw): return dict(a=tiny(**kw), b=tiny(seed=1, **kw))
+
+def test_overwrite_never_removes_what_is_not_an_earlier_merge(tmp_path):
+    models = pair()
+    for t, m in models.items(): m.save_pretrained(tmp_path/t)
+    with pytest.raises(ValueError, match='not from an earlier merge'): merge(models, method='average').save_pretrained(tmp_path, overwrite=True)
+    assert all((tmp_path/t/'model.safetensors').exists() for t in models)
+
+def test_a_report_cannot_name_folders_elsewhere(tmp_path):
+    (tmp_path/'precious').mkdir(); (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'merge_report.json').write_text(json.dumps(dict(tasks={'../precious': {}})))
+    with pytest.raises(ValueError, match='not a merge report'): merge(pair(), method='average').save_pretrained(tmp_path/'out', overwrite=True)
+    assert (tmp_path/'precious').exists()
+
+@pytest.mark.parametrize('text', ['', '{}', '[]', '{"tasks": {}}'])
+def test_a_broken_report_is_named(text, tmp_path):
+    (tmp_path/'merge_report.json').write_text(text)
+    with pytest.raises(ValueError, match='is not a merge report'): Merged.from_pretrained(tmp_path)
+
+def test_one_folder_holds_one_result(tmp_path):
+    merge(pair(), method='average').save_pretrained(tmp_path)
+    rows = Dataset.from_list(examples(8, 2))
+    finetune(tiny(num_labels=2, dtype=torch.float32), rows, out=tmp_path, epochs=1, overwrite=True, progress=False)
+    assert not (tmp_path/'merge_report.json').exists()
+
+@pytest.mark.parametrize('extra', [1, 2])
+def test_a_loss_with_another_number_of_rows_is_refused(extra):
+    def loss(model, batch): return task_loss(model, batch)*model(input_ids=torch.tensor([[5, 6, 7]]*extra)).logits.sum()
+    with pytest.raises(ValueError, match='one example must be one row'): mask_fisher(tiny(), ragged_batches(), loss=loss, progress=False)
+
+def test_a_mask_of_another_length_is_refused():
+    rows = Dataset.from_list([{**e, 'attention_mask': e['attention_mask'][:-1]} for e in examples(4)])
+    with pytest.raises(ValueError, match='row 0 has .* `input_ids` but'): mask_fisher(tiny(), rows)
+
+def test_fp32_switches_autocast_off():
+    model = tiny(dtype=torch.float32)
+    with torch.autocast('cpu', torch.bfloat16): got = mask_fisher(model, ragged_batches(), precision='fp32')
+    assert_close(got.heads, mask_fisher(model, ragged_batches()).heads, rtol=1e-6, atol=0)
+
+def test_shared_layers_are_refused():
+    model = tiny()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    with pytest.raises(ValueError, match='share modules'): mask_fisher(model, ragged_batches())
+
+def test_shares_do_not_overflow():
+    F = torch.full((2, 3), 1e308, dtype=torch.float64)
+    assert_close(node_shares(F, torch.full((2,), 1e308, dtype=torch.float64))[0], torch.full_like(F, .5), rtol=0, atol=0)
+
+def test_multi_label_heads_need_a_loss():
+    model = tiny()
+    model.config.problem_type = 'multi_label_classification'
+    with pytest.raises(ValueError, match='multi-label'): mask_fisher(model, ragged_batches())
+
+def test_heads_follow_the_body_to_the_widest_dtype(tmp_path):
+    merged = merge(dict(a=tiny(dtype=torch.float16), b=tiny(seed=1, dtype=torch.float32)), method='average')
+    with torch.no_grad():
+        before = merged.logits(**inputs_of('bert'))
+        merged.save_pretrained(tmp_path)
+        after = Merged.from_pretrained(tmp_path).logits(**inputs_of('bert'))
+    for t in before: assert_close(after[t], before[t], rtol=1e-5, atol=1e-6)
+
+def test_tied_weights_are_saved_once(tmp_path):
+    cfg = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+    models = {t: BertForMaskedLM(cfg).eval() for t in 'ab'}
+    merged = merge(models, method='average')
+    merged.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(): assert_close(AutoModelForMaskedLM.from_pretrained(tmp_path/'a')(ids).logits, merged['a'](ids).logits)
+
+def test_ragged_layers_are_not_written_where_nobody_could_read_them(tmp_path):
+    models = pair()
+    for m in models.values():
+        m.bert.encoder.layer[1].intermediate.dense = torch.nn.Linear(16, 12).double()
+        m.bert.encoder.layer[1].output.dense = torch.nn.Linear(12, 16).double()
+    merged = merge(models, {t: mask_fisher(m, ragged_batches()) for t, m in models.items()})
+    with pytest.raises(ValueError, match=r'layers \[1\] have other widths'): merged.save_pretrained(tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_a_model_made_in_inference_mode_is_named():
+    with torch.inference_mode(): model = tiny()
+    with pytest.raises(ValueError, match='inference_mode'): mask_fisher(model, ragged_batches())
+
+@pytest.mark.parametrize('dtype', [torch.int32, torch.bool])
+def test_labels_of_any_integer_type(dtype):
+    model, batches = tiny(num_labels=2), ragged_batches(num_labels=2)
+    narrow = [{**b, 'labels': b['labels'].to(dtype)} for b in batches]
+    assert_close(mask_fisher(model, narrow).heads, mask_fisher(model, batches).heads, rtol=0, atol=0)
+
+def test_a_body_has_no_logits():
+    with pytest.raises(ValueError, match='has no task head'): mask_fisher(tiny().bert, ragged_batches())
+    merged = merge(dict(a=tiny().bert, b=tiny(seed=1).bert), method='average')
+    with pytest.raises(ValueError, match='have no task head'): merged.logits(**inputs_of('bert'))
+
+@pytest.mark.parametrize('name', ['README.md', 'tokenizer.json', 'vocab.txt'])
+def test_names_of_files_are_refused_early(name):
+    with pytest.raises(ValueError, match='looks like a file'): merge({name: tiny(), 'b': tiny(seed=1)}, method='average')
+
+def test_a_model_by_its_folder(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    got = mask_fisher(str(tmp_path), ragged_batches())
+    assert_close(got.heads, brute_mask_fisher(model, ragged_batches())[0], rtol=1e-5, atol=0)
+
+def test_fishers_compare_by_identity_and_missing_folders_are_named(tmp_path):
+    f = MaskFisher(torch.ones(2, 4), torch.ones(2, 24))
+    assert f==f and f!=MaskFisher(f.heads, f.rows)
+    with pytest.raises(FileNotFoundError, match='folder does not exist'): f.save(tmp_path/'no'/'f.safetensors')
+    with pytest.raises(FileNotFoundError, match='is not a file'): MaskFisher.load(tmp_path)

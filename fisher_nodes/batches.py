@@ -95,11 +95,11 @@ def row_lengths(
     return [len(m) - next((i for i,o in enumerate(reversed(m)) if o), len(m)) for m in masks]
 
 def collate(
-    columns:Mapping[str,list], # one list a column, one entry a row; entries are numbers or lists of them
+    columns:Mapping[str,list], # one list per column, one entry per row; entries are numbers or lists of them
     lengths:Sequence[int], # of each row, in tokens
     rows:Sequence[int], # positions of the rows to take
     fill:Mapping[str,int], # padding value by column; 0 where none is given
-)->dict[str,Tensor]: # one tensor a column, lists padded to the longest of `rows`
+)->dict[str,Tensor]: # one tensor per column, lists padded to the longest of `rows`
     "Pad some rows to tensors."
     width = max(lengths[i] for i in rows)
     ids = columns['input_ids']
@@ -176,7 +176,7 @@ def _dataset_columns(model, dataset, tokenizer, max_length)->dict[str,list]:
     limit = max_positions(model)
     return tokenize(dataset, tokenizer, min(max_length or limit, limit))
 
-def _check_lengths(model, columns:Mapping[str,list], lengths:Sequence[int], rows:Sequence[int]):
+def _check_lengths(model, columns:dict[str,list], lengths:Sequence[int], rows:Sequence[int]):
     "`ValueError` naming the first row that is empty, too long, or whose mask has another length."
     limit = max_positions(model)
     for row,ids,mask in zip(rows, columns['input_ids'], columns['attention_mask']):

@@ -51,7 +51,7 @@ def gather(
     model:PreTrainedModel, # with a task head, in evaluation mode
     batches:Batches, # each row exactly once
     progress:bool=False, # show a progress bar when it takes more than a second
-)->tuple[Tensor,Tensor|None]: # logits `(N, num_labels)` and labels `(N,)`, or None without labels, in row order
+)->tuple[Tensor,Tensor|None]: # logits `(N, num_labels)` and labels `(N,)` or None, in row order
     "Run all batches and put their logits and labels in the order of the rows."
     rows, logits, labels = [], [], []
     bar = tqdm(batches.batches, total=batches.num_batches, desc='evaluate', unit='batch',

@@ -33,14 +33,14 @@ from .output import whole_file
 
 # %% ../nbs/03_fisher.ipynb #71da40bf
 def square_each(
-    grads:Tensor, # mask gradients, one row an example, shape `(B, nodes)`
+    grads:Tensor, # mask gradients, one row per example, shape `(B, nodes)`
     weights:Tensor, # weight of each example, shape `(B,)`; ones unless labels are averaged over
 )->Tensor: # shape `(nodes,)`, float64
     "Weighted sum over examples of squared gradients (the sum in Equation 4)."
     return weights.double() @ grads.double().square()
 
 def square_mean(
-    grads:Tensor, # mask gradients, one row an example, shape `(B, nodes)`
+    grads:Tensor, # mask gradients, one row per example, shape `(B, nodes)`
     weights:Tensor, # ignored: the released code weights all examples alike
 )->Tensor: # shape `(nodes,)`, float64
     "Square of the gradient of the batch-mean loss (the released code)."
@@ -230,7 +230,7 @@ def model_logits(
     if not hasattr(out, 'logits'): raise ValueError(f'{type(model).__name__} has no task head: its output has no logits')
     return out.logits
 
-def _pairs(model, batch:Batch, labels:str, loss:Callable|None, seed:int)->Iterator[tuple[Tensor,Tensor]]:
+def _pairs(model, batch:Batch, labels, loss, seed)->Iterator[tuple[Tensor,Tensor]]:
     "Run the model forward; yield weights and losses."
     if loss is not None:
         losses = loss(model, batch.inputs)

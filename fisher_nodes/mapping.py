@@ -69,9 +69,9 @@ def assign_kinds(
 
 # %% ../nbs/04_mapping.ipynb #4fe43273
 def node_shares(
-    fishers:Tensor, # F, one row a model, shape `(M, nodes)`
+    fishers:Tensor, # F, one row per model, shape `(M, nodes)`
     weights:Tensor, # λ, shape `(M,)`
-)->tuple[Tensor,int]: # shares, shape `(M, nodes)`, columns adding up to 1, and how many nodes had no Fisher
+)->tuple[Tensor,int]: # shares, shape `(M, nodes)`, and the number of nodes without Fisher
     "Each model's share of every node (the weights in Equation 5)."
     weights,fishers = (weights/weights.max()).double()[:,None],fishers.double()
     largest = fishers.amax(0)

@@ -23,7 +23,7 @@ def node_gradients(
     x:Tensor, # what the masks multiply, shape `(B, T, nodes*size)`
     grad:Tensor, # gradient of the summed losses with respect to `x`, same shape
     nodes:int, # number of masks; each multiplies `size` neighbouring columns
-)->Tensor: # one gradient an example and mask, shape `(B, nodes)`, float32 or better
+)->Tensor: # one gradient per example and mask, shape `(B, nodes)`, float32 or better
     "Mask gradients: activation times its gradient, summed over tokens and the node's columns."
     if x.shape!=grad.shape: raise ValueError(f'`x` is {tuple(x.shape)} but `grad` is {tuple(grad.shape)}')
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -99,9 +99,9 @@ def _add(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None, grad:Tensor):
 # %% ../nbs/01_masks.ipynb #23a325c1
 @patch
 def per_example(self:MaskGradients,
-    losses:Tensor, # one loss an example, shape `(B,)`, from a forward pass inside the block
+    losses:Tensor, # one loss per example, shape `(B,)`, from a forward pass inside the block
     retain_graph:bool=False, # keep the forward pass for another call
-)->tuple[list[Tensor], list[Tensor]]: # a layer each: heads `(B, H)` and rows `(B, D)`
+)->tuple[list[Tensor], list[Tensor]]: # per layer: heads `(B, H)` and rows `(B, D)`
     "Every example's mask gradients, by one backward pass over the summed losses."
     if losses.ndim!=1: raise ValueError(f'`losses` must have shape (B,), got {tuple(losses.shape)}')
     if not losses.requires_grad:

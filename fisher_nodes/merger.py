@@ -136,7 +136,8 @@ class Merged(Mapping):
     def __getitem__(self, task): return self.models[task]
     def __iter__(self): return iter(self.models)
     def __len__(self): return len(self.models)
-    def __repr__(self): return f'Merged({", ".join(self)}; {self.report["method"]} of {type(self.body).__name__})'
+    def __repr__(self):
+        return f'Merged({", ".join(self)}; {self.report["method"]} of {type(self.body).__name__})'
 
 # %% ../nbs/05_merger.ipynb #706a95ae
 class _Given(nn.Module):
@@ -220,13 +221,13 @@ def _check_data(models, data, lengths, kwargs):
                           tokenizer=kwargs['tokenizer'], need_labels=need_labels, every=kwargs['loss'] is not None)
         except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
 
-def _measure(models:Mapping[str,PreTrainedModel], data:Mapping[str,Any], max_length:Any, **kwargs)->dict[str,MaskFisher]:
+def _measure(models:Mapping, data:Mapping, max_length:Any, **kwargs)->dict[str,MaskFisher]:
     "The mask Fisher of every model on its own data."
     lengths = max_length if isinstance(max_length, Mapping) else dict.fromkeys(models, max_length)
     _check_data(models, data, lengths, kwargs)
     return {t: mask_fisher(m, data[t], max_length=lengths[t], **kwargs) for t,m in models.items()}
 
-def _check_fishers(fishers:Mapping[str,MaskFisher], models:Mapping[str,PreTrainedModel], variant:str|None):
+def _check_fishers(fishers:Mapping[str,MaskFisher], models:Mapping, variant:str|None):
     "`ValueError` unless every Fisher fits its model and all were computed alike."
     for task,f in fishers.items():
         known = getattr(f, 'meta', {}).get('weight_hash')
@@ -260,8 +261,8 @@ def _report(models, plan, fishers, weights, **about)->dict[str,Any]:
     return dict(**about, tasks=tasks, roles=_by_role(first, plan), zero_fisher=_zeros(first, list(fishers.values())),
                 copied=copied, versions=versions())
 
-# %% ../nbs/05_merger.ipynb #4c6b1011
-def _method_scheme(method:str, variant:str, scheme:Any, fishers:Any, data:Any)->Mapping[str,str]:
+# %% ../nbs/05_merger.ipynb #38193c91
+def _method_scheme(method:str, variant:str, scheme, fishers, data)->Mapping[str,str]:
     "The scheme to weight with; `ValueError` for unknown choices, or too few or too many inputs."
     _known(method, METHODS, 'method'); _known(variant, VARIANTS, 'variant')
     how,given = METHODS[method],[k for k,v in dict(fishers=fishers, data=data).items() if v is not None]
@@ -271,7 +272,7 @@ def _method_scheme(method:str, variant:str, scheme:Any, fishers:Any, data:Any)->
         raise ValueError(f'method {method!r} weights all alike; it takes no {given or "scheme"}')
     return get_scheme(scheme or how.scheme or variant)
 
-def _assemble(models:Mapping[str,PreTrainedModel], state:Mapping[str,Tensor], report:dict, tokenizer:Any)->Merged:
+def _assemble(models:Mapping, state:Mapping[str,Tensor], report:dict, tokenizer:Any)->Merged:
     "Put the merged state into a new body, and every task's head on it."
     body = _new_copy(next(iter(models.values())).base_model, {})
     body.load_state_dict(state, assign=True)

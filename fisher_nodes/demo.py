@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .batches import sample_rows
-from .evaluation import evaluate, predict
+from .evaluation import evaluate, load_model, predict
 from .finetuning import finetune, load_body
 from .fisher import describe_data, mask_fisher, versions
 from .merger import Merged, is_merged, merge
@@ -133,7 +133,7 @@ def checkpoint(
     if record.exists() and not overwrite:
         if other := differences(json.loads(record.read_text()), wanted):
             raise ValueError(f'{out} was made with other settings (there, asked for): {other}; pass overwrite=True')
-        return AutoModelForSequenceClassification.from_pretrained(out, use_safetensors=True)
+        return load_model(out)
     body, tokenizer = load_body(minilm_path()), AutoTokenizer.from_pretrained(minilm_path())
     body.config._name_or_path = BASE
     return finetune(body, corpus.train, corpus.task, out=out, tokenizer=tokenizer, num_samples=num_samples,

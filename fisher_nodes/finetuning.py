@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed
 
 from .architectures import model_name
-from .batches import collate, dataset_batches, is_dataset, make_batches, row_lengths, sample_rows, text_columns
-from .evaluation import evaluate, is_raw, load_tokenizer, names_model
+from .batches import collate, dataset_batches, is_dataset, is_raw, make_batches, row_lengths, sample_rows, text_columns
+from .evaluation import evaluate, load_tokenizer, names_model
 from .fisher import describe_data, find_device, versions
 from .masks import keep_rng
 from .output import whole_folder

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
-           'MaskFisher', 'Variant', 'precision_context', 'model_logits', 'describe_data', 'versions', 'find_device',
-           'mask_fisher']
+           'MaskFisher', 'Variant', 'precision_context', 'to_device', 'model_logits', 'describe_data', 'versions',
+           'find_device', 'fisher_batches', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from . import __version__
 from .architectures import architecture, hash_weights, model_name
-from .batches import Batch, is_dataset, is_regression, make_batches
+from .batches import Batch, Batches, is_dataset, is_regression, make_batches
 from .masks import MaskGradients, untouched
 from .output import whole_file
 
@@ -215,8 +215,8 @@ class _Sums:
         layers = {k: [(v*scale).to('cpu', dtype) for (o,_),v in sorted(self.sums.items()) if o==k] for k in kinds}
         return {k: _pack(v) for k,v in layers.items()}
 
-# %% ../nbs/03_fisher.ipynb #bd1485d3
-def _to_device(v:Any, device:torch.device)->Any:
+# %% ../nbs/03_fisher.ipynb #6a3197e4
+def to_device(v:Any, device:torch.device)->Any:
     "Move a tensor; a tensor made in inference mode is copied, since autograd cannot keep it."
     if not isinstance(v, Tensor): return v
     return (v.clone() if v.is_inference() else v).to(device, non_blocking=True)
@@ -247,7 +247,7 @@ def _accumulate(model, batches, masks:MaskGradients, sums:_Sums, labels, loss, s
     "Go through the batches; returns the number of examples."
     n,seen,rows,device = 0,[],[],model.device
     for batch in batches:
-        batch = batch._replace(inputs={k: _to_device(v, device) for k,v in batch.inputs.items()})
+        batch = batch._replace(inputs={k: to_device(v, device) for k,v in batch.inputs.items()})
         for weights,losses in _pairs(model, batch, labels, loss, seed):
             if device.type=='cpu': _check_finite([losses.detach()], batch.rows)
             heads,ffn = masks.per_example(losses, retain_graph=labels=='exact')
@@ -295,8 +295,23 @@ def find_device(
         raise ValueError(f'no device {str(device)!r} here: {str(e).splitlines()[0]}') from None
 
 def _chunks(size:int, lengths:Sequence[int])->list[list[int]]:
-    "Positions in their own order, `size` a batch."
+    "Positions in their own order, `size` per batch."
     return [list(range(i, min(i+size, len(lengths)))) for i in range(0, len(lengths), size)]
+
+def fisher_batches(
+    model:PreTrainedModel,
+    data:Any, # as in `mask_fisher`
+    *,
+    variant:str='paper', # a name in `VARIANTS`
+    labels:str='empirical', # a name in `ESTIMATORS`
+    loss:Callable|None=None, # as in `mask_fisher`
+    **kwargs, # the rest of `make_batches`
+)->Batches:
+    "The batches a Fisher is measured on, everything checked that can be checked beforehand."
+    how = VARIANTS[variant]
+    return make_batches(model, data, replacement=how.replacement, every=loss is not None,
+        plan=partial(_chunks, how.batch_size) if how.batch_size else None,
+        need_labels=loss is None and labels=='empirical', **kwargs)
 
 # %% ../nbs/03_fisher.ipynb #5b8abd5d
 def _resolve(model:Any, tokenizer:Any)->tuple[Any,Any]:
@@ -327,14 +342,12 @@ def mask_fisher(
     model,tokenizer = _resolve(model, tokenizer)
     _check_choices(model, variant, labels, matrices, loss)
     how = VARIANTS[variant]
-    plan = partial(_chunks, how.batch_size) if how.batch_size else None
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
     with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context,
           MaskGradients(model, how.ffn_mask) as masks):
-        batches = make_batches(model, data, num_samples=num_samples, seed=seed, replacement=how.replacement,
-            plan=plan, batch_tokens=batch_tokens, need_labels=loss is None and labels=='empirical',
-            every=loss is not None, tokenizer=tokenizer, max_length=max_length)
+        batches = fisher_batches(model, data, variant=variant, labels=labels, loss=loss, num_samples=num_samples,
+            seed=seed, batch_tokens=batch_tokens, tokenizer=tokenizer, max_length=max_length)
         sums = _Sums(how.reduce, matrices)
         bar = tqdm(batches.batches, total=batches.num_batches, desc='mask Fisher', unit='batch', delay=2,
                    disable=not progress)

@@ -25,9 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import Layer, architecture, find_layers, find_roles, hash_weights, model_name
-from .batches import make_batches
 from .evaluation import load_model, load_tokenizer
-from .fisher import MaskFisher, VARIANTS, mask_fisher, versions
+from .fisher import MaskFisher, VARIANTS, fisher_batches, mask_fisher, versions
 from .mapping import KINDS, assign_kinds, check_fisher, fill_zeros, get_scheme, node_shares, weighted_mean
 from .output import OutputExistsError, whole_folder
 
@@ -212,20 +211,14 @@ def _lambdas(weights:Any, tasks:Sequence[str])->Tensor:
         raise ValueError(f'`weights` must be finite, not negative and not all zero, got {bad or named}')
     return torch.tensor([float(o) for o in named.values()], dtype=torch.float64)
 
-# %% ../nbs/05_merger.ipynb #386a6b9e
-def _check_data(models, data, lengths, kwargs):
-    "Look through all data before the first Fisher is measured; `ValueError` naming the task."
-    need_labels = kwargs['loss'] is None and kwargs['labels']=='empirical'
-    for t,m in models.items():
-        try: make_batches(m, data[t], num_samples=kwargs['num_samples'], seed=kwargs['seed'], max_length=lengths[t],
-                          tokenizer=kwargs['tokenizer'], need_labels=need_labels, every=kwargs['loss'] is not None)
-        except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
-
-def _measure(models:Mapping, data:Mapping, max_length:Any, **kwargs)->dict[str,MaskFisher]:
-    "The mask Fisher of every model on its own data."
+# %% ../nbs/05_merger.ipynb #5faaf5e6
+def _measure(models:Mapping, data:Mapping, max_length:Any, what:dict, **how)->dict[str,MaskFisher]:
+    "The mask Fisher of every model on its own data; all data are looked through before the first is measured."
     lengths = max_length if isinstance(max_length, Mapping) else dict.fromkeys(models, max_length)
-    _check_data(models, data, lengths, kwargs)
-    return {t: mask_fisher(m, data[t], max_length=lengths[t], **kwargs) for t,m in models.items()}
+    for t,m in models.items():
+        try: fisher_batches(m, data[t], max_length=lengths[t], **what)
+        except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
+    return {t: mask_fisher(m, data[t], max_length=lengths[t], **what, **how) for t,m in models.items()}
 
 def _check_fishers(fishers:Mapping[str,MaskFisher], models:Mapping, variant:str|None):
     "`ValueError` unless every Fisher fits its model and all were computed alike."
@@ -248,7 +241,7 @@ def _by_role(model:PreTrainedModel, plan:Mapping[str,Shares])->dict[str,dict]:
         o['tensors'] += 1; o['elements'] += state[name].numel()
     return out
 
-def _zeros(model:PreTrainedModel, fishers:Sequence[MaskFisher])->dict[str,int]:
+def _zeros(fishers:Sequence[MaskFisher])->dict[str,int]:
     "Nodes where no model has any Fisher."
     count = lambda kind: sum(int((torch.stack(o)==0).all(0).sum()) for o in zip(*(getattr(f, kind) for f in fishers)))
     return dict(heads=count('heads'), rows=count('rows'))
@@ -258,7 +251,7 @@ def _report(models, plan, fishers, weights, **about)->dict[str,Any]:
     copied = [n for n in first.base_model.state_dict() if n not in plan]
     tasks = {t: dict(model=model_name(m), weight=w, fisher=fishers[t].meta if t in fishers else None)
              for (t,m),w in zip(models.items(), weights.tolist())}
-    return dict(**about, tasks=tasks, roles=_by_role(first, plan), zero_fisher=_zeros(first, list(fishers.values())),
+    return dict(**about, tasks=tasks, roles=_by_role(first, plan), zero_fisher=_zeros(list(fishers.values())),
                 copied=copied, versions=versions())
 
 # %% ../nbs/05_merger.ipynb #38193c91
@@ -321,8 +314,8 @@ def merge(
     check_models(loaded)
     tokenizer = _find_tokenizer(sources, tokenizer)
     if data is not None:
-        fishers = _measure(loaded, data, max_length, num_samples=num_samples, seed=seed, variant=variant,
-            labels=labels, precision=precision, loss=loss, device=device, tokenizer=tokenizer, progress=progress)
+        what = dict(num_samples=num_samples, seed=seed, variant=variant, labels=labels, loss=loss, tokenizer=tokenizer)
+        fishers = _measure(loaded, data, max_length, what, precision=precision, device=device, progress=progress)
     _check_fishers(fishers, loaded, None if scheme else variant)
     return _merge_loaded(loaded, fishers, table, variant, λ, tokenizer, method=method)
 
@@ -408,8 +401,6 @@ def _read_report(path:Path)->dict[str,Any]:
     if not tasks or not all(_TASK_NAME.fullmatch(t) for t in tasks): raise ValueError(f'{path/RECORD} is not a merge report: its tasks are {tasks}')
     return report
 
-def _earlier_tasks(path:Path)->list[str]: return list(_read_report(path)['tasks'])
-
 def _check_widths(body:PreTrainedModel):
     "`ValueError` where layers differ from the config, since transformers could not load them."
     want = Layer(body.config.num_attention_heads, body.config.hidden_size//body.config.num_attention_heads, body.config.intermediate_size)
@@ -425,7 +416,7 @@ def save_pretrained(self:Merged,
     "Write the body once and a folder for each task; `OutputExistsError` if the folder is not empty."
     path,tasks = Path(path),list(self)
     _check_widths(self.body)
-    stale = _earlier_tasks(path) if is_merged(path) else []
+    stale = list(_read_report(path)['tasks']) if is_merged(path) else []
     for t in tasks:
         if (path/t).exists() and t not in stale: raise OutputExistsError(f'{path/t} is there and not from an earlier merge')
     with whole_folder(path, RECORD, overwrite, stale) as out:

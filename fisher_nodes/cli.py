@@ -176,7 +176,8 @@ def run_finetune(args:argparse.Namespace)->dict|None:
     with redirect_stdout(sys.stderr): # where `Trainer` prints its log
         finetune(args.model, data, task, out=args.out, validation=validation, epochs=args.epochs,
             learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length,
-            num_samples=args.num_samples, seed=args.seed, device=args.device, overwrite=args.overwrite)
+            num_layers=args.num_layers, precision=args.precision, num_samples=args.num_samples, seed=args.seed,
+            device=args.device, overwrite=args.overwrite)
     return {'wrote': str(args.out), **json.loads((Path(args.out)/'finetune.json').read_text())}
 
 def run_demo(args:argparse.Namespace)->dict|None:
@@ -213,7 +214,7 @@ COMMANDS = dict(
         '  fisher-nodes merge a=DIR b=DIR --method average --out DIR'),
     evaluate=(run_evaluate, ['device', 'max_length', 'precision', 'split', 'seed', 'overwrite'],
         'fisher-nodes evaluate DIR --data mnli=glue:mnli sst2=glue:sst2\n  fisher-nodes evaluate MODEL --data glue:sst2'),
-    finetune=(run_finetune, ['data', 'num_samples', 'seed', 'device', 'max_length', 'out', 'overwrite'],
+    finetune=(run_finetune, ['data', 'num_samples', 'seed', 'device', 'precision', 'max_length', 'out', 'overwrite'],
         'fisher-nodes finetune MODEL --data glue:rte --validation glue:rte --epochs 3 --out rte'))
 
 # %% ../nbs/09_cli.ipynb #94aa7696
@@ -234,7 +235,8 @@ OWN = dict(
     finetune=[_option('model', metavar='MODEL', help='folder or Hub id to start from'),
               _option('--validation', metavar='SPEC', help='rows to score the result on'),
               _option('--epochs', type=float, default=3), _option('--learning-rate', type=float, default=5e-5),
-              _option('--batch-size', type=int, default=32)])
+              _option('--batch-size', type=int, default=32),
+              _option('--num-layers', type=int, metavar='N', help='layers of the body to keep, from the first on; by default all')])
 
 # %% ../nbs/09_cli.ipynb #73c038c5
 def make_parser()->argparse.ArgumentParser:

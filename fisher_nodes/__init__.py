@@ -9,8 +9,11 @@ _PLACES = {
     'evaluation': ['evaluate', 'predict'],
     'finetuning': ['finetune'],
     'fisher': ['MaskFisher', 'mask_fisher'],
+    'grams': ['Grams', 'linear_grams'],
+    'grid': ['reproduce'],
     'mapping': ['SCHEMES'],
     'merger': ['METHODS', 'Merged', 'merge'],
+    'parameters': ['ParameterFisher', 'parameter_fisher'],
     'tasks': ['GLUE', 'Task', 'load_task'],
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

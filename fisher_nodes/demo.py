@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'BASE', 'RECIPE', 'METHODS', 'package_file', 'minilm_path', 'read_tab', 'Corpus', 'make_corpus',
-           'split_rows', 'corpora', 'differences', 'checkpoint', 'held_out', 'score_all', 'score_table', 'save_merged',
-           'draw_fishers', 'draw_scores', 'draw', 'timed', 'merge_all', 'training_seconds', 'show_report', 'demo']
+           'split_rows', 'corpora', 'checkpoint', 'held_out', 'score_all', 'score_table', 'save_merged', 'draw_fishers',
+           'draw_scores', 'draw', 'timed', 'merge_all', 'training_seconds', 'show_report', 'demo']
 
 # %% ../nbs/10_demo.ipynb #e03636ba
 import csv
@@ -26,6 +26,7 @@ from .evaluation import evaluate, load_model, predict
 from .finetuning import finetune, load_body
 from .fisher import describe_data, mask_fisher, versions
 from .merger import Merged, is_merged, merge
+from .output import differences
 from .tasks import Task, as_dataset
 
 # %% ../nbs/10_demo.ipynb #68d60c55
@@ -110,13 +111,6 @@ def corpora(
 # %% ../nbs/10_demo.ipynb #49c9239c
 BASE = 'all-MiniLM-L6-v2'
 RECIPE = dict(epochs=2, learning_rate=1e-4, batch_size=16)
-
-def differences(
-    found:dict, # a record, such as `finetune.json`
-    wanted:dict, # some of its entries, as they should be
-)->dict[str,tuple]: # name to a pair: found, wanted
-    "Entries of a record that are not as wanted."
-    return {k: (found.get(k), v) for k,v in wanted.items() if found.get(k)!=v}
 
 def checkpoint(
     corpus:Corpus,

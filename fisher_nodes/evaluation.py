@@ -71,7 +71,11 @@ def names_model(
 )->Iterator[None]:
     "Turn a failure to find a model into a `ValueError` that says which."
     try: yield
-    except (OSError, RuntimeError, SafetensorError) as e: raise ValueError(f'cannot load {model}: {" ".join(str(e).split())}') from None
+    except (OSError, RuntimeError, SafetensorError) as e:
+        said = ' '.join(str(e).split())
+        pickled = 'pytorch_model' in said or 'use_safetensors' in said
+        hint = f'{model} has no safetensors weights, and a pickle, which can run code, is not read; save it as safetensors first. '*pickled
+        raise ValueError(f'cannot load {model}: {hint}{said}') from None
 
 def load_model(
     model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id

@@ -116,6 +116,7 @@ def training_arguments(
     batch_size:int=32,
     seed:int=0, # of the order of rows and of dropout
     device:torch.device=torch.device('cpu'), # where to train
+    precision:str|None=None, # of matrix products: 'fp32', 'tf32' or 'bf16'; weights stay float32
     progress:bool=False, # show the progress bar of `Trainer`
 )->Any: # `transformers.TrainingArguments`
     "The recipe: linear schedule, 6% warm-up, weight decay 0.01, rows grouped by length."
@@ -128,7 +129,8 @@ def training_arguments(
     args = TrainingArguments(str(folder), num_train_epochs=epochs, learning_rate=learning_rate, seed=seed,
         per_device_train_batch_size=batch_size, warmup_steps=math.ceil(.06*steps), weight_decay=.01,
         report_to='none', save_strategy='no', logging_strategy='epoch', disable_tqdm=not progress,
-        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, **by_length)
+        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
+        bf16=precision=='bf16', tf32=True if precision=='tf32' else None, **by_length)
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
@@ -138,7 +140,6 @@ def train(
     rows:Any, # from `training_rows`
     folder:str|Path, # scratch folder
     device:torch.device=torch.device('cpu'), # where to train
-    precision:str|None=None, # of matrix products, see `precision_context`
     **kwargs, # the rest of `training_arguments`
 )->list[float]: # mean loss of each epoch
     "Train a model on rows."
@@ -148,8 +149,7 @@ def train(
         columns = {k: [row[k] for row in rows] for k in rows[0]}
         return collate(columns, row_lengths(columns), range(len(rows)), fill)
     args = training_arguments(folder, len(rows), device=device, **kwargs)
-    current = torch.cuda.device(device) if device.type=='cuda' else nullcontext()
-    with current, precision_context(precision, model, device):
+    with torch.cuda.device(device) if device.type=='cuda' else nullcontext():
         trainer = Trainer(model, args, data_collator=pad, train_dataset=rows)
         trainer.remove_callback(PrinterCallback)
         trainer.train()

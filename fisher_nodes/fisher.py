@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,11 @@ class Variant:
 VARIANTS = dict(paper=Variant('before', square_each, True, False, None, False),
                 released=Variant('after', square_mean, False, True, 32, True))
 
+# %% ../nbs/03_fisher.ipynb #22d3f737
+VARIANTS |= {'batch-mean': replace(VARIANTS['paper'], reduce=square_mean, mean=False, batch_size=32),
+             'after-gelu': replace(VARIANTS['paper'], ffn_mask='after'),
+             'replacement': replace(VARIANTS['paper'], replacement=True)}
+
 # %% ../nbs/03_fisher.ipynb #f6a7a638
 @contextmanager
 def _tf32(on:bool, device:torch.device)->Iterator[None]:
@@ -281,7 +286,7 @@ def _check_choices(model, variant, labels, matrices, loss):
     choices = (('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS), ('matrices', matrices, (None,'heads','all')))
     for name,value,known in choices:
         if value not in known: raise ValueError(f'`{name}` is {value!r}; expected one of {list(known)}')
-    if variant=='released' and (labels!='empirical' or matrices):
+    if VARIANTS[variant].reduce is square_mean and (labels!='empirical' or matrices):
         raise ValueError(f'the released code knows true labels and diagonals only, not {labels=}, {matrices=}')
     if labels!='empirical' and (loss is not None or is_regression(model)):
         raise ValueError(f'{labels=} needs the built-in loss of a classification head')

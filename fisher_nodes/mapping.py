@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Scheme', 'PAPER', 'RELEASED', 'SCHEMES', 'get_scheme', 'assign_kinds', 'node_shares', 'weighted_mean',
-           'widest', 'check_fisher', 'fill_zeros']
+           'widest', 'check_measured_on', 'check_fisher', 'fill_zeros']
 
 # %% ../nbs/04_mapping.ipynb #93e0e899
 from collections.abc import Mapping, Sequence
+from typing import Any
 import torch
 from torch import Tensor
 from .architectures import Place
@@ -39,7 +40,8 @@ RELEASED = PAPER | dict(
 
 # %% ../nbs/04_mapping.ipynb #2d085d35
 SCHEMES = {'paper': PAPER, 'released': RELEASED, 'with-value': PAPER | dict(value='head'),
-           'heads': dict(query='head', key='head'), 'rows': dict(ffn_in='row'), 'average': {}}
+           'heads': dict(query='head', key='head'), 'rows': dict(ffn_in='row'), 'average': {},
+           'layer-mean': dict(query='head_mean', key='head_mean', ffn_in='row_mean')}
 
 # %% ../nbs/04_mapping.ipynb #7db1147c
 def get_scheme(
@@ -112,6 +114,17 @@ def _check_nodes(task:str, kind:str, i:int, got:Tensor, want:int):
         raise ValueError(f'Fisher of {task!r}, {kind} of layer {i}: node {j} is {got[j].item()}, '
                          'expected a finite number of at least 0')
 
+def check_measured_on(
+    what:str, # for the message
+    meta:Mapping[str,Any], # of a Fisher
+    weight_hash:str|None, # `hash_weights` of the model it is for; None skips the check
+):
+    "`ValueError` if it was measured on other weights."
+    known = meta.get('weight_hash')
+    if known and weight_hash and known!=weight_hash:
+        raise ValueError(f'{what} was measured on other weights ({known}) than its model has ({weight_hash}); '
+                         "if that is meant, remove 'weight_hash' from its `meta`")
+
 def check_fisher(
     task:str, # for the message
     fisher:MaskFisher,
@@ -128,10 +141,7 @@ def check_fisher(
         heads,rows = fisher.layer(i)
         _check_nodes(task, 'heads', i, heads, o.heads)
         _check_nodes(task, 'rows', i, rows, o.rows)
-    known = fisher.meta.get('weight_hash')
-    if known and weight_hash and known!=weight_hash:
-        raise ValueError(f'Fisher of {task!r} was measured on other weights ({known}) than its model has ({weight_hash}); '
-                         "if that is meant, remove 'weight_hash' from its `meta`")
+    check_measured_on(f'Fisher of {task!r}', fisher.meta, weight_hash)
 
 # %% ../nbs/04_mapping.ipynb #2a01ccb0
 def fill_zeros(

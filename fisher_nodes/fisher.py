@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
-           'MaskFisher', 'Variant', 'precision_context', 'to_device', 'model_logits', 'describe_data', 'versions',
-           'find_device', 'fisher_batches', 'mask_fisher']
+           'MaskFisher', 'Variant', 'precision_context', 'check_losses', 'to_device', 'model_logits', 'weighted_losses',
+           'describe_data', 'versions', 'describe_run', 'check_choices', 'find_device', 'fisher_batches',
+           'resolve_model', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
@@ -190,8 +191,11 @@ def precision_context(
         raise ValueError(f"precision 'tf32' needs a CUDA device, not {device}")
     return PRECISIONS[precision](device)
 
-# %% ../nbs/03_fisher.ipynb #a31fc5c8
-def _check_finite(losses:list[Tensor], rows:list[int]):
+# %% ../nbs/03_fisher.ipynb #37097654
+def check_losses(
+    losses:list[Tensor], # each of shape `(B,)`
+    rows:list[int], # the row of every loss, in the same order
+):
     "`ValueError` naming the first example whose loss is not finite."
     bad = ~torch.isfinite(torch.cat(losses))
     if bad.any():
@@ -235,8 +239,14 @@ def model_logits(
     if not hasattr(out, 'logits'): raise ValueError(f'{type(model).__name__} has no task head: its output has no logits')
     return out.logits
 
-def _pairs(model, batch:Batch, labels, loss, seed)->Iterator[tuple[Tensor,Tensor]]:
-    "Run the model forward; yield weights and losses."
+def weighted_losses(
+    model:PreTrainedModel,
+    batch:Batch, # on the model's device
+    labels:str='empirical', # a name in `ESTIMATORS`
+    loss:Callable|None=None, # as in `mask_fisher`
+    seed:int=0, # of drawn labels
+)->Iterator[tuple[Tensor,Tensor]]: # weights and losses, each of shape `(B,)`
+    "Run the model forward; yield what an estimator squares, and with which weights."
     if loss is not None:
         losses = loss(model, batch.inputs)
         got = f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else type(losses).__name__
@@ -253,14 +263,14 @@ def _accumulate(model, batches, masks:MaskGradients, sums:_Sums, labels, loss, s
     n,seen,rows,device = 0,[],[],model.device
     for batch in batches:
         batch = batch._replace(inputs={k: to_device(v, device) for k,v in batch.inputs.items()})
-        for weights,losses in _pairs(model, batch, labels, loss, seed):
-            if device.type=='cpu': _check_finite([losses.detach()], batch.rows)
+        for weights,losses in weighted_losses(model, batch, labels, loss, seed):
+            if device.type=='cpu': check_losses([losses.detach()], batch.rows)
             heads,ffn = masks.per_example(losses, retain_graph=labels=='exact')
             sums.update(weights, heads=heads, rows=ffn)
             seen.append(losses.detach()); rows += batch.rows
         n += len(batch.rows)
     if n==0: raise ValueError('`data` is empty: no examples')
-    _check_finite(seen, rows)
+    check_losses(seen, rows)
     return n
 
 # %% ../nbs/03_fisher.ipynb #7e06bdb4
@@ -274,13 +284,24 @@ def versions()->dict[str,str]:
     "Versions of what computes."
     return dict(fisher_nodes=__version__, torch=str(torch.__version__), transformers=transformers.__version__)
 
-def _meta(model, data, **kwargs)->dict[str,Any]:
+def describe_run(
+    model:PreTrainedModel,
+    data:Any, # as in `mask_fisher`
+    **kwargs, # the choices that were made
+)->dict[str,Any]:
+    "Where a measurement comes from: model, weights, data, versions and choices."
     return dict(model=model_name(model), revision=getattr(model.config, '_commit_hash', None),
                 weight_hash=hash_weights(model), data=describe_data(data), dtype=str(model.dtype),
                 versions=versions(), **kwargs)
 
-# %% ../nbs/03_fisher.ipynb #f17b8054
-def _check_choices(model, variant, labels, matrices, loss):
+# %% ../nbs/03_fisher.ipynb #3879bdd0
+def check_choices(
+    model:PreTrainedModel,
+    variant:str='paper', # a name in `VARIANTS`
+    labels:str='empirical', # a name in `ESTIMATORS`
+    matrices:str|None=None, # as in `mask_fisher`
+    loss:Callable|None=None, # as in `mask_fisher`
+):
     "An error for an unsupported model, an unknown choice, or two that exclude each other."
     architecture(model)
     choices = (('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS), ('matrices', matrices, (None,'heads','all')))
@@ -318,8 +339,11 @@ def fisher_batches(
         plan=partial(_chunks, how.batch_size) if how.batch_size else None,
         need_labels=loss is None and labels=='empirical', **kwargs)
 
-# %% ../nbs/03_fisher.ipynb #5b8abd5d
-def _resolve(model:Any, tokenizer:Any)->tuple[Any,Any]:
+# %% ../nbs/03_fisher.ipynb #4e082ca1
+def resolve_model(
+    model:PreTrainedModel|str|Path, # a model, folder or Hub id
+    tokenizer:Any=None, # comes before the one beside the model
+)->tuple[PreTrainedModel,Any]: # model, and tokenizer or None
     "A model as it is, or loaded together with its tokenizer."
     if not isinstance(model, (str, Path)): return model, tokenizer
     from fisher_nodes.evaluation import load_model, load_tokenizer
@@ -344,8 +368,8 @@ def mask_fisher(
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->MaskFisher:
     "Fisher information of every head and FFN row (Equation 4); `ValueError` for bad input, before long work."
-    model,tokenizer = _resolve(model, tokenizer)
-    _check_choices(model, variant, labels, matrices, loss)
+    model,tokenizer = resolve_model(model, tokenizer)
+    check_choices(model, variant, labels, matrices, loss)
     how = VARIANTS[variant]
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
@@ -358,6 +382,6 @@ def mask_fisher(
                    disable=not progress)
         n = _accumulate(model, bar, masks, sums, labels, loss, seed)
         tensors = sums.result(1/n if how.mean else 1., torch.promote_types(model.dtype, torch.float32))
-        meta = _meta(model, data, num_examples=n, seed=seed, variant=variant, estimator=labels,
+        meta = describe_run(model, data, num_examples=n, seed=seed, variant=variant, estimator=labels,
                      precision=precision, device=where.type)
     return MaskFisher(**tensors, num_examples=n, meta=meta)

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from .architectures import architecture
 from .batches import make_batches
 from .evaluation import batch_logits
-from .fisher import _meta, _resolve, find_device, precision_context
+from .fisher import describe_run, resolve_model, find_device, precision_context
 from .masks import untouched
-from .parameters import Measured, _mean, _wide
+from .parameters import Measured, mean_of_sums, widen
 
 # %% ../nbs/13_grams.ipynb #0bdd1375
 def token_positions(
@@ -36,7 +36,7 @@ def gram(
     kept:Tensor|None=None, # positions of the tokens; None takes all
 )->Tensor: # shape `(in, in)`, float32 or better
     "Sum over tokens of the outer product of an input with itself."
-    rows = _wide(x).flatten(0, -2)
+    rows = widen(x).flatten(0, -2)
     if kept is not None and x.ndim==3: rows = rows[kept]
     return rows.mT @ rows
 
@@ -114,7 +114,7 @@ def linear_grams(
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->Grams:
     "Gram matrices of the inputs of every linear layer; `ValueError` for bad input, before long work."
-    model,tokenizer = _resolve(model, tokenizer)
+    model,tokenizer = resolve_model(model, tokenizer)
     architecture(model)
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
@@ -125,5 +125,5 @@ def linear_grams(
         bar = tqdm(batches.batches, total=batches.num_batches, desc='Gram matrices', unit='batch', delay=2,
                    disable=not progress)
         n = _accumulate(model, bar, grams)
-        meta = _meta(model, data, num_examples=n, seed=seed, precision=precision, device=where.type)
-    return Grams(_mean(grams.sums, n, model.dtype), num_examples=n, meta=meta)
+        meta = describe_run(model, data, num_examples=n, seed=seed, precision=precision, device=where.type)
+    return Grams(mean_of_sums(grams.sums, n, model.dtype), num_examples=n, meta=meta)

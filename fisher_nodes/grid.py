@@ -308,9 +308,9 @@ def reproduce(
     _check_grid(paths, cells, base, orders)
     out,how = Path(out),dict(device=device, precision=precision)
     (out/'cache').mkdir(parents=True, exist_ok=True)
-    base = None if base is None else load_base(base)
     with tqdm(paths.items(), desc='load and check labels', unit='model') as bar:
         loaded = {t: load_checkpoint(p, t, limit, orders.get(t), device) for t,p in bar}
+    base = None if base is None else load_base(base, next(iter(loaded.values())).model)
     about = dict(limit=limit, precision=precision, models={t: hash_weights(c.model) for t,c in loaded.items()})
     _write_own(out, loaded, model_name(checkpoints), limit, **how)
     with tqdm(total=sum(_count(loaded, c) for c in cells), unit='merge', smoothing=.05) as bar:

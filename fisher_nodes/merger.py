@@ -30,9 +30,10 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from .architectures import Layer, architecture, find_layers, find_roles, hash_weights, model_name
 from .batches import make_batches
 from .evaluation import load_model, load_tokenizer, names_model
-from .fisher import MaskFisher, VARIANTS, fisher_batches, mask_fisher, versions
+from .fisher import ESTIMATORS, MaskFisher, VARIANTS, fisher_batches, mask_fisher, versions
 from .grams import Grams, linear_grams
 from .mapping import KINDS, assign_kinds, check_fisher, fill_zeros, get_scheme, node_shares, weighted_mean
+from .masks import keep_rng
 from .output import OutputExistsError, whole_folder
 from .parameters import ParameterFisher, parameter_fisher
 from .rivals import (Job, Rule, check_values, dare_rule, fisher_rule, regmean_rule,
@@ -42,12 +43,16 @@ from .rivals import (Job, Rule, check_values, dare_rule, fisher_rule, regmean_ru
 MUST_AGREE = ('model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size',
               'vocab_size', 'max_position_embeddings', 'type_vocab_size', 'hidden_act', 'layer_norm_eps', 'pad_token_id')
 
-def _check_pair(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
-    "`ValueError` naming what the bodies of two models disagree in."
+def _check_configs(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
+    "`ValueError` naming what the configurations of two models disagree in."
     for key in MUST_AGREE:
         x,y = getattr(a.config, key, None),getattr(b.config, key, None)
         if x!=y:
             raise ValueError(f'models cannot be merged: {key} is {x!r} in {first!r} but {y!r} in {task!r}')
+
+def _check_pair(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
+    "`ValueError` naming what the bodies of two models disagree in."
+    _check_configs(first, a, task, b)
     shapes = [{n: tuple(t.shape) for n,t in m.base_model.state_dict().items()} for m in (a,b)]
     for name in sorted(set(shapes[0])|set(shapes[1])):
         x,y = [o.get(name, 'missing') for o in shapes]
@@ -204,7 +209,7 @@ METHODS = {'average': Method(average_rule), 'mask-fisher': Method(nodes_rule, Ma
            'task-arithmetic': Method(task_arithmetic_rule, needs_base=True),
            'ties': Method(ties_rule, needs_base=True), 'dare': Method(dare_rule, needs_base=True)}
 
-def _known(value:str, known:Mapping, name:str):
+def _known(name:str, value:str, known:Mapping):
     "`ValueError` listing what exists."
     if value not in known: raise ValueError(f'`{name}` is {value!r}; expected one of {list(known)}')
 
@@ -311,7 +316,7 @@ def _report(job:Job, models:Mapping, rule:Rule, options:dict, **about)->dict[str
     tasks = {t: dict(model=model_name(m), weight=w, fisher=job.measured[t].meta if t in job.measured else None)
              for (t,m),w in zip(models.items(), job.weights.tolist())}
     table = get_scheme(options['scheme'] or options['variant']) if 'scheme' in options else None
-    return dict(**about, options=options | ({} if table is None else dict(scheme=dict(table))), tasks=tasks,
+    return dict(**about, seed=job.seed, options=options | ({} if table is None else dict(scheme=dict(table))), tasks=tasks,
                 roles=_by_role(job.model, rule.kinds), zero_fisher=_zeros(list(job.measured.values())),
                 averaged=dict(rule.counts), copied=copied, versions=versions())
 
@@ -336,21 +341,31 @@ def _method_options(method:str, variant:str, scheme:Any, options:dict)->dict[str
     if 'scheme' in known: get_scheme(given.get('scheme') or variant)
     return known | given
 
-# %% ../nbs/05_merger.ipynb #3527bcb6
-def load_base(
-    base:Any, # a `PreTrainedModel`, a folder or Hub id, or a body's state
-)->Mapping[str,Tensor]: # the floating-point part of its body's state, without what its files lack
-    "The model that others were fine-tuned from, as task vectors need it."
-    if isinstance(base, Mapping): return base
-    if isinstance(base, PreTrainedModel): return _floats(base.base_model)
-    with names_model(base): body,info = AutoModel.from_pretrained(str(base), use_safetensors=True, output_loading_info=True)
-    return {n: t for n,t in _floats(body).items() if n not in info['missing_keys']}
-
+# %% ../nbs/05_merger.ipynb #dc10bd67
 def _check_base(base:Mapping[str,Tensor], model:PreTrainedModel):
     "`ValueError` unless every parameter of `model` is in the base."
     for name,t in _floats(model.base_model).items():
         found = tuple(base[name].shape) if name in base else 'missing'
         if found!=tuple(t.shape): raise ValueError(f'`base` does not fit the models: {name} is {found}, expected {tuple(t.shape)}')
+
+def load_base(
+    base:Any, # a `PreTrainedModel`, a folder or Hub id, or a body's state
+    model:PreTrainedModel, # one that was fine-tuned from it
+)->Mapping[str,Tensor]: # the floating-point part of its body's state, without what its files lack
+    "The model that others were fine-tuned from, as task vectors need it; `ValueError` unless they fit."
+    body,missing = base,()
+    if isinstance(base, (str, Path)):
+        with names_model(base), keep_rng():
+            body,info = AutoModel.from_pretrained(str(base), use_safetensors=True, output_loading_info=True)
+        missing = info['missing_keys']
+    if not isinstance(body, (PreTrainedModel, Mapping)):
+        raise TypeError(f'`base` must be a model, a folder, a Hub id or a state, got {type(base).__name__}')
+    state = body if isinstance(body, Mapping) else {n: t for n,t in _floats(body.base_model).items() if n not in missing}
+    _check_base(state, model)
+    if state is body: return state
+    try: _check_configs('base', body, model_name(model), model)
+    except ValueError as e: raise ValueError(f'`base` does not fit: {e}') from None
+    return state
 
 def _assemble(models:Mapping, state:Mapping[str,Tensor], report:dict, tokenizer:Any)->Merged:
     "Put the merged state into a new body, and every task's head on it."
@@ -389,7 +404,7 @@ def merge(
     **options, # of the method, see `METHODS`
 )->Merged:
     "Merge fine-tuned models (Equation 5); the given models stay as they are. `ValueError` for bad input."
-    _known(method, METHODS, 'method'); _known(variant, VARIANTS, 'variant')
+    for name,value,known in (('method', method, METHODS), ('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS)): _known(name, value, known)
     kind,options = METHODS[method].evidence,_method_options(method, variant, scheme, options)
     _check_inputs(method, fishers=fishers, data=data, base=base)
     sources = _name_models(models)
@@ -400,15 +415,15 @@ def merge(
     data = data if data is None else _match_tasks(data, tasks, 'data')
     loaded = {t: load_model(o) if isinstance(o, (str, Path)) else o for t,o in sources.items()}
     check_models(loaded)
-    start = None if base is None else load_base(base)
-    if start is not None: _check_base(start, next(iter(loaded.values())))
+    first = next(iter(loaded.values()))
+    start = None if base is None else load_base(base, first)
     tokenizer = _find_tokenizer(sources, tokenizer)
     if data is not None:
         what = dict(num_samples=num_samples, seed=seed, tokenizer=tokenizer)
         fishers = _measure(kind, loaded, data, max_length, dict(variant=variant, labels=labels, loss=loss), what,
                            precision=precision, device=device, progress=progress)
     _check_measured(fishers, loaded, kind, None if scheme else variant)
-    job = Job({t: _floats(m.base_model) for t,m in loaded.items()}, λ, fishers, start, seed, next(iter(loaded.values())))
+    job = Job({t: _floats(m.base_model) for t,m in loaded.items()}, λ, fishers, start, seed, first)
     return _merge_loaded(job, loaded, method, options, tokenizer, base=None if base is None or isinstance(base, Mapping) else model_name(base))
 
 # %% ../nbs/05_merger.ipynb #ac4685e8

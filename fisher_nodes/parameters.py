@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPAND', 'SQUARES', 'linear_squares', 'norm_squares', 'embedding_squares', 'parameter_modules', 'SquaredGradients',
-           'SquaredAlone', 'split_batches', 'Measured', 'ParameterFisher', 'parameter_fisher']
+           'widen', 'SquaredAlone', 'split_batches', 'Measured', 'ParameterFisher', 'mean_of_sums', 'parameter_fisher']
 
 # %% ../nbs/12_parameters.ipynb #79a3aefc
 import json
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from .architectures import architecture, find_roles
 from .batches import BATCH_TOKENS, Batch
 from .fisher import (
-    _check_choices, _check_finite, _meta, _pairs, _resolve, find_device, fisher_batches, precision_context, to_device)
+    check_choices, check_losses, describe_run, find_device, fisher_batches, precision_context, resolve_model, to_device, weighted_losses)
 from .masks import untouched
 from .output import whole_file
 
@@ -142,8 +142,10 @@ def _watch(self:SquaredGradients, name:str, module:nn.Module, args:tuple, out:Te
     out.register_hook(partial(self._arrive, name, x))
     return out
 
-# %% ../nbs/12_parameters.ipynb #077d7b3f
-def _wide(t:Tensor)->Tensor:
+# %% ../nbs/12_parameters.ipynb #fb2c56d6
+def widen(
+    t:Tensor, # any shape
+)->Tensor: # same shape
     "Half precision as float32; anything else as it is."
     return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
 
@@ -154,8 +156,8 @@ def _tokens(parts:Sequence[Tensor])->Tensor:
 @patch
 def _arrive(self:SquaredGradients, name:str, x:Tensor, g:Tensor):
     "Take one gradient; when all of a module are there, square them."
-    g = _wide(g).reshape(len(g), -1, g.shape[-1])
-    self.pending[name].append((_wide(x).reshape(*g.shape[:2], -1), g))
+    g = widen(g).reshape(len(g), -1, g.shape[-1])
+    self.pending[name].append((widen(x).reshape(*g.shape[:2], -1), g))
     if len(self.pending[name])==self.calls[name]: self._square(name)
 
 @patch
@@ -210,7 +212,7 @@ class SquaredAlone:
         "Add the example's squared gradients to `sums`."
         grads = _gradients(losses, list(self.parameters.values()), retain_graph)
         for total,g in zip(self.sums.values(), grads):
-            if g is not None: total.addcmul_(_wide(g), _wide(g))
+            if g is not None: total.addcmul_(widen(g), widen(g))
 
 # %% ../nbs/12_parameters.ipynb #09dbfb87
 def split_batches(
@@ -266,14 +268,18 @@ def _accumulate(model, batches:Iterable[Batch], squared, labels, loss, seed)->in
     for batch in batches:
         batch = batch._replace(inputs={k: to_device(v, model.device) for k,v in batch.inputs.items()})
         squared.begin(len(batch.rows))
-        for weights,losses in _pairs(model, batch, labels, loss, seed):
-            _check_finite([losses.detach()], batch.rows)
+        for weights,losses in weighted_losses(model, batch, labels, loss, seed):
+            check_losses([losses.detach()], batch.rows)
             squared.add(losses*weights.sqrt(), retain_graph=labels=='exact')
         n += len(batch.rows)
     if n==0: raise ValueError('`data` is empty: no examples')
     return n
 
-def _mean(sums:dict[str,Tensor], n:int, dtype:torch.dtype)->dict[str,Tensor]:
+def mean_of_sums(
+    sums:dict[str,Tensor], # emptied
+    n:int, # examples
+    dtype:torch.dtype, # of the model
+)->dict[str,Tensor]: # in that dtype, never below float32
     "Sums divided by the number of examples, on the CPU; each sum is forgotten once it is used."
     return {name: sums.pop(name).div_(n).to('cpu', torch.promote_types(dtype, torch.float32)) for name in list(sums)}
 
@@ -295,8 +301,8 @@ def parameter_fisher(
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->ParameterFisher:
     "Fisher information of every parameter of the body; `ValueError` for bad input, before long work."
-    model,tokenizer = _resolve(model, tokenizer)
-    _check_choices(model, 'paper', labels, None, loss)
+    model,tokenizer = resolve_model(model, tokenizer)
+    check_choices(model, labels=labels, loss=loss)
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
     budget = 1 if one_at_a_time else batch_tokens or BATCH_TOKENS[where.type]//4
@@ -308,6 +314,6 @@ def parameter_fisher(
         bar = tqdm(batches.batches, total=batches.num_batches, desc='parameter Fisher', unit='batch', delay=2,
                    disable=not progress)
         n = _accumulate(model, split_batches(bar) if one_at_a_time else bar, squared, labels, loss, seed)
-        meta = _meta(model, data, num_examples=n, seed=seed, estimator=labels, precision=precision,
+        meta = describe_run(model, data, num_examples=n, seed=seed, estimator=labels, precision=precision,
                      device=where.type, one_at_a_time=one_at_a_time)
-    return ParameterFisher(_mean(squared.sums, n, model.dtype), num_examples=n, meta=meta)
+    return ParameterFisher(mean_of_sums(squared.sums, n, model.dtype), num_examples=n, meta=meta)

@@ -220,8 +220,8 @@ def run_bench(args:argparse.Namespace)->dict|None:
 
 def run_report(args:argparse.Namespace)->dict|None:
     "Print the table of what `reproduce` found, and write it with its plots."
-    from fisher_nodes.report import report
-    print(report(args.results, args.out, partial=args.partial, overwrite=args.overwrite).to_string())
+    from fisher_nodes.report import as_text, report
+    print(as_text(report(args.results, args.out, partial=args.partial, overwrite=args.overwrite)).to_string())
 
 # %% ../nbs/09_cli.ipynb #80349ffb
 def _option(*names, **kwargs): return names,kwargs

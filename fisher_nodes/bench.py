@@ -62,7 +62,7 @@ def bench(
     model:PreTrainedModel, # with a task head
     data:Any, # a `datasets.Dataset` of training rows
     *,
-    num_samples:int=128, # rows to measure on
+    num_samples:int|None=128, # rows to measure on; None takes all
     rounds:int=3, # timed calls of each step
     steps:Sequence[str]|None=None, # keys of `STEPS`; None takes all
     seed:int=0, # of the sample
@@ -76,6 +76,6 @@ def bench(
     how = dict(num_samples=num_samples, seed=seed, device=device, precision=precision, progress=False, **kwargs)
     seconds = take_turns({k: partial(STEPS[k][2], model, data, **how) for k in names}, rounds, where)
     rows = [dict(what=k, labels=STEPS[k][0], examples=STEPS[k][1], seconds=median(v), rounds=v) for k,v in seconds.items()]
-    return dict(steps=rows, model=model_name(model), num_examples=min(num_samples, len(data)), batch_tokens=BATCH_TOKENS[where.type],
+    return dict(steps=rows, model=model_name(model), num_examples=len(data) if num_samples is None else min(num_samples, len(data)), batch_tokens=BATCH_TOKENS[where.type],
                 precision=precision, dtype=str(model.dtype), device=where.type, threads=torch.get_num_threads(),
                 machine_name=torch.cuda.get_device_name(where) if where.type=='cuda' else None)

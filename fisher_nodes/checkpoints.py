@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from .architectures import model_name
+from .architectures import hash_weights, model_name
 from .batches import check_num_samples
 from .evaluation import load_tokenizer
-from .finetuning import RECORD, finetune, first_layers, load_body
+from .finetuning import RECORD, check_recipe, finetune, first_layers, load_body
 from .fisher import describe_data
 from .output import OutputExistsError, check_folder, differences
 from .tasks import GLUE, PAPER_TASKS, load_task
@@ -140,17 +140,24 @@ def check_base(
     first_layers(load_body(base), num_layers)
     load_tokenizer(base)
 
-# %% ../nbs/16_checkpoints.ipynb #e4e73bab
+# %% ../nbs/16_checkpoints.ipynb #d76b6aed
+def _start_hash(base:Any, out:Path, task:str)->dict[str,str]:
+    "What the record must say of the body that the task starts from, if that is there."
+    start = RECIPES[task].start
+    if start and not (out/start/RECORD).is_file(): return {}
+    return dict(base_hash=hash_weights(load_body(out/start if start else base)))
+
 def _plan(base:Any, out:Path, tasks:Sequence[str], recipe:dict)->tuple[dict,dict,dict]:
     "Training rows, records wanted and records found of all tasks and their starts, everything checked."
     check_starts(tasks, [o for o in PAPER_TASKS if (out/o/RECORD).is_file()])
     needed = list(dict.fromkeys([o for task in tasks for o in (RECIPES[task].start, task) if o]))
     data = {task: load_task(f'glue:{task}')[0] for task in needed}
     wanted = wanted_records(base, data, **recipe)
-    found = {task: kept_record(out/task, wanted[task]) for task in needed}
-    done = {task: record for task,record in found.items() if record}
-    if set(tasks)-set(done): check_base(base, recipe['num_layers'])
-    return data, wanted, done
+    def found(): return {task: o for task in needed if (o := kept_record(out/task, wanted[task]))}
+    if not set(tasks)-set(found()): return data, wanted, found()
+    check_base(base, recipe['num_layers'])
+    for task,record in wanted.items(): record |= _start_hash(base, out, task)
+    return data, wanted, found()
 
 # %% ../nbs/16_checkpoints.ipynb #22b6d2b3
 def finetune_glue(
@@ -170,6 +177,7 @@ def finetune_glue(
 )->dict[str,dict]: # task to its record, as in `finetune.json`
     "Fine-tune one checkpoint per GLUE task, or keep the ones that are there."
     out, tasks = Path(out), check_tasks(tasks)
+    check_recipe(1 if epochs is None else epochs, learning_rate, batch_size)
     same = dict(learning_rate=learning_rate, batch_size=batch_size, num_layers=num_layers, precision=precision, seed=seed)
     data, wanted, done = _plan(base, out, tasks, same | dict(num_samples=num_samples, epochs=epochs))
     todo = sorted([o for o in tasks if o not in done], key=lambda o: RECIPES[o].start is not None)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'FISHER', 'COMMANDS', 'OWN', 'parse_pairs', 'for_tasks', 'check_file', 'class_names', 'load_rows',
-           'run_fisher', 'read_value', 'run_merge', 'run_evaluate', 'run_finetune', 'run_demo', 'words', 'numbers',
-           'run_reproduce', 'run_bench', 'run_report', 'make_parser', 'main']
+           'run_fisher', 'either', 'read_value', 'run_merge', 'run_evaluate', 'run_finetune', 'run_demo', 'words',
+           'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_report', 'make_parser', 'main']
 
 # %% ../nbs/09_cli.ipynb #03e759c5
 import argparse
@@ -27,8 +27,8 @@ def parse_pairs(
     out = {}
     for o in pairs:
         name,eq,value = o.partition('=')
-        if not (name and eq and value): raise ValueError(f'{what}: expected task=value, got {o!r}')
-        if name in out: raise ValueError(f'{what}: task {name!r} is given twice')
+        if not (name and eq and value): raise ValueError(f'{what}: expected {"name" if what=="--options" else "task"}=value, got {o!r}')
+        if name in out: raise ValueError(f'{what}: {"option" if what=="--options" else "task"} {name!r} is given twice')
         out[name] = value
     return out
 
@@ -93,11 +93,18 @@ def run_fisher(args:argparse.Namespace)->dict|None:
     model,tokenizer = _load(args.model)
     fisher = mask_fisher(model, data, num_samples=args.num_samples, seed=args.seed, variant=args.variant,
         labels=args.labels, precision=args.precision, device=args.device, tokenizer=tokenizer,
-        max_length=args.max_length or task.max_length)
+        max_length=either(args.max_length, task.max_length))
     fisher.save(out)
     return {'wrote': str(out), 'num_examples': fisher.num_examples}
 
-# %% ../nbs/09_cli.ipynb #6844d6ff
+# %% ../nbs/09_cli.ipynb #e62d7d43
+def either(
+    value:Any, # of an option; None if it was not given
+    default:Any,
+)->Any:
+    "The value of an option, or its default."
+    return default if value is None else value
+
 def read_value(
     text:str, # `true`, `false`, a number, or a word
 )->Any:
@@ -108,15 +115,18 @@ def read_value(
 def run_merge(args:argparse.Namespace)->dict|None:
     "Merge models of several tasks into one body with a head for each."
     from fisher_nodes.fisher import MaskFisher
-    from fisher_nodes.merger import merge
+    from fisher_nodes.merger import METHODS, merge
     models = parse_pairs(args.models, 'models')
     check_folder(args.out, args.overwrite)
-    fishers = for_tasks(args.fisher, models, '--fisher', MaskFisher.load)
+    options,method = parse_pairs(args.options or [], '--options'),METHODS.get(args.method, METHODS['mask-fisher'])
+    if unknown := [o for o in options if o not in method.options]:
+        raise ValueError(f'--options: method {args.method!r} has no {unknown[0]!r}; it has {list(method.options)}')
+    fishers = for_tasks(args.fisher, models, '--fisher', (method.evidence or MaskFisher).load)
     data,length = _merge_data(for_tasks(args.data, models, '--data'), models, args.max_length)
     merged = merge(models, fishers, data=data, method=args.method, variant=args.variant, scheme=args.scheme,
         weights=for_tasks(args.weights, models, '--weights', float), num_samples=args.num_samples, seed=args.seed,
         labels=args.labels, precision=args.precision, device=args.device, max_length=length, base=args.base,
-        **{k: read_value(v) for k,v in parse_pairs(args.options or [], '--options').items()})
+        **{k: read_value(v) for k,v in options.items()})
     merged.save_pretrained(args.out, overwrite=args.overwrite)
     return {'wrote': str(args.out), 'tasks': list(merged), 'zero_fisher_nodes': merged.report['zero_fisher']}
 
@@ -124,7 +134,7 @@ def _merge_data(specs:dict[str,str]|None, models:dict[str,str], max_length:int|N
     "Training rows of every task, and how many tokens of each are read."
     if specs is None: return None, max_length
     loaded = {k: load_rows(v, models[k]) for k,v in specs.items()}
-    return {k: d for k,(d,_) in loaded.items()}, {k: max_length or t.max_length for k,(_,t) in loaded.items()}
+    return {k: d for k,(d,_) in loaded.items()}, {k: either(max_length, t.max_length) for k,(_,t) in loaded.items()}
 
 # %% ../nbs/09_cli.ipynb #b8031b25
 def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
@@ -161,8 +171,8 @@ def _finetune_one(args:argparse.Namespace)->dict:
     check_folder(args.out, args.overwrite)
     data,task = load_task(args.data)
     validation = load_task(args.validation, 'validation', task.labels or None)[0] if args.validation else None
-    finetune(args.model, data, task, out=args.out, validation=validation, epochs=args.epochs or 3,
-        learning_rate=args.learning_rate or 5e-5, batch_size=args.batch_size or 32, max_length=args.max_length,
+    finetune(args.model, data, task, out=args.out, validation=validation, epochs=either(args.epochs, 3),
+        learning_rate=either(args.learning_rate, 5e-5), batch_size=either(args.batch_size, 32), max_length=args.max_length,
         num_layers=args.num_layers, precision=args.precision, num_samples=args.num_samples, seed=args.seed,
         device=args.device, overwrite=args.overwrite)
     return {'wrote': str(args.out), **json.loads((Path(args.out)/'finetune.json').read_text())}
@@ -171,7 +181,7 @@ def _finetune_glue(args:argparse.Namespace)->dict:
     "Fine-tune a model on several GLUE tasks, each into its own folder."
     from fisher_nodes.checkpoints import finetune_glue
     from fisher_nodes.tasks import PAPER_TASKS
-    if args.validation or args.max_length or args.overwrite:
+    if args.validation or args.max_length is not None or args.overwrite:
         raise ValueError('--glue fixes lengths and validation sets and keeps finished tasks; it takes no --validation, --max-length or --overwrite')
     given = {k: getattr(args, k) for k in ('epochs','learning_rate','batch_size') if getattr(args, k) is not None}
     records = finetune_glue(args.model, args.out, tasks=PAPER_TASKS if args.glue==['all'] else args.glue, seed=args.seed,
@@ -196,7 +206,16 @@ def words(value:str)->list[str]:
 
 def numbers(value:str)->list[int]:
     "Whole numbers between commas."
-    return [int(o) for o in words(value)]
+    try: return [int(o) for o in words(value)]
+    except ValueError: raise argparse.ArgumentTypeError(f'expected whole numbers between commas, got {value!r}') from None
+
+def read_order(
+    task:str, # for the message
+    value:str, # as in `2,0,1`
+)->list[int]:
+    "The order of a permuted head."
+    try: return numbers(value)
+    except argparse.ArgumentTypeError as e: raise ValueError(f'--label-order of {task}: {e}') from None
 
 def run_reproduce(args:argparse.Namespace)->dict|None:
     "Merge all pairs of checkpoints in several ways and score them (Table 1); goes on where an earlier run stopped."
@@ -204,7 +223,7 @@ def run_reproduce(args:argparse.Namespace)->dict|None:
     orders = parse_pairs(args.label_order or [], '--label-order')
     out = reproduce(args.checkpoints, args.out, methods=args.methods, samples=args.samples, seeds=args.seeds,
         group_sizes=args.group_sizes, tasks=args.tasks, base=args.base, limit=args.limit,
-        label_orders={k: numbers(v) for k,v in orders.items()}, device=args.device, precision=args.precision)
+        label_orders={k: read_order(k, v) for k,v in orders.items()}, device=args.device, precision=args.precision)
     return {'wrote': str(out), 'files': len(list(out.glob('*.json'))), 'next': f'fisher-nodes report {out}'}
 
 def run_bench(args:argparse.Namespace)->dict|None:
@@ -213,8 +232,8 @@ def run_bench(args:argparse.Namespace)->dict|None:
     out = check_file(args.out, args.overwrite)
     data,task = load_rows(args.data, args.model)
     model,tokenizer = _load(args.model)
-    found = bench(model, data, num_samples=args.num_samples or 128, rounds=args.rounds, seed=args.seed, device=args.device,
-        precision=args.precision, tokenizer=tokenizer, max_length=args.max_length or task.max_length)
+    found = bench(model, data, num_samples=either(args.num_samples, 128), rounds=args.rounds, seed=args.seed, device=args.device,
+        precision=args.precision, tokenizer=tokenizer, max_length=either(args.max_length, task.max_length))
     write_record(out, data=args.data, **found)
     return {'wrote': str(out), 'seconds': {o['what']: round(o['seconds'], 3) for o in found['steps']}}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'WEIGHTS', 'data_task', 'task_config', 'load_body', 'first_layers', 'new_model', 'training_rows',
-           'training_arguments', 'train', 'save_all', 'check_validation', 'finetune']
+           'check_recipe', 'training_arguments', 'train', 'save_all', 'check_validation', 'finetune']
 
 # %% ../nbs/08_finetuning.ipynb #61ed4938
 import inspect
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed
 
-from .architectures import architecture, find_roles, model_name
+from .architectures import architecture, find_roles, hash_weights, model_name
 from .batches import collate, dataset_batches, is_dataset, is_raw, make_batches, row_lengths, sample_rows, text_columns
 from .evaluation import evaluate, load_tokenizer, names_model
 from .fisher import describe_data, find_device, precision_context, versions
@@ -107,7 +107,16 @@ def training_rows(
     single = dataset_batches(model, data, rows, plan=lambda lengths: [[i] for i in range(len(lengths))], **kwargs)
     return Dataset.from_list([{k: v[0].tolist() for k,v in batch.inputs.items()} for batch in single.batches])
 
-# %% ../nbs/08_finetuning.ipynb #cd4cc793
+# %% ../nbs/08_finetuning.ipynb #42895b8f
+def check_recipe(
+    epochs:float,
+    learning_rate:float,
+    batch_size:int,
+):
+    "`ValueError` unless all are above 0."
+    if min(epochs, learning_rate, batch_size)<=0:
+        raise ValueError(f'must be above 0: {epochs=}, {learning_rate=}, {batch_size=}')
+
 def training_arguments(
     folder:str|Path, # scratch folder that `Trainer` insists on
     size:int, # training rows
@@ -121,8 +130,7 @@ def training_arguments(
 )->Any: # `transformers.TrainingArguments`
     "The recipe: linear schedule, 6% warm-up, weight decay 0.01, rows grouped by length."
     from transformers import TrainingArguments
-    if min(epochs, learning_rate, batch_size)<=0:
-        raise ValueError(f'must be above 0: {epochs=}, {learning_rate=}, {batch_size=}')
+    check_recipe(epochs, learning_rate, batch_size)
     new = 'train_sampling_strategy' in inspect.signature(TrainingArguments).parameters
     by_length = dict(train_sampling_strategy='group_by_length') if new else dict(group_by_length=True)
     steps, on_cpu = math.ceil(math.ceil(size/batch_size)*epochs), device.type=='cpu'
@@ -202,19 +210,20 @@ def finetune(
     progress:bool=True, # show the progress bar of `Trainer`
 )->PreTrainedModel: # in evaluation mode
     "Fine-tune a copy of a model for a task and save it."
-    task, start = data_task(data, task), time.perf_counter()
+    check_recipe(epochs, learning_rate, batch_size)
+    task, start, base = data_task(data, task), time.perf_counter(), load_body(model)
     device = find_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     recipe = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, precision=precision)
     with whole_folder(out, RECORD, overwrite, WEIGHTS) as files, TemporaryDirectory(dir=files) as scratch, keep_rng():
         set_seed(seed)
-        new, tokenizer = new_model(model, task, num_layers), load_tokenizer(model, tokenizer, is_raw(data))
+        new, tokenizer = new_model(base, task, num_layers), load_tokenizer(model, tokenizer, is_raw(data))
         precision_context(precision, new, device)
         text = dict(tokenizer=tokenizer, max_length=max_length or task.max_length)
         rows = training_rows(new, data, num_samples, seed, **text)
         check_validation(new, validation, **text)
         losses = train(new, rows, scratch, device, progress=progress, **recipe)
         scores = evaluate(new, validation, task, progress=progress, **text) if validation is not None else None
-        record = dict(base=model_name(model), data=describe_data(data), task=asdict(task), num_examples=len(rows),
+        record = dict(base=model_name(model), base_hash=hash_weights(base), data=describe_data(data), task=asdict(task), num_examples=len(rows),
             max_length=text['max_length'], num_layers=num_layers, **recipe, losses=losses, scores=scores,
             seconds=round(time.perf_counter()-start, 2), device=device.type, versions=versions())
         save_all(new, tokenizer, files, record)

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
-from .architectures import hash_tensors, hash_weights, model_name
+from transformers import AutoConfig, PreTrainedModel
+from .architectures import hash_tensors, model_name
 from .batches import check_num_samples, sample_rows, tokenize
 from .checkpoints import find_checkpoints
-from .evaluation import check_task, evaluate, load_model, load_tokenizer
-from .fisher import MaskFisher
+from .evaluation import evaluate, load_model, load_tokenizer, names_model
+from .fisher import MaskFisher, find_device
 from .labels import check_alignment, reorder_labels
 from .mapping import PAPER, RELEASED
 from .merger import MEASURES, METHODS, load_base, merge
 from .output import differences, write_record
-from .tasks import Task, load_task
+from .tasks import PAPER_TASKS, Task, load_task
 
 # %% ../nbs/17_grid.ipynb #9ed76b3f
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def plan_cells(
 )->list[Cell]: # those with the same samples follow each other
     "All cells of a grid; `ValueError` for an unknown name or numbers that do not fit."
     _check_names(names)
+    if not (names and samples and seeds and group_sizes): raise ValueError(f'nothing to do: {names=}, {samples=}, {seeds=}, {group_sizes=}')
     for n in samples: check_num_samples(n)
     seeds = [*seeds]*len(samples) if len(seeds)==1 else seeds
     if len(seeds)!=len(samples) or min(seeds)<1:
@@ -118,7 +119,12 @@ class Checkpoint:
     task:Task
     train:Any # `datasets.Dataset` of raw text
     validation:Any # `datasets.Dataset` of tokens
-    key:str # fingerprint of all weights and of the training rows
+    key:str # fingerprint of all weights, head included, and of the training rows
+
+    @property
+    def fingerprint(self)->str:
+        "Changes with the weights, the order of the head, the training rows and the validation rows."
+        return hashlib.sha256(f'{self.key}{_content(self.validation)}'.encode()).hexdigest()[:16]
 
     @property
     def majority(self)->float:
@@ -141,9 +147,8 @@ def load_checkpoint(
     model,tokenizer = load_model(path),load_tokenizer(path)
     (train,about),(rows,_) = load_task(f'glue:{task}'),load_task(f'glue:{task}', 'validation')
     if order is not None: model = reorder_labels(model, order)
-    check_task(model, about)
     check_alignment(model, train, about, tokenizer=tokenizer, max_length=about.max_length, device=device, progress=False)
-    rows = rows.select(sample_rows(len(rows), limit)) if limit else rows
+    rows = rows.select(sample_rows(len(rows), limit))
     tokens = Dataset.from_dict(tokenize(rows, tokenizer, about.max_length))
     return Checkpoint(model, tokenizer, about, train, tokens, f'{hash_tensors(model.state_dict())}{_content(train)}')
 
@@ -195,14 +200,15 @@ def measure_once(
 # %% ../nbs/17_grid.ipynb #9a01470f
 def read_result(
     path:Path, # a result file, which may be missing
-    parts:Sequence[str], # what it must have
+    parts:Sequence[str], # tables that it must have
     **expected, # what it must agree with
 )->dict|None: # None if there is no such file, or none that can be read
     "Read what an earlier run wrote; `ValueError` if it comes from another experiment."
     if not path.is_file(): return None
     try:
-        found = json.loads(path.read_text())
+        found = dict(json.loads(path.read_text()))
         lacking = [f'{k!r} is missing' for k in (*parts, *expected) if k not in found]
+        lacking += [f'{k!r} is no table' for k in parts if not isinstance(found.get(k), dict)]
     except (ValueError, TypeError) as e: lacking = [str(e)]
     if lacking:
         tqdm.write(f'{path} is corrupt and is made again: {lacking[0]}')
@@ -218,7 +224,7 @@ def own_scores(
 )->dict[str,dict]: # task -> model, scores, share of the most frequent class, numbers of rows
     "What every model scores on its own task."
     def one(c):
-        return dict(model=model_name(c.model), weight_hash=hash_weights(c.model), scores=evaluate(c.model, c.validation, c.task, progress=False, **how),
+        return dict(model=model_name(c.model), weight_hash=c.fingerprint, scores=evaluate(c.model, c.validation, c.task, progress=False, **how),
                     majority=c.majority, rows=len(c.validation), train_rows=len(c.train))
     with tqdm(checkpoints.items(), desc='own scores', unit='model') as bar: return {t: one(c) for t,c in bar}
 
@@ -251,8 +257,9 @@ def run_cell(
     **how, # `device` and `precision`
 ):
     "Fill one result file, group by group; what is there already is kept."
+    about = about | dict(base=hash_tensors(base) if METHODS[ENTRIES[cell.name].method].needs_base else None)
     record = read_result(out/cell.file, ['groups'], **asdict(cell), **about) or dict(asdict(cell), merge=asdict(ENTRIES[cell.name]), **about, groups={})
-    todo = [g for g in combinations(checkpoints, cell.group_size) if '+'.join(g) not in record['groups']]
+    todo = [g for g in combinations(checkpoints, cell.group_size) if not _is_done(record['groups'].get('+'.join(g)), g)]
     bar.update(_count(checkpoints, cell)-len(todo))
     if not todo: return
     kind = METHODS[ENTRIES[cell.name].method].evidence
@@ -265,6 +272,10 @@ def run_cell(
         record['groups']['+'.join(group)] = run_group(group, cell, checkpoints, measured, base, **how)
         write_record(out/cell.file, **record)
         bar.update()
+
+def _is_done(result:Any, group:Sequence[str])->bool:
+    "Whether a group has a score for every task."
+    return isinstance(result, dict) and isinstance(result.get('scores'), dict) and set(result['scores'])==set(group)
 
 def _count(checkpoints:Mapping, cell:Cell)->int:
     "Groups of a cell."
@@ -297,13 +308,20 @@ def found_cells(
     out:Path, # folder of results
 )->list[Cell]: # of all runs so far
     "The cells whose files are there."
-    records = [json.loads(p.read_text()) for p in sorted(out.glob('*-k*.json'))]
-    return [Cell(**{k: o[k] for k in ('name','group_size','num_samples','seed')}) for o in records if o['name'] in ENTRIES]
+    names = ('name','group_size','num_samples','seed')
+    records = [read_result(p, ['groups']) for p in sorted(out.glob('*-k*.json'))]
+    return [Cell(*(o[k] for k in names)) for o in records if o and o.get('name') in ENTRIES and all(k in o for k in names)]
+
+def _read_fisher(path:Path)->MaskFisher|None:
+    "A Fisher of the cache; None, and a message if it is corrupt, where there is none."
+    try: return MaskFisher.load(path)
+    except FileNotFoundError: return None
+    except ValueError as e: tqdm.write(f'{path.name} is corrupt and is left out of the errors: {e}')
 
 def _errors(checkpoint:Checkpoint, cells:Mapping, cache:Path, precision:str|None)->Iterator[dict]:
     "Errors of one model's Fishers of one kind."
     paths = {k: cache_path(checkpoint, c, cache, precision) for k,c in cells.items()}
-    found = {k: MaskFisher.load(p) for k,p in paths.items() if p.is_file()}
+    found = {k: f for k,p in paths.items() if (f := _read_fisher(p))}
     largest = max(found, key=lambda k: (k[0], -k[1]), default=None)
     for (n,seed),f in found.items():
         if n==largest[0]: continue
@@ -330,23 +348,28 @@ def reproduce(
 )->Path: # the folder of results
     "Run the paper's experiment: merge every group of checkpoints in every way and score it on its tasks."
     cells,orders = plan_cells(methods, samples, seeds, group_sizes),dict(label_orders or {})
-    paths = find_checkpoints(checkpoints, tasks)
-    _check_grid(paths, cells, base, orders)
+    found = find_checkpoints(checkpoints, tasks)
+    paths = {t: found[t] for t in PAPER_TASKS if t in found}
+    _check_grid(paths, cells, base, orders, limit, device)
     out,how = Path(out),dict(device=device, precision=precision)
     (out/'cache').mkdir(parents=True, exist_ok=True)
     with tqdm(paths.items(), desc='load and check labels', unit='model') as bar:
         loaded = {t: load_checkpoint(p, t, limit, orders.get(t), device) for t,p in bar}
     base = None if base is None else load_base(base, next(iter(loaded.values())).model)
     how['device'] = device or str(next(iter(loaded.values())).model.device)
-    about = dict(limit=limit, precision=precision, models={t: hash_weights(c.model) for t,c in loaded.items()})
+    about = dict(limit=limit, precision=precision, models={t: c.fingerprint for t,c in loaded.items()})
     _write_own(out, loaded, model_name(checkpoints), limit, **how)
     with tqdm(total=sum(_count(loaded, c) for c in cells), unit='merge', smoothing=.05) as bar:
         for cell in cells: run_cell(cell, loaded, out, about, bar, base, **how)
     if errors := fisher_errors(loaded, out, precision): write_record(out/'fisher_error.json', errors=errors)
     return out
 
-def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping):
+def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping, limit:int|None, device:Any):
     "`ValueError` for what would fail later."
+    if limit is not None and limit<1: raise ValueError(f'`limit` (--limit) is {limit}; expected at least 1')
+    if device is not None: find_device(device)
+    if isinstance(base, (str, Path)):
+        with names_model(base): AutoConfig.from_pretrained(str(base))
     if base is None and (needy := {c.name for c in cells if METHODS[ENTRIES[c.name].method].needs_base}):
         raise ValueError(f'{sorted(needy)} need `base` (--base), the model that all were fine-tuned from')
     if bad := [c.group_size for c in cells if not 2<=c.group_size<=len(paths)]:
@@ -356,9 +379,9 @@ def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping):
 def _write_own(out:Path, checkpoints:Mapping[str,Checkpoint], name:str, limit:int|None, **how):
     "Score every model on its own task, unless that was done."
     found = read_result(out/'own.json', ['models'], limit=limit, precision=how['precision'], checkpoints=name)
-    hashes = {t: hash_weights(c.model) for t,c in checkpoints.items()}
-    if found and {t: o['weight_hash'] for t,o in found['models'].items()}!=hashes:
-        raise ValueError(f'{out} has results of other models; give another --out')
+    there,now = ({t: o.get('weight_hash') if isinstance(o, dict) else None for t,o in (found or dict(models={}))['models'].items()},
+                 {t: c.fingerprint for t,c in checkpoints.items()})
+    if found and there!=now: raise ValueError(f'{out} has results of other models, other rows or another label order; give another --out')
     if found: return
     start = time.perf_counter()
     models = own_scores(checkpoints, **how)

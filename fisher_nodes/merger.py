@@ -323,13 +323,15 @@ def _report(job:Job, models:Mapping, rule:Rule, options:dict, **about)->dict[str
 # %% ../nbs/05_merger.ipynb #81a2e4b7
 def _check_inputs(method:str, **given):
     "`ValueError` unless the method is given what it needs, and nothing else."
-    how,base = METHODS[method],given.pop('base')
+    how,base,labels = METHODS[method],given.pop('base'),given.pop('labels')
     names = [k for k,v in given.items() if v is not None]
     if how.evidence and len(names)!=1:
         raise ValueError(f'method {method!r} needs either `fishers` or `data`, got {names or "neither"}')
     if not how.evidence and names: raise ValueError(f'method {method!r} measures nothing; it takes no {names}')
     if how.needs_base and base is None:
         raise ValueError(f'method {method!r} needs `base`, the model that all were fine-tuned from')
+    if labels!='empirical' and 'labels' not in getattr(MEASURES.get(how.evidence), 'takes', ()):
+        raise ValueError(f'method {method!r} reads no labels, so they cannot be {labels!r}')
     if base is not None and not how.needs_base: raise ValueError(f'method {method!r} takes no `base`')
 
 def _method_options(method:str, variant:str, scheme:Any, options:dict)->dict[str,Any]:
@@ -339,6 +341,7 @@ def _method_options(method:str, variant:str, scheme:Any, options:dict)->dict[str
     if unknown := [k for k in given if k not in known]:
         raise ValueError(f'method {method!r} takes no {unknown}; its options are {list(known)}')
     if 'scheme' in known: get_scheme(given.get('scheme') or variant)
+    elif variant!='paper': raise ValueError(f'method {method!r} has no variant {variant!r}')
     return known | given
 
 # %% ../nbs/05_merger.ipynb #dc10bd67
@@ -406,7 +409,7 @@ def merge(
     "Merge fine-tuned models (Equation 5); the given models stay as they are. `ValueError` for bad input."
     for name,value,known in (('method', method, METHODS), ('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS)): _known(name, value, known)
     kind,options = METHODS[method].evidence,_method_options(method, variant, scheme, options)
-    _check_inputs(method, fishers=fishers, data=data, base=base)
+    _check_inputs(method, fishers=fishers, data=data, base=base, labels=labels)
     sources = _name_models(models)
     if not sources: raise ValueError('`models` is empty: no models to merge')
     tasks = list(sources)

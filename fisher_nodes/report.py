@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from .output import whole_folder
+from .tasks import PAPER_TASKS
 
 # %% ../nbs/19_report.ipynb #b769b0e6
 OWN, ERRORS = 'own.json', 'fisher_error.json'
@@ -397,9 +399,10 @@ def commands(
     own, results = read_own(folder), load_results(folder, partial=True) if results is None else results
     def one(sizes, samples, seeds, names):
         options = dict(methods=names, samples=samples, seeds=seeds, group_sizes=sizes,
-            base=[base] if {'task-arithmetic','ties','dare'} & set(names) else (), limit=[own['limit']] if own['limit'] else ())
+            base=[base] if {'task-arithmetic','ties','dare'} & set(names) else (), limit=[own['limit']] if own['limit'] else (),
+            precision=[own['precision']] if own.get('precision') else (), tasks=() if set(own['models'])==set(PAPER_TASKS) else list(own['models']))
         given = ' '.join(f'--{k.replace("_", "-")} {",".join(map(str, v))}' for k,v in options.items() if v)
-        return f'fisher-nodes reproduce --checkpoints {checkpoints or own["checkpoints"]} {given} --out {folder}'
+        return f'fisher-nodes reproduce --checkpoints {quote(str(checkpoints or own["checkpoints"]))} {given} --out {quote(str(folder))}'
     return [one(*setting, names) for setting,names in _settings(results).items()]
 
 # %% ../nbs/19_report.ipynb #40f524b7

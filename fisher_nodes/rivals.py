@@ -145,7 +145,7 @@ class Rule:
 # %% ../nbs/14_rivals.ipynb #70295cec
 def _check_number(name:str, value:Any, low:float=-torch.inf, high:float=torch.inf):
     "`ValueError` unless it is finite and from `low` to `high`."
-    if isinstance(value, Real) and low<=value<=high and abs(value)<torch.inf: return
+    if isinstance(value, Real) and not isinstance(value, bool) and low<=value<=high and abs(value)<torch.inf: return
     raise ValueError(f'`{name}` is {value!r}; expected a finite number' + f' of at least {low:g}'*(low>-torch.inf) + f' and at most {high:g}'*(high<torch.inf))
 
 def _check_density(value:Any):
@@ -160,6 +160,7 @@ def fisher_rule(
 )->Rule:
     "Full Fisher merging."
     _check_number('floor', floor, 0)
+    if not isinstance(normalise, bool): raise ValueError(f'`normalise` is {normalise!r}; expected True or False')
     fishers, counts = [f.values for f in job.measured.values()], dict(zero_fisher_elements=0)
     norms = torch.tensor([fisher_norm(f) if normalise else 1. for f in fishers], dtype=torch.float64)
     if not norms.min()>0: raise ValueError(f'the Fisher of {list(job.measured)[int(norms.argmin())]!r} is zero everywhere; it cannot be normalised')

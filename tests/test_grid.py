@@ -214,3 +214,76 @@ def test_a_head_that_calls_its_classes_otherwise_is_refused_by_name(here, tmp_pa
 def test_file_names():
     assert Cell('dare', 3, None, 2).file == 'dare-k3-s2.json'
     assert Cell('average', 2).file == 'average-k2.json'
+
+def continued(here, tmp_path, monkeypatch=None, **kw):
+    "A second run into the folder of a first one."
+    return reproduce(kw.pop('models', here/'models'), tmp_path/'out', **dict(tasks=TASKS, methods=['average']) | kw)
+
+def copy_models(here, tmp_path):
+    import shutil
+    shutil.copytree(here/'models', tmp_path/'models')
+    return tmp_path/'models'
+
+def test_another_base_does_not_mix(here, tmp_path):
+    save_model(tmp_path/'base2', GLUE['rte'], 77)
+    continued(here, tmp_path, methods=['task-arithmetic'], base=here/'base')
+    with pytest.raises(ValueError, match='base is'): continued(here, tmp_path, methods=['task-arithmetic'], base=tmp_path/'base2')
+
+def test_another_head_does_not_mix(here, tmp_path):
+    models = copy_models(here, tmp_path)
+    continued(here, tmp_path, models=models)
+    model = load_model(models/'rte')
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(models/'rte')
+    with pytest.raises(ValueError, match='other models'): continued(here, tmp_path, models=models)
+
+def test_another_label_order_does_not_mix(here, tmp_path):
+    models = copy_models(here, tmp_path)
+    for t in TASKS: save_model(models/t, GLUE[t], 5, id2label={0: 'LABEL_0', 1: 'LABEL_1'}, label2id=dict(LABEL_0=0, LABEL_1=1))
+    continued(here, tmp_path, models=models)
+    with pytest.raises(ValueError, match='label order'): continued(here, tmp_path, models=models, label_orders=dict(rte=[1, 0]))
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_other_rows_do_not_mix(here, tmp_path, monkeypatch, split):
+    import shutil
+    shutil.copytree(here/'glue', tmp_path/'glue'); monkeypatch.setenv('FISHER_NODES_GLUE', str(tmp_path/'glue'))
+    continued(here, tmp_path)
+    write_rows(tmp_path/'glue', GLUE['rte'], split, 24, random.Random(9))
+    with pytest.raises(ValueError, match='other rows'): continued(here, tmp_path)
+
+def test_the_order_of_tasks_is_no_matter(here, tmp_path):
+    before = scores(continued(here, tmp_path))
+    assert scores(continued(here, tmp_path, tasks=TASKS[::-1])) == before and set(before['average-k2.json']) == {'qnli+sst2', 'qnli+rte', 'sst2+rte'}
+
+def test_a_corrupt_cache_does_not_stop_later_runs(here, tmp_path, capsys):
+    out = continued(here, tmp_path, methods=['mask-fisher'], samples=[8, 16])
+    cached = sorted((out/'cache').iterdir())[0]
+    cached.write_bytes(cached.read_bytes()[:50])
+    continued(here, tmp_path)
+    assert cached.name in ''.join(capsys.readouterr())
+
+@pytest.mark.parametrize('text', ['{"name": "mask', '{"foo": 1}', '[]', '{"steps": [], "groups": {}}'])
+def test_strange_files_in_the_folder_are_left_alone(here, tmp_path, text):
+    (tmp_path/'out').mkdir(); (tmp_path/'out'/'cost-k2.json').write_text(text)
+    continued(here, tmp_path, methods=['mask-fisher'], samples=[8])
+    assert (tmp_path/'out'/'cost-k2.json').read_text() == text
+
+@pytest.mark.parametrize('groups', [[], None, {'qnli+sst2': None}, {'qnli+sst2': {'scores': {'qnli': {'accuracy': 1}}}}])
+def test_malformed_groups_are_made_again(here, tmp_path, groups):
+    out = continued(here, tmp_path)
+    want, file = scores(out), out/'average-k2.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(groups=groups)))
+    assert scores(continued(here, tmp_path)) == want
+
+@pytest.mark.parametrize('models', [[], {'rte': {}}, {'rte': 3}])
+def test_malformed_own_scores(here, tmp_path, models):
+    out = continued(here, tmp_path)
+    (out/'own.json').write_text(json.dumps(json.loads((out/'own.json').read_text()) | dict(models=models)))
+    if models: pytest.raises(ValueError, continued, here, tmp_path)
+    else: continued(here, tmp_path)
+
+@pytest.mark.parametrize('say,kw', [('limit', dict(limit=0)), ('limit', dict(limit=-3)), ('no device', dict(device='gpu')), ('nope', dict(methods=['ties'], base='/nope')),
+                                    ('nothing to do', dict(methods=[])), ('nothing to do', dict(samples=[])), ('nothing to do', dict(group_sizes=[]))])
+def test_more_bad_input_is_refused_before_any_work(here, tmp_path, say, kw):
+    with pytest.raises(ValueError, match=say): continued(here, tmp_path, **kw)
+    assert not (tmp_path/'out').exists()

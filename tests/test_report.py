@@ -338,6 +338,8 @@ def test_commands_make_the_same_cells(folder):
         words = line.split()
         at = {k[2:]: v.split(',') for k, v in zip(words[2::2], words[3::2])}
         names = [o for o in at['methods'] if o in grid.ENTRIES]  # `change-x` is none
+        assert at['tasks'] == list(TASKS)
+        if not names: continue
         kw = {k: [int(o) for o in at[k.replace('_', '-')]] for k in ('samples', 'seeds', 'group_sizes') if k.replace('_', '-') in at}
         made |= {(o.name, o.group_size, o.num_samples, o.seed) for o in grid.plan_cells(names, **kw)}
         assert at['limit'] == ['1000'] and ('base' in at) == ('dare' in names)
@@ -347,7 +349,7 @@ def test_commands_make_the_same_cells(folder):
 def test_commands_of_some_rows(folder, table):
     assert [o.split(' --methods ')[1].split()[0] for o in commands(folder, results=table[table.name.isin(['dare', 'average'])])] == ['average', 'dare']
     line, = commands(folder, 'there', 'BODY', table[table.name == 'dare'])
-    assert line == f'fisher-nodes reproduce --checkpoints there --methods dare --seeds 2 --group-sizes 2 --base BODY --limit 1000 --out {folder}'
+    assert line == f'fisher-nodes reproduce --checkpoints there --methods dare --seeds 2 --group-sizes 2 --base BODY --limit 1000 --tasks {",".join(TASKS)} --out {folder}'
 
 
 @pytest.mark.parametrize('ends,says', [((.1, 2.), 'more'), ((-2., -.1), 'less'), ((-1., 1.), 'not decided'), ((0., 1.), 'not decided'), ((np.nan, np.nan), 'no interval')])

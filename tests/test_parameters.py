@@ -55,6 +55,10 @@ def alone(request): return dict(one_at_a_time=request.param)
 
 # --- the same numbers, however the examples come ----------------------------------------------
 
+def named(o):
+    "An id that is the same in every process."
+    return ','.join(f'{k}={getattr(v, "__name__", v)}' for k, v in o.items()) if isinstance(o, dict) else str(o)
+
 @pytest.mark.parametrize('sizes', [(3, 1, 4, 2), (10,)], ids=str)
 @pytest.mark.parametrize('estimator', ['empirical', 'exact'])
 def test_equals_brute_force(family, alone, sizes, estimator):
@@ -246,7 +250,7 @@ def test_the_square_of_the_mean_is_something_else(family):
 
 # --- nothing of the caller's is changed -------------------------------------------------------
 
-@pytest.mark.parametrize('kw', [{}, dict(labels='exact'), dict(labels='sampled'), dict(loss=task_loss), dict(num_samples=4)], ids=str)
+@pytest.mark.parametrize('kw', [{}, dict(labels='exact'), dict(labels='sampled'), dict(loss=task_loss), dict(num_samples=4)], ids=named)
 @pytest.mark.parametrize('mode', MODES)
 def test_leaves_no_trace(family, alone, mode, kw):
     model = well_used(tiny(family))
@@ -321,7 +325,7 @@ def refused(match, model=None, data=None, **kw):
     (dict(num_samples=0), '`num_samples` must be at least 1'),
     (dict(labels='exact', loss=task_loss), "labels='exact' needs the built-in loss"),
     (dict(device='nowhere'), "no device 'nowhere'"),
-], ids=lambda o: str(o) if isinstance(o, dict) else '')
+], ids=lambda o: named(o) if isinstance(o, dict) else '')
 def test_wrong_choices(alone, kw, match): refused(match, **kw, **alone)
 
 @pytest.mark.parametrize('data', [[], iter([]), to_dataset(examples(1)).select([])], ids=['list', 'iterator', 'dataset'])

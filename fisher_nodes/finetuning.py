@@ -211,10 +211,11 @@ def finetune(
 )->PreTrainedModel: # in evaluation mode
     "Fine-tune a copy of a model for a task and save it."
     check_recipe(epochs, learning_rate, batch_size)
-    task, start, base = data_task(data, task), time.perf_counter(), load_body(model)
+    task, start = data_task(data, task), time.perf_counter()
     device = find_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     recipe = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, precision=precision)
     with whole_folder(out, RECORD, overwrite, WEIGHTS) as files, TemporaryDirectory(dir=files) as scratch, keep_rng():
+        base = load_body(model)
         set_seed(seed)
         new, tokenizer = new_model(base, task, num_layers), load_tokenizer(model, tokenizer, is_raw(data))
         precision_context(precision, new, device)

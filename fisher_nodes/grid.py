@@ -211,7 +211,7 @@ def read_result(
         lacking += [f'{k!r} is no table' for k in parts if not isinstance(found.get(k), dict)]
     except (ValueError, TypeError) as e: lacking = [str(e)]
     if lacking:
-        tqdm.write(f'{path} is corrupt and is made again: {lacking[0]}')
+        tqdm.write(f'{path.name} is corrupt and is made again: {lacking[0]}')
         return None
     for k,(there,now) in differences(found, expected).items():
         raise ValueError(f'{path} is from another experiment: {k} is {there!r}, now {now!r}; give another --out')

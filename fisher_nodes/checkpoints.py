@@ -134,18 +134,20 @@ def check_starts(
 def check_base(
     base:str|Path, # a folder or Hub id
     num_layers:int|None=None, # layers of its body to keep
-):
+)->str: # fingerprint of the whole body
     "`ValueError` unless there are a body of so many layers and a tokenizer."
     if not isinstance(base, (str, Path)): raise ValueError(f'`base` must be a folder or a Hub id, got {type(base).__name__}')
-    first_layers(load_body(base), num_layers)
+    body = load_body(base)
+    first_layers(body, num_layers)
     load_tokenizer(base)
+    return hash_weights(body)
 
-# %% ../nbs/16_checkpoints.ipynb #d76b6aed
-def _start_hash(base:Any, out:Path, task:str)->dict[str,str]:
-    "What the record must say of the body that the task starts from, if that is there."
-    start = RECIPES[task].start
-    if start and not (out/start/RECORD).is_file(): return {}
-    return dict(base_hash=hash_weights(load_body(out/start if start else base)))
+# %% ../nbs/16_checkpoints.ipynb #0ff977db
+def _start_hashes(base_hash:str, out:Path, tasks:Sequence[str])->dict[str,dict]:
+    "What the records must say of the bodies that tasks start from, where those are there."
+    starts = {RECIPES[task].start for task in tasks} - {None}
+    known = {None: base_hash} | {o: hash_weights(load_body(out/o)) for o in starts if (out/o/RECORD).is_file()}
+    return {task: dict(base_hash=known[RECIPES[task].start]) for task in tasks if RECIPES[task].start in known}
 
 def _plan(base:Any, out:Path, tasks:Sequence[str], recipe:dict)->tuple[dict,dict,dict]:
     "Training rows, records wanted and records found of all tasks and their starts, everything checked."
@@ -155,8 +157,8 @@ def _plan(base:Any, out:Path, tasks:Sequence[str], recipe:dict)->tuple[dict,dict
     wanted = wanted_records(base, data, **recipe)
     def found(): return {task: o for task in needed if (o := kept_record(out/task, wanted[task]))}
     if not set(tasks)-set(found()): return data, wanted, found()
-    check_base(base, recipe['num_layers'])
-    for task,record in wanted.items(): record |= _start_hash(base, out, task)
+    hashes = _start_hashes(check_base(base, recipe['num_layers']), out, needed)
+    wanted = {task: record | hashes.get(task, {}) for task,record in wanted.items()}
     return data, wanted, found()
 
 # %% ../nbs/16_checkpoints.ipynb #22b6d2b3

@@ -22,13 +22,14 @@ from .output import OutputExistsError, check_folder, write_record
 def parse_pairs(
     pairs:Sequence[str], # words of the form `task=value`
     what:str, # for the message, for instance `--data`
+    kind:str='task', # what the names are, for the message
 )->dict[str,str]: # task -> value, in the given order
     "Read `task=value` words; `ValueError` for a malformed word or a name that occurs twice."
     out = {}
     for o in pairs:
         name,eq,value = o.partition('=')
-        if not (name and eq and value): raise ValueError(f'{what}: expected {"name" if what=="--options" else "task"}=value, got {o!r}')
-        if name in out: raise ValueError(f'{what}: {"option" if what=="--options" else "task"} {name!r} is given twice')
+        if not (name and eq and value): raise ValueError(f'{what}: expected {kind}=value, got {o!r}')
+        if name in out: raise ValueError(f'{what}: {kind} {name!r} is given twice')
         out[name] = value
     return out
 
@@ -115,10 +116,11 @@ def read_value(
 def run_merge(args:argparse.Namespace)->dict|None:
     "Merge models of several tasks into one body with a head for each."
     from fisher_nodes.fisher import MaskFisher
-    from fisher_nodes.merger import METHODS, merge
+    from fisher_nodes.merger import METHODS, check_known, merge
     models = parse_pairs(args.models, 'models')
     check_folder(args.out, args.overwrite)
-    options,method = parse_pairs(args.options or [], '--options'),METHODS.get(args.method, METHODS['mask-fisher'])
+    check_known('method', args.method, METHODS)
+    options,method = parse_pairs(args.options or [], '--options', 'option'),METHODS[args.method]
     if unknown := [o for o in options if o not in method.options]:
         raise ValueError(f'--options: method {args.method!r} has no {unknown[0]!r}; it has {list(method.options)}')
     fishers = for_tasks(args.fisher, models, '--fisher', (method.evidence or MaskFisher).load)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
-           'MaskFisher', 'Variant', 'precision_context', 'check_losses', 'to_device', 'model_logits', 'weighted_losses',
-           'describe_data', 'versions', 'describe_run', 'check_choices', 'find_device', 'fisher_batches',
-           'resolve_model', 'mask_fisher']
+           'MaskFisher', 'open_saved', 'Variant', 'precision_context', 'check_losses', 'to_device', 'model_logits',
+           'weighted_losses', 'describe_data', 'versions', 'describe_run', 'check_choices', 'find_device',
+           'fisher_batches', 'resolve_model', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
@@ -125,16 +125,22 @@ def save(self:MaskFisher,
     about = dict(format='pt', num_examples=str(self.num_examples), meta=json.dumps(self.meta))
     with whole_file(path) as part: save_file(tensors, part, about)
 
-# %% ../nbs/03_fisher.ipynb #7eaa5e09
+# %% ../nbs/03_fisher.ipynb #cb33b14c
+def open_saved(
+    path:str|Path, # a safetensors file
+    kind:str, # what it should be, for the message
+)->safe_open: # to be used in a `with` block
+    "Open a file that a `save` wrote; `ValueError` if it is not of that format."
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not a file')
+    try: return safe_open(path, 'pt')
+    except SafetensorError as e: raise ValueError(f'{path} is not a saved {kind}: {e}') from None
+
 @patch(cls_method=True)
 def load(cls:MaskFisher,
     path:str|Path, # a file that `save` wrote
 )->MaskFisher:
     "Read a saved `MaskFisher`; `ValueError` for a file that is not one."
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not a file')
-    try: file = safe_open(path, 'pt')
-    except SafetensorError as e: raise ValueError(f'{path} is not a saved MaskFisher: {e}') from None
-    with file as f:
+    with open_saved(path, 'MaskFisher') as f:
         about,keys = f.metadata() or {},list(f.keys())
         if not {'num_examples','meta'}<=about.keys() or 'heads.0' not in keys:
             raise ValueError(f'{path} is not a saved MaskFisher')

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .evaluation import evaluate, load_model, load_tokenizer, names_model
 from .fisher import MaskFisher, find_device
 from .labels import check_alignment, reorder_labels
 from .mapping import PAPER, RELEASED
-from .merger import MEASURES, METHODS, load_base, merge
+from .merger import MEASURES, METHODS, Method, load_base, merge
 from .output import differences, write_record
 from .tasks import PAPER_TASKS, Task, load_task
 
@@ -81,6 +82,12 @@ class Cell:
     seed:int|None=None # of the sample, and of DARE
 
     @property
+    def entry(self)->Entry: return ENTRIES[self.name]
+
+    @property
+    def method(self)->Method: return METHODS[self.entry.method]
+
+    @property
     def file(self)->str:
         "The name of the file."
         n,s = ['' if v is None else f'-{k}{v}' for k,v in (('n', self.num_samples), ('s', self.seed))]
@@ -121,7 +128,7 @@ class Checkpoint:
     validation:Any # `datasets.Dataset` of tokens
     key:str # fingerprint of all weights, head included, and of the training rows
 
-    @property
+    @cached_property
     def fingerprint(self)->str:
         "Changes with the weights, the order of the head, the training rows and the validation rows."
         return hashlib.sha256(f'{self.key}{_content(self.validation)}'.encode()).hexdigest()[:16]
@@ -163,10 +170,9 @@ def measure_choices(
     cell:Cell,
 )->dict[str,Any]: # arguments of `mask_fisher` or its like
     "What a cell asks to be measured of a model."
-    entry = ENTRIES[cell.name]
-    known = MEASURES[METHODS[entry.method].evidence].takes
+    known = MEASURES[cell.method.evidence].takes
     return dict(num_samples=cell.num_samples, seed=cell.seed, max_length=checkpoint.task.max_length,
-                **{k: getattr(entry, k) for k in ('variant','labels') if k in known})
+                **{k: getattr(cell.entry, k) for k in ('variant','labels') if k in known})
 
 def cache_path(
     checkpoint:Checkpoint,
@@ -175,8 +181,7 @@ def cache_path(
     precision:str|None=None, # of matrix products
 )->Path:
     "Where it is kept."
-    kind = METHODS[ENTRIES[cell.name].method].evidence
-    return cache/_cache_name(kind, checkpoint.task.name, key=checkpoint.key, precision=precision, **measure_choices(checkpoint, cell))
+    return cache/_cache_name(cell.method.evidence, checkpoint.task.name, key=checkpoint.key, precision=precision, **measure_choices(checkpoint, cell))
 
 def measure_once(
     checkpoint:Checkpoint,
@@ -185,7 +190,7 @@ def measure_once(
     **how, # `device` and `precision`
 )->Any: # `MaskFisher`, `ParameterFisher` or `Grams`, with `seconds` in its `meta`
     "Measure what a cell needs of a model, or read it from the cache."
-    kind = METHODS[ENTRIES[cell.name].method].evidence
+    kind = cell.method.evidence
     path = cache_path(checkpoint, cell, cache, how.get('precision'))
     if path.is_file():
         try: return kind.load(path)
@@ -237,10 +242,10 @@ def run_group(
     **how, # `device` and `precision`
 )->dict[str,Any]: # scores, seconds, nodes without Fisher
     "Merge one group and score it on every task of the group."
-    e,start = ENTRIES[cell.name],time.perf_counter()
+    e,start = cell.entry,time.perf_counter()
     merged = merge({t: checkpoints[t].model for t in group}, {t: measured[t] for t in group} if measured else None,
         method=e.method, variant=e.variant, scheme=e.scheme, seed=cell.seed or 0,
-        base=base if METHODS[e.method].needs_base else None, **e.options)
+        base=base if cell.method.needs_base else None, **e.options)
     halfway = time.perf_counter()
     scores = {t: evaluate(merged[t], checkpoints[t].validation, checkpoints[t].task, progress=False, **how) for t in group}
     return dict(scores=scores, merge_seconds=halfway-start, evaluate_seconds=time.perf_counter()-halfway,
@@ -251,18 +256,18 @@ def run_cell(
     cell:Cell,
     checkpoints:Mapping[str,Checkpoint], # task -> checkpoint
     out:Path, # folder of results
-    about:dict, # what all cells of the run share, written into the file
+    about:dict, # what all cells of the run share, written into the file; `base` only where it is used
     bar:Any, # progress bar, one step for each group
     base:Any=None, # the model before fine-tuning, for the entries that need it
     **how, # `device` and `precision`
 ):
     "Fill one result file, group by group; what is there already is kept."
-    about = about | dict(base=hash_tensors(base) if METHODS[ENTRIES[cell.name].method].needs_base else None)
-    record = read_result(out/cell.file, ['groups'], **asdict(cell), **about) or dict(asdict(cell), merge=asdict(ENTRIES[cell.name]), **about, groups={})
+    if not cell.method.needs_base: about = about | dict(base=None)
+    record = read_result(out/cell.file, ['groups'], **asdict(cell), **about) or dict(asdict(cell), merge=asdict(cell.entry), **about, groups={})
     todo = [g for g in combinations(checkpoints, cell.group_size) if not _is_done(record['groups'].get('+'.join(g)), g)]
     bar.update(_count(checkpoints, cell)-len(todo))
     if not todo: return
-    kind = METHODS[ENTRIES[cell.name].method].evidence
+    kind = cell.method.evidence
     bar.set_description(f'{cell.file[:-5]}: measuring' if kind else cell.file[:-5])
     measured = {t: measure_once(c, cell, out/'cache', **how) for t,c in checkpoints.items()} if kind else {}
     record |= dict(num_examples={t: f.num_examples for t,f in measured.items()},
@@ -300,8 +305,7 @@ def fisher_errors(
     "Error of every mask Fisher in the cache against that of the largest sample."
     kinds = {}
     for c in found_cells(out):
-        e = ENTRIES[c.name]
-        if METHODS[e.method].evidence is MaskFisher: kinds.setdefault((e.variant, e.labels), {}).setdefault((c.num_samples, c.seed), c)
+        if c.method.evidence is MaskFisher: kinds.setdefault((c.entry.variant, c.entry.labels), {}).setdefault((c.num_samples, c.seed), c)
     return [o for kind in kinds.values() for t in checkpoints for o in _errors(checkpoints[t], kind, out/'cache', precision)]
 
 def found_cells(
@@ -357,7 +361,7 @@ def reproduce(
         loaded = {t: load_checkpoint(p, t, limit, orders.get(t), device) for t,p in bar}
     base = None if base is None else load_base(base, next(iter(loaded.values())).model)
     how['device'] = device or str(next(iter(loaded.values())).model.device)
-    about = dict(limit=limit, precision=precision, models={t: c.fingerprint for t,c in loaded.items()})
+    about = dict(limit=limit, precision=precision, base=base and hash_tensors(base), models={t: c.fingerprint for t,c in loaded.items()})
     _write_own(out, loaded, model_name(checkpoints), limit, **how)
     with tqdm(total=sum(_count(loaded, c) for c in cells), unit='merge', smoothing=.05) as bar:
         for cell in cells: run_cell(cell, loaded, out, about, bar, base, **how)
@@ -370,7 +374,7 @@ def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping, l
     if device is not None: find_device(device)
     if isinstance(base, (str, Path)):
         with names_model(base): AutoConfig.from_pretrained(str(base))
-    if base is None and (needy := {c.name for c in cells if METHODS[ENTRIES[c.name].method].needs_base}):
+    if base is None and (needy := {c.name for c in cells if c.method.needs_base}):
         raise ValueError(f'{sorted(needy)} need `base` (--base), the model that all were fine-tuned from')
     if bad := [c.group_size for c in cells if not 2<=c.group_size<=len(paths)]:
         raise ValueError(f'groups of {bad[0]} models cannot be made of {len(paths)}')
@@ -379,10 +383,10 @@ def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping, l
 def _write_own(out:Path, checkpoints:Mapping[str,Checkpoint], name:str, limit:int|None, **how):
     "Score every model on its own task, unless that was done."
     found = read_result(out/'own.json', ['models'], limit=limit, precision=how['precision'], checkpoints=name)
-    there,now = ({t: o.get('weight_hash') if isinstance(o, dict) else None for t,o in (found or dict(models={}))['models'].items()},
-                 {t: c.fingerprint for t,c in checkpoints.items()})
-    if found and there!=now: raise ValueError(f'{out} has results of other models, other rows or another label order; give another --out')
-    if found: return
+    if found:
+        there = {t: o.get('weight_hash') if isinstance(o, dict) else None for t,o in found['models'].items()}
+        if there=={t: c.fingerprint for t,c in checkpoints.items()}: return
+        raise ValueError(f'{out} has results of other models, other rows or another label order; give another --out')
     start = time.perf_counter()
     models = own_scores(checkpoints, **how)
     write_record(out/'own.json', checkpoints=name, limit=limit, models=models, seconds=time.perf_counter()-start, **how)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MUST_AGREE', 'METHODS', 'MEASURES', 'RECORD', 'DTYPE', 'check_models', 'Shares', 'plan_shares', 'nodes_rule',
-           'average_rule', 'combine_bodies', 'with_body', 'Merged', 'Method', 'Measure', 'load_base', 'merge',
-           'is_merged']
+           'average_rule', 'combine_bodies', 'with_body', 'Merged', 'Method', 'check_known', 'Measure', 'load_base',
+           'merge', 'is_merged']
 
 # %% ../nbs/05_merger.ipynb #83879e22
 import copy
@@ -209,7 +209,11 @@ METHODS = {'average': Method(average_rule), 'mask-fisher': Method(nodes_rule, Ma
            'task-arithmetic': Method(task_arithmetic_rule, needs_base=True),
            'ties': Method(ties_rule, needs_base=True), 'dare': Method(dare_rule, needs_base=True)}
 
-def _known(name:str, value:str, known:Mapping):
+def check_known(
+    name:str, # of the argument, for the message
+    value:str, # what was given
+    known:Mapping, # what exists
+):
     "`ValueError` listing what exists."
     if value not in known: raise ValueError(f'`{name}` is {value!r}; expected one of {list(known)}')
 
@@ -407,7 +411,7 @@ def merge(
     **options, # of the method, see `METHODS`
 )->Merged:
     "Merge fine-tuned models (Equation 5); the given models stay as they are. `ValueError` for bad input."
-    for name,value,known in (('method', method, METHODS), ('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS)): _known(name, value, known)
+    for name,value,known in (('method', method, METHODS), ('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS)): check_known(name, value, known)
     kind,options = METHODS[method].evidence,_method_options(method, variant, scheme, options)
     _check_inputs(method, fishers=fishers, data=data, base=base, labels=labels)
     sources = _name_models(models)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 from .architectures import architecture, find_roles
 from .batches import BATCH_TOKENS, Batch
 from .fisher import (
-    check_choices, check_losses, describe_run, find_device, fisher_batches, precision_context, resolve_model, to_device, weighted_losses)
+    check_choices, check_losses, describe_run, find_device, fisher_batches, open_saved, precision_context, resolve_model, to_device, weighted_losses)
 from .masks import untouched
 from .output import whole_file
 
@@ -251,10 +250,7 @@ def load(cls:Measured,
     path:str|Path, # a file that `save` wrote
 )->Measured:
     "Read what `save` wrote; `ValueError` for a file that is something else."
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not a file')
-    try: file = safe_open(path, 'pt')
-    except SafetensorError as e: raise ValueError(f'{path} is not a saved {cls.__name__}: {e}') from None
-    with file as f:
+    with open_saved(path, cls.__name__) as f:
         about = f.metadata() or {}
         if about.get('kind')!=cls.__name__ or not {'num_examples','meta'}<=about.keys():
             raise ValueError(f'{path} is not a saved {cls.__name__}; its kind is {about.get("kind", "unknown")}')

@@ -7,10 +7,10 @@ __all__ = ['OWN', 'ERRORS', 'NUMBER', 'MAYBE', 'RESULT', 'SETTING', 'NAMES', 'TA
            'MARKERS', 'PERCENT', 'ERROR', 'STEP', 'COLUMNS', 'LEGEND', 'read_json', 'check_keys', 'share', 'read_own',
            'is_flagged', 'check_result', 'group_name', 'check_groups', 'task_row', 'result_rows', 'check_once',
            'result_files', 'load_results', 'per_seed', 'median', 'statistic_of', 'bootstrap', 'verdict',
-           'baseline_rows', 'paired_scores', 'summarise', 'hub_command', 'table1', 'as_text', 'markdown', 'provenance',
-           'commands', 'setting_label', 'choose', 'pair_matrix', 'task_labels', 'plot_pairs', 'plot_scores',
-           'plot_samples', 'load_errors', 'plot_errors', 'load_bench', 'plot_cost', 'plot_gains', 'summary_text',
-           'save_plot', 'report']
+           'baseline_rows', 'paired_scores', 'compare', 'summarise', 'hub_command', 'table1', 'as_text', 'markdown',
+           'provenance', 'commands', 'shell_block', 'setting_label', 'choose', 'list_settings', 'pair_matrix',
+           'task_labels', 'plot_pairs', 'plot_scores', 'plot_samples', 'load_errors', 'plot_errors', 'load_bench',
+           'plot_cost', 'plot_gains', 'summary_text', 'save_plot', 'report']
 
 # %% ../nbs/19_report.ipynb #119a367e
 import json
@@ -261,6 +261,17 @@ def paired_scores(
     columns = a.columns.intersection(b.columns).sort_values()
     return tuple(o[columns].to_numpy().reshape(len(o), len(columns.unique(0)), -1) for o in (a,b))
 
+# %% ../nbs/19_report.ipynb #9bf5572d
+def compare(
+    rows:Any, # of `load_results`, one setting
+    baseline:Any, # of `load_results`, one setting
+)->dict[str,Any]: # median, mean, their intervals and verdicts
+    "How two settings differ, on the groups and seeds that both have."
+    scores = paired_scores(rows, baseline)
+    (gain,*ends), (mean,*mean_ends) = bootstrap(*scores), bootstrap(*scores, np.mean)
+    return dict(median=gain, low=ends[0], high=ends[1], says=verdict(*ends),
+        mean=mean, mean_low=mean_ends[0], mean_high=mean_ends[1], mean_says=verdict(*mean_ends))
+
 # %% ../nbs/19_report.ipynb #52396833
 NAMES = ('average', 'mask-fisher', 'mask-fisher-released', 'mask-fisher-layer-mean', 'mask-fisher-exact', 'fisher-exact',
     'fisher-exact-normalised', 'fisher-empirical', 'fisher-empirical-normalised', 'regmean', 'regmean-0.99',
@@ -308,10 +319,11 @@ PAPER_TABLE1 = {
 
 def hub_command(
     checkpoints:str, # a key of `PAPER_TABLE1`
+    out:str|None=None, # where it should write; None is a folder of that name in `results`
 )->str:
     "The command that runs a row of Table 1 where the Hub can be reached."
     return (f'fisher-nodes reproduce --checkpoints {checkpoints} --methods average,mask-fisher,fisher-exact '
-            f'--samples 128,2048,32768 --out results/{checkpoints}')
+            f'--samples 128,2048,32768 --out {out or f"results/{checkpoints}"}')
 
 # %% ../nbs/19_report.ipynb #9a38b46d
 def _table1_line(summary, statistic): # the seven numbers of a summary, NaN where not run
@@ -394,6 +406,7 @@ def commands(
     checkpoints:str|None=None, # where the checkpoints are; None is what `own.json` calls them
     base:str='BASE', # what they were fine-tuned from, for the methods that need it
     results:Any=None, # some rows of `load_results`; None is all of them
+    out:str|Path|None=None, # where they should write; None is the folder itself
 )->list[str]: # for a shell
     "The commands that make the results of a folder."
     own, results = read_own(folder), load_results(folder, partial=True) if results is None else results
@@ -402,8 +415,14 @@ def commands(
             base=[base] if {'task-arithmetic','ties','dare'} & set(names) else (), limit=[own['limit']] if own['limit'] else (),
             precision=[own['precision']] if own.get('precision') else (), tasks=() if set(own['models'])==set(PAPER_TASKS) else list(own['models']))
         given = ' '.join(f'--{k.replace("_", "-")} {",".join(map(str, v))}' for k,v in options.items() if v)
-        return f'fisher-nodes reproduce --checkpoints {quote(str(checkpoints or own["checkpoints"]))} {given} --out {quote(str(folder))}'
+        return f'fisher-nodes reproduce --checkpoints {quote(str(checkpoints or own["checkpoints"]))} {given} --out {quote(str(out or folder))}'
     return [one(*setting, names) for setting,names in _settings(results).items()]
+
+def shell_block(
+    lines:Sequence[str], # commands
+)->str: # Markdown
+    "Commands as a block of code."
+    return '\n'.join(['```', *lines, '```'])
 
 # %% ../nbs/19_report.ipynb #40f524b7
 PALETTE = ('#0173b2','#de8f05','#029e73','#d55e00','#cc78bc','#56b4e9','#949494','#ca9161','#fbafe4','#ece133')
@@ -436,7 +455,13 @@ def choose(
     raise ValueError(f'no results of {setting_label(name, num_samples)} in groups of {group_size}; there are '
                      + '; '.join(setting_label(*o) for o in found.itertuples(index=False)))
 
-# %% ../nbs/19_report.ipynb #2ae5dcfe
+# %% ../nbs/19_report.ipynb #6df470b0
+def list_settings(
+    summary:Any, # of `summarise`, or some of its rows
+)->list[tuple]: # names and N, for `choose` and `plot_scores`
+    "The settings of a summary."
+    return [(o.name, None if str(o.num_samples)=='<NA>' else int(o.num_samples)) for o in summary.itertuples()]
+
 def pair_matrix(
     rows:Any, # of one setting, `group_size` 2
     column:str='normalised', # what to show

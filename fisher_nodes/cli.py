@@ -241,7 +241,8 @@ def run_bench(args:argparse.Namespace)->dict|None:
 
 def run_report(args:argparse.Namespace)->dict|None:
     "Print the table of what `reproduce` found, and write it with its plots."
-    from fisher_nodes.report import as_text, report
+    from fisher_nodes.report import report
+    from fisher_nodes.results import as_text
     print(as_text(report(args.results, args.out, partial=args.partial, overwrite=args.overwrite)).to_string())
 
 # %% ../nbs/09_cli.ipynb #80349ffb

@@ -27,6 +27,7 @@ from .finetuning import finetune, load_body
 from .fisher import describe_data, mask_fisher, versions
 from .merger import Merged, is_merged, merge
 from .output import differences
+from .plots import plot_heads, shared_scale
 from .tasks import Task, as_dataset
 
 # %% ../nbs/10_demo.ipynb #68d60c55
@@ -188,16 +189,8 @@ def draw_fishers(
     fishers:dict, # task name to `MaskFisher`
 ):
     "Head Fishers as heatmaps on one logarithmic colour scale."
-    import seaborn as sns
-    from matplotlib.colors import LogNorm
-    heads = {name: fisher.heads.double().numpy() for name,fisher in fishers.items()}
-    known = np.concatenate([o[o>0] for o in heads.values()])
-    for ax,(name,values) in zip(axes, heads.items()):
-        sns.heatmap(values, ax=ax, norm=LogNorm(known.min(), known.max()), cmap='viridis', cbar=False, linewidths=.3)
-        ax.set(title=f'Fisher information of the heads: {name}', xlabel='head', ylabel='layer')
-        ax.invert_yaxis()
-    bar = axes[0].figure.colorbar(axes[0].collections[0], ax=list(axes), pad=.02)
-    bar.set_label('Fisher information')
+    norm = shared_scale(fishers)
+    for ax,(name,fisher) in zip(axes, fishers.items()): plot_heads(fisher, name, ax, norm, bar=ax is axes[len(fishers)-1])
 
 # %% ../nbs/10_demo.ipynb #a04a3c4d
 def draw_scores(

@@ -10,14 +10,17 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose
 
-from fisher_nodes import report as module
+from fisher_nodes import plots, report as module, results as reading
+from fisher_nodes.fisher import MaskFisher
 from fisher_nodes.output import OutputExistsError
-from fisher_nodes.report import (PAPER_TABLE1, as_text, bootstrap, choose, commands, load_bench, load_errors, load_results, markdown, median, pair_matrix,
-                                 paired_scores, per_seed, plot_cost, plot_errors, plot_gains, plot_pairs, plot_samples, plot_scores, provenance,
-                                 report, summarise, table1, verdict)
+from fisher_nodes.plots import pair_matrix, plot_cost, plot_errors, plot_gains, plot_heads, plot_pairs, plot_rows, plot_samples, plot_scores
+from fisher_nodes.report import report
+from fisher_nodes.results import (PAPER_TABLE1, as_text, bootstrap, choose, commands, load_bench, load_errors, load_results, markdown, median,
+                                  paired_scores, per_seed, provenance, summarise, table1, verdict)
 
 matplotlib.use('agg')
 TASKS = dict(mnli=(.73, .35), qqp=(.86, .63), mrpc=(.72, .68), rte=(.65, .53))  # own accuracy, majority; mrpc is flagged
@@ -435,7 +438,7 @@ def test_cost(tmp_path):
     assert_allclose(steps.ms, [500, 15.625, 15.625], rtol=1e-12)
     assert steps.batching.tolist() == ['one at a time', '4,096 tokens a batch', '32 a batch'] and steps.file.tolist() == ['a', 'a', 'b']
     ax = plot_cost(steps)
-    assert [o.get_width() for o in ax.patches] == [15.625, 15.625, 500] and ax.get_xscale() == 'log'
+    assert [o.get_width() for o in ax.patches] == [15.625, 15.625, 500] and ax.get_xscale() == 'linear'
     assert [o.get_text() for o in ax.get_yticklabels()][2] == 'full\none at a time, empirical labels, fp32' and 'no labels' in ax.get_yticklabels()[1].get_text()
     shared = {k: v for k, v in step().items() if k not in ('what', 'seconds', 'labels')}
     short = [dict(what='full', labels='exact', examples='batches by length', seconds=1.28)]
@@ -454,6 +457,51 @@ def test_gain_plot(table):
         assert_allclose(ax.collections[1].get_offsets()[:, 0], rows[column], rtol=1e-12)
         assert_allclose([o[:, 0] for o in ax.collections[0].get_segments()], rows[[f'{column}_low', f'{column}_high']], rtol=1e-12)
     assert [o.get_text() for o in ax.get_yticklabels()] == ['mask-fisher, N=128', 'mask-fisher, N=2,048', 'dare', 'change-x, N=128']
+
+
+def fisher(layers, scale=1., seed=0, ragged=False):
+    torch.manual_seed(seed)
+    sizes = [(4-i % 2, 50+i) if ragged else (4, 50) for i in range(layers)]
+    made = [(scale*torch.rand(h)+scale/9, scale*torch.rand(d)+scale/9) for h, d in sizes]
+    parts = [tuple(o) if ragged else torch.stack(o) for o in zip(*made)]
+    return MaskFisher(*parts, num_examples=8)
+
+
+@pytest.mark.parametrize('ragged', [False, True])
+def test_head_plot_draws_every_head_in_its_place(ragged):
+    one = fisher(3, ragged=ragged)
+    ax = plot_heads(one, 'mnli')
+    drawn = ax.collections[0].get_array()
+    for i, heads in enumerate(one.heads):
+        assert_allclose(drawn[i, :len(heads)], heads.numpy(), rtol=1e-6)
+        assert drawn.mask[i].tolist() == [False]*len(heads)+[True]*(4-len(heads)) if ragged else not np.ma.getmaskarray(drawn)[i].any()
+    assert ax.get_title() == 'Heads: mnli' and ax.get_ylim() == (0, 3) and ax.figure.axes[1].get_ylabel().startswith('Fisher information')
+    figure, axes = plt.subplots(1, 2)
+    assert plot_heads(one, ax=axes[1], bar=False) is axes[1] and len(figure.axes) == 2
+
+
+def test_heads_of_two_models_share_a_scale():
+    fishers = dict(a=fisher(2), b=fisher(2, 1e4, 1))
+    norm = plots.shared_scale(fishers)
+    assert_allclose([norm.vmin, norm.vmax], [fishers['a'].heads.min(), fishers['b'].heads.max()], rtol=1e-6)
+    colors = [plot_heads(o, norm=norm).collections[0] for o in fishers.values()]
+    [o.update_scalarmappable() for o in colors]
+    assert colors[0].get_facecolors()[:, :3].max(0).tolist() != colors[1].get_facecolors()[:, :3].max(0).tolist()
+    fishers['a'].heads.zero_()
+    assert plots.shared_scale(fishers).vmin == fishers['b'].heads.min()
+    fishers['b'].heads.zero_()
+    with pytest.raises(ValueError, match=r"every head Fisher of \['a', 'b'\] is zero"): plots.shared_scale(fishers)
+
+
+@pytest.mark.parametrize('ragged', [False, True])
+def test_row_plot_is_of_every_row(ragged):
+    fishers = dict(a=fisher(3, ragged=ragged), b=fisher(3, 10., 1, ragged))
+    table = plots.row_table(fishers)
+    assert len(table) == sum(len(o) for f in fishers.values() for o in f.rows)
+    assert_allclose(table[(table.task == 'b') & (table.layer == '1')].fisher, fishers['b'].rows[1].numpy(), rtol=1e-6)
+    figure, ax = plt.subplots()
+    assert plot_rows(fishers, ax) is ax and ax.get_xscale() == 'log' and ax.get_title() == 'FFN rows'
+    assert [o.get_text() for o in ax.get_yticklabels()] == ['0', '1', '2'] and ax.get_ylim()[0] < ax.get_ylim()[1]
 
 
 # report
@@ -497,7 +545,8 @@ def test_a_name_cannot_leave_the_folder(tmp_path):
     assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['deep'] and (tmp_path/'out'/'deep'/'report-pairs-..-up.png').exists()
 
 
-def test_plotting_is_imported_late():
+@pytest.mark.parametrize('module', [reading, plots, module], ids=lambda o: o.__name__)
+def test_plotting_is_imported_late(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding='utf-8'))
     top = [o for o in tree.body if isinstance(o, (ast.Import, ast.ImportFrom))]
     names = {a.name.partition('.')[0] for o in top if isinstance(o, ast.Import) for a in o.names} | {o.module.partition('.')[0] for o in top if isinstance(o, ast.ImportFrom)}

@@ -44,7 +44,7 @@ def sample_rows(
 # %% ../nbs/02_batches.ipynb #e347df57
 def length_batches(
     lengths:Sequence[int], # tokens of each row
-    batch_tokens:int, # most tokens in a batch, padding included; a longer row gets a batch of its own
+    batch_tokens:int, # most tokens in a batch, with padding; a longer row is alone
 )->list[list[int]]: # positions in `lengths`, longest rows first
     "Split rows into batches of similar length within a token budget."
     if batch_tokens<1: raise ValueError(f'`batch_tokens` must be at least 1, got {batch_tokens}')
@@ -103,7 +103,7 @@ def row_lengths(
     return [len(m) - next((i for i,o in enumerate(reversed(m)) if o), len(m)) for m in masks]
 
 def collate(
-    columns:Mapping[str,list], # one list per column, one entry per row; entries are numbers or lists of them
+    columns:Mapping[str,list], # a list per column, a number or a list of them per row
     lengths:Sequence[int], # of each row, in tokens
     rows:Sequence[int], # positions of the rows to take
     fill:Mapping[str,int], # padding value by column; 0 where none is given
@@ -194,11 +194,11 @@ def _check_lengths(model, columns:dict[str,list], lengths:Sequence[int], rows:Se
 
 # %% ../nbs/02_batches.ipynb #e69ea0ed
 def dataset_batches(
-    model:PreTrainedModel, # its `forward` names the columns, its config the classes and the padding token
+    model:PreTrainedModel, # its `forward` names the columns, its config the padding token
     dataset:Any, # a `datasets.Dataset`, tokenised, or raw text with `tokenizer`
     rows:Sequence[int], # row numbers to take
     *,
-    plan:Callable|None, # how to batch: row lengths -> lists of positions, for instance `length_batches`
+    plan:Callable|None, # row lengths -> lists of positions, such as `length_batches`
     tokenizer:Any=None, # for raw text
     max_length:int|None=None, # in tokens, for raw text; None is the model's own limit
     need_labels:bool=True, # check the labels
@@ -234,7 +234,7 @@ def _check_batch(model, batch:Any, start:int, need_labels:bool)->int:
 # %% ../nbs/02_batches.ipynb #636ff9dc
 def own_batches(
     model:PreTrainedModel,
-    data:Iterable[Mapping[str,Tensor]], # batches, dicts of tensors with the examples along the first axis
+    data:Iterable[Mapping[str,Tensor]], # batches, dicts of tensors, examples first
     num_samples:int|None=None, # at most this many examples, from the first on; None takes all
     need_labels:bool=True, # check the labels
 )->Iterator[Batch]:
@@ -268,7 +268,7 @@ def make_batches(
     num_samples:int|None=None, # examples wanted; a data set is sampled, own batches are cut
     seed:int=0, # of the sample
     replacement:bool=False, # sample with replacement, as the released code does
-    plan:Callable|None=None, # how to batch a data set: row lengths -> lists of positions; None is by length
+    plan:Callable|None=None, # row lengths -> lists of positions; None is by length
     batch_tokens:int|None=None, # most tokens in a batch; None suits the model's device
     need_labels:bool=True, # check the labels
     **kwargs, # `tokenizer`, `max_length` and `every` of `dataset_batches`

@@ -172,7 +172,7 @@ def finetune_glue(
     learning_rate:float=1e-4, # peak of the schedule
     batch_size:int=64,
     epochs:float|None=None, # of every task; None takes those of `RECIPES`
-    precision:str|None=None, # of matrix products: 'fp32', 'tf32' or 'bf16'; weights stay float32
+    precision:str|None=None, # of matrix products, 'fp32', 'tf32' or 'bf16'; not of weights
     seed:int=0, # of the sample, the head, the order of rows and dropout
     device:Any=None, # where to train; None is a GPU if there is one
     progress:bool=True, # show progress over tasks, and that of `Trainer`

@@ -35,7 +35,7 @@ def parse_pairs(
 
 # %% ../nbs/09_cli.ipynb #f21738a1
 def for_tasks(
-    pairs:Sequence[str]|None, # words of the form `task=value`; None for an option that was not given
+    pairs:Sequence[str]|None, # words `task=value`; None for an option that was not given
     tasks:Sequence[str], # what must be named, no more and no less
     what:str, # for the message
     convert:Callable[[str],Any]=str, # value -> result
@@ -338,7 +338,7 @@ def make_parser()->argparse.ArgumentParser:
 
 # %% ../nbs/09_cli.ipynb #4403b1bf
 def main(
-    argv:Sequence[str]|None=None, # words after the program's name; None reads them from the shell
+    argv:Sequence[str]|None=None, # words after the program's name; None: from the shell
 )->int: # exit status: 0, 2 for bad input, 130 when interrupted
     "Run `fisher-nodes`."
     args = make_parser().parse_args(argv)

@@ -51,7 +51,7 @@ def gather(
     model:PreTrainedModel, # with a task head, in evaluation mode
     batches:Batches, # each row exactly once
     progress:bool=False, # show a progress bar when it takes more than two seconds
-)->tuple[Tensor,Tensor|None]: # logits `(N, num_labels)` and labels `(N,)` or None, in row order
+)->tuple[Tensor,Tensor|None]: # logits `(N, num_labels)` and labels `(N,)`, in row order
     "Run all batches and put their logits and labels in the order of the rows."
     rows, logits, labels = [], [], []
     bar = tqdm(batches.batches, total=batches.num_batches, desc='evaluate', unit='batch',
@@ -120,7 +120,7 @@ def run_model(
 
 # %% ../nbs/07_evaluation.ipynb #21393606
 def predict(
-    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with a head, a local folder or a Hub id
+    model:PreTrainedModel|str|Path, # a model with a head, a folder or a Hub id
     data:Any, # a `datasets.Dataset` (tokenised, or raw text), or an iterable of batches
     *,
     tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
@@ -164,9 +164,9 @@ def default_task(
 
 # %% ../nbs/07_evaluation.ipynb #5d0375c2
 def evaluate(
-    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with a head, a local folder or a Hub id
+    model:PreTrainedModel|str|Path, # a model with a head, a folder or a Hub id
     data:Any, # a `datasets.Dataset` (tokenised, or raw text), or batches, with labels
-    task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None for accuracy, or `pearson` of numbers
+    task:Task|str|None=None, # or a name in `GLUE`; None is accuracy, or pearson of numbers
     *,
     tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
     max_length:int|None=None, # tokens kept of a raw row; None is the task's or model's limit

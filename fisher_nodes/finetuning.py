@@ -59,7 +59,7 @@ def task_config(
 
 # %% ../nbs/08_finetuning.ipynb #03b3ee8c
 def load_body(
-    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with or without a head, a folder or a Hub id
+    model:PreTrainedModel|str|Path, # a model with or without a head, a folder or a Hub id
 )->PreTrainedModel: # the body; the caller's own object if one was given
     "The body of a model, from safetensors only when it is loaded."
     if isinstance(model, PreTrainedModel): return model.base_model
@@ -79,7 +79,7 @@ def first_layers(
     return config, {n: t for n,t in state.items() if n not in cut}
 
 def new_model(
-    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with or without a head, a folder or a Hub id
+    model:PreTrainedModel|str|Path, # a model with or without a head, a folder or a Hub id
     task:Task, # names the classes
     num_layers:int|None=None, # layers to keep, from the first on; None keeps all
 )->PreTrainedModel: # a float32 copy of the body under a fresh head
@@ -125,7 +125,7 @@ def training_arguments(
     batch_size:int=32,
     seed:int=0, # of the order of rows and of dropout
     device:torch.device=torch.device('cpu'), # where to train
-    precision:str|None=None, # of matrix products: 'fp32', 'tf32' or 'bf16'; weights stay float32
+    precision:str|None=None, # of matrix products, 'fp32', 'tf32' or 'bf16'; not of weights
     progress:bool=False, # show the progress bar of `Trainer`
 )->Any: # `transformers.TrainingArguments`
     "The recipe: linear schedule, 6% warm-up, weight decay 0.01, rows grouped by length."
@@ -190,7 +190,7 @@ def check_validation(
 
 # %% ../nbs/08_finetuning.ipynb #b5e9ad96
 def finetune(
-    model:PreTrainedModel|str|Path, # a `PreTrainedModel` with or without a head, a folder or a Hub id
+    model:PreTrainedModel|str|Path, # a model with or without a head, a folder or a Hub id
     data:Any, # a `datasets.Dataset`, tokenised or raw text, with labels
     task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None to read it off `data`
     *,
@@ -201,7 +201,7 @@ def finetune(
     learning_rate:float=5e-5, # peak of the schedule
     batch_size:int=32,
     num_layers:int|None=None, # layers of the body to keep, from the first on; None keeps all
-    precision:str|None=None, # of matrix products: 'fp32', 'tf32' or 'bf16'; weights stay float32
+    precision:str|None=None, # of matrix products, 'fp32', 'tf32' or 'bf16'; not of weights
     max_length:int|None=None, # tokens kept of a raw row; None is the task's
     num_samples:int|None=None, # rows to train on; None takes all
     seed:int=0, # of the sample, the head, the order of rows and dropout

@@ -35,7 +35,7 @@ from .output import whole_file
 # %% ../nbs/03_fisher.ipynb #71da40bf
 def square_each(
     grads:Tensor, # mask gradients, one row per example, shape `(B, nodes)`
-    weights:Tensor, # weight of each example, shape `(B,)`; ones unless labels are averaged over
+    weights:Tensor, # of each example, shape `(B,)`; ones unless labels are averaged over
 )->Tensor: # shape `(nodes,)`, float64
     "Weighted sum over examples of squared gradients (the sum in Equation 4)."
     return weights.double() @ grads.double().square()
@@ -95,9 +95,9 @@ class MaskFisher:
     heads:NodeTensors # shape `(layers, H)`, or a tuple of `(H,)` where layers differ
     rows:NodeTensors # shape `(layers, D)`, or a tuple of `(D,)` where layers differ
     num_examples:int=0 # N
-    meta:dict[str,Any]=field(default_factory=dict) # model, weights, data, seed, variant, estimator, versions
-    head_matrices:NodeTensors|None=None # Equation 3 within a layer: `(layers, H, H)`, if asked for
-    row_matrices:NodeTensors|None=None # Equation 3 within a layer: `(layers, D, D)`, if asked for
+    meta:dict[str,Any]=field(default_factory=dict) # model, weights, data, seed, versions
+    head_matrices:NodeTensors|None=None # Equation 3 within a layer: `(layers, H, H)`
+    row_matrices:NodeTensors|None=None # Equation 3 within a layer: `(layers, D, D)`
 
     def layer(self,
         i:int, # counted from 0
@@ -153,7 +153,7 @@ def load(cls:MaskFisher,
 class Variant:
     "How a Fisher is computed."
     ffn_mask:str # where the FFN mask stands, see `mask_sites`
-    reduce:Callable[[Tensor,Tensor],Tensor] # a batch's gradients -> what is summed over batches
+    reduce:Callable[[Tensor,Tensor],Tensor] # a batch's gradients -> what is summed
     mean:bool # divide the sum by the number of examples
     replacement:bool # sample a data set with replacement
     batch_size:int|None # rows per batch of a data set, in drawn order; None is by length
@@ -357,20 +357,20 @@ def resolve_model(
 
 # %% ../nbs/03_fisher.ipynb #ed8e0e69
 def mask_fisher(
-    model:PreTrainedModel|str|Path, # fine-tuned, of a supported family, or its folder or Hub id; comes back as it was
-    data:Any, # a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), or an iterable of batches
+    model:PreTrainedModel|str|Path, # fine-tuned, or its folder or Hub id; comes back as it was
+    data:Any, # a `Dataset`, tokenised or with `tokenizer`, or an iterable of batches
     *,
     num_samples:int|None=None, # N; a data set is sampled, own batches are cut; None takes all
     seed:int=0, # of the sample, and of drawn labels
     variant:str='paper', # 'paper', or 'released' to reproduce the authors' code
     labels:str='empirical', # true labels; 'exact' or 'sampled' for the model's own
     precision:str|None=None, # 'fp32', 'tf32' or 'bf16'; None computes as the model is stored
-    loss:Callable|None=None, # your own `loss(model, batch)->(B,)`; None is cross-entropy or squared error
+    loss:Callable|None=None, # your own `loss(model, batch)->(B,)`; None is the task's
     tokenizer:Any=None, # for raw text
     max_length:int|None=None, # in tokens, for raw text; None is the model's own limit
     batch_tokens:int|None=None, # most tokens in a batch of a data set; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
-    matrices:str|None=None, # also Equation 3 within a layer: 'heads', or 'all' for rows too (large)
+    matrices:str|None=None, # also Equation 3 within a layer, of 'heads' or of 'all'
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->MaskFisher:
     "Fisher information of every head and FFN row (Equation 4); `ValueError` for bad input, before long work."

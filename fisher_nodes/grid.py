@@ -44,7 +44,7 @@ class Entry:
     options:Mapping[str,Any]=field(default_factory=dict) # of the method
 
 def _towards(*roles:str)->Entry:
-    "The paper's scheme with the released code's weights for some roles more."
+    "The paper's scheme, with the released code's weights for these roles too."
     return Entry('mask-fisher', scheme=PAPER | {o: RELEASED[o] for o in roles})
 
 ENTRIES = {
@@ -100,7 +100,7 @@ def _check_names(names:Sequence[str]):
 def plan_cells(
     names:Sequence[str], # keys of `ENTRIES`
     samples:Sequence[int]=(128,), # numbers of examples
-    seeds:Sequence[int]=(1,), # how many seeds at each number of examples; a single number is for all
+    seeds:Sequence[int]=(1,), # how many at each number of examples; one number is for all
     group_sizes:Sequence[int]=(2,), # models merged at once
 )->list[Cell]: # those with the same samples follow each other
     "All cells of a grid; `ValueError` for an unknown name or numbers that do not fit."
@@ -146,7 +146,7 @@ def load_checkpoint(
     path:str|Path, # folder or Hub id
     task:str, # a name in `GLUE`
     limit:int|None=None, # most validation rows; None takes all
-    order:Sequence[int]|None=None, # for a head whose classes are permuted, see `reorder_labels`
+    order:Sequence[int]|None=None, # of a head with permuted classes, see `reorder_labels`
     device:Any=None, # where to check the labels; None is where the model loads
 )->Checkpoint:
     "Load a model and its data; `ValueError` if its labels mean something else."
@@ -256,7 +256,7 @@ def run_cell(
     cell:Cell,
     checkpoints:Mapping[str,Checkpoint], # task -> checkpoint
     out:Path, # folder of results
-    about:dict, # what all cells of the run share, written into the file; `base` only where it is used
+    about:dict, # what all cells of the run share, written into the file
     bar:Any, # progress bar, one step for each group
     base:Any=None, # the model before fine-tuning, for the entries that need it
     **how, # `device` and `precision`
@@ -336,17 +336,17 @@ def _errors(checkpoint:Checkpoint, cells:Mapping, cache:Path, precision:str|None
 
 # %% ../nbs/17_grid.ipynb #89746ce9
 def reproduce(
-    checkpoints:str|Path, # a name in `PAPER_CHECKPOINTS`, or a folder with a folder for each task
+    checkpoints:str|Path, # a name in `PAPER_CHECKPOINTS`, or a folder of folders, one a task
     out:str|Path, # folder of results; an earlier run there is continued
     *,
     methods:Sequence[str]=('average','mask-fisher'), # keys of `ENTRIES`
     samples:Sequence[int]=(128,), # numbers of examples
-    seeds:Sequence[int]=(1,), # how many seeds at each number of examples; a single number is for all
+    seeds:Sequence[int]=(1,), # how many at each number of examples; one number is for all
     group_sizes:Sequence[int]=(2,), # models merged at once
     tasks:Sequence[str]|None=None, # which of the six; None takes all
-    base:Any=None, # the model that all were fine-tuned from, for methods with task vectors; a folder or Hub id
+    base:Any=None, # what all were fine-tuned from, for methods with task vectors
     limit:int|None=None, # most validation rows of a task; None takes all
-    label_orders:Mapping[str,Sequence[int]]|None=None, # task -> order of a permuted head, see `reorder_labels`
+    label_orders:Mapping[str,Sequence[int]]|None=None, # task -> order of a permuted head
     device:str|None=None, # where to measure and to score; None is where models load
     precision:str|None=None, # 'fp32', 'tf32', 'bf16', or None for the models as they are
 )->Path: # the folder of results
@@ -368,7 +368,7 @@ def reproduce(
     if errors := fisher_errors(loaded, out, precision): write_record(out/'fisher_error.json', errors=errors)
     return out
 
-def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping, limit:int|None, device:Any):
+def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping, limit:Any, device:Any):
     "`ValueError` for what would fail later."
     if limit is not None and limit<1: raise ValueError(f'`limit` (--limit) is {limit}; expected at least 1')
     if device is not None: find_device(device)

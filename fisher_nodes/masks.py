@@ -43,7 +43,7 @@ FFN_SITES = {'before': ('ffn_in', 'output'), 'after': ('ffn_out', 'input')}
 # %% ../nbs/01_masks.ipynb #9563926a
 def mask_sites(
     model:PreTrainedModel, # with or without a task head, of a supported family
-    ffn_mask:str='before', # 'before' bias and activation (Equation 2), or 'after' them (released code)
+    ffn_mask:str='before', # 'before' bias and activation (Equation 2), or 'after' them
 )->list[Site]: # heads and rows of the first layer, then of the second, …
     "Every masked tensor, in the order of the forward pass."
     if ffn_mask not in FFN_SITES:
@@ -61,7 +61,7 @@ class MaskGradients:
     "Inside the block, `per_example` turns losses into every example's mask gradients."
     def __init__(self,
         model:PreTrainedModel, # with or without a task head, of a supported family
-        ffn_mask:str='before', # 'before' bias and activation (Equation 2), or 'after' them (released code)
+        ffn_mask:str='before', # 'before' bias and activation (Equation 2), or 'after' them
     ):
         self.sites = mask_sites(model, ffn_mask)
         self.handles,self.leaves,self.grads,self.used = [],[],[],False

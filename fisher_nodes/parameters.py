@@ -28,8 +28,8 @@ from .fisher import (
 from .masks import untouched
 from .output import whole_file
 
-# %% ../nbs/12_parameters.ipynb #1a550758
-EXPAND = defaultdict(lambda: 2**26, cpu=2**20) # numbers in the per-example gradients made at once, by device type
+# %% ../nbs/12_parameters.ipynb #0bb2d766
+EXPAND = defaultdict(lambda: 2**26, cpu=2**20) # gradients made at once: 256 MB of float32, 4 MB on a CPU
 
 def linear_squares(
     module:nn.Linear, # tells the size of its weight
@@ -85,7 +85,7 @@ def parameter_modules(
 )->dict[str,nn.Module]: # name within the body -> module
     "The modules of the body that have parameters; `ValueError` naming one that is not in `SQUARES`."
     body = model.base_model
-    find_roles(architecture(model), [name for name,_ in body.named_parameters()])
+    find_roles(architecture(model), [name for name,_ in body.named_parameters()]) # refuses unknown names
     _check_shared(model)
     found = {name: m for name,m in body.named_modules() if any(True for _ in m.parameters(recurse=False))}
     for name,m in found.items():
@@ -228,7 +228,7 @@ class Measured:
     "Tensors by parameter name, measured on a model, and their origin."
     values:dict[str,Tensor] # name within the body -> tensor on the CPU, float32 or better
     num_examples:int=0 # N
-    meta:dict[str,Any]=field(default_factory=dict) # model, weights, data, seed, estimator, versions
+    meta:dict[str,Any]=field(default_factory=dict) # model, weights, data, seed, versions
 
     def save(self,
         path:str|Path, # file to write; its folder must exist
@@ -281,19 +281,19 @@ def mean_of_sums(
 
 # %% ../nbs/12_parameters.ipynb #8c3e8a42
 def parameter_fisher(
-    model:PreTrainedModel|str|Path, # fine-tuned, of a supported family, or its folder or Hub id; comes back as it was
-    data:Any, # a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), or an iterable of batches
+    model:PreTrainedModel|str|Path, # fine-tuned, or its folder or Hub id; comes back as it was
+    data:Any, # a `Dataset`, tokenised or with `tokenizer`, or an iterable of batches
     *,
     num_samples:int|None=None, # N; a data set is sampled, own batches are cut; None takes all
     seed:int=0, # of the sample, and of drawn labels
     labels:str='empirical', # true labels; 'exact' or 'sampled' for the model's own
     precision:str|None=None, # 'fp32', 'tf32' or 'bf16'; None computes as the model is stored
-    loss:Callable|None=None, # your own `loss(model, batch)->(B,)`; None is cross-entropy or squared error
+    loss:Callable|None=None, # your own `loss(model, batch)->(B,)`; None is the task's
     tokenizer:Any=None, # for raw text
     max_length:int|None=None, # in tokens, for raw text; None is the model's own limit
     batch_tokens:int|None=None, # most tokens in a batch of a data set; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
-    one_at_a_time:bool=False, # run every example by itself, for comparison: the same numbers, slower
+    one_at_a_time:bool=False, # every example by itself: the same numbers, slower
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->ParameterFisher:
     "Fisher information of every parameter of the body; `ValueError` for bad input, before long work."

@@ -39,7 +39,7 @@ def shared_scale(
 
 def head_matrix(
     fisher:MaskFisher,
-)->np.ndarray: # shape `(layers, most heads of a layer)`, NaN where zero or where a layer has fewer
+)->np.ndarray: # shape `(layers, most heads of a layer)`, NaN where zero or absent
     "Head Fishers as a picture needs them."
     out = np.full((len(fisher), max(map(len, fisher.heads))), np.nan)
     for i,layer in enumerate(fisher.heads): out[i,:len(layer)] = layer.double().numpy()
@@ -122,8 +122,10 @@ def plot_pairs(
     ax.tick_params(axis='y', rotation=0)
     return ax
 
-# %% ../nbs/20_plots.ipynb #208a02a4
-def _score_points(ax, rows, y, labels): # the scores of a setting at height y, a colour and a shape for each task
+# %% ../nbs/20_plots.ipynb #e7b69f36
+def _name(name, num_samples, names): return setting_label((names or {}).get(name, name), num_samples)
+
+def _score_points(ax, rows, y, labels): # scores of a setting at height y
     scores, middle = rows.groupby(['task','group'], sort=False).normalised.mean(), per_seed(rows)['median'].mean()
     for i,task in enumerate(labels):
         points = scores[scores.index.get_level_values('task')==task]
@@ -135,6 +137,7 @@ def plot_scores(
     results:Any, # of `load_results`
     settings:Sequence, # pairs of a method's name and N (or None)
     group_size:int=2, # models a merge
+    names:Mapping[str,str]|None=None, # what to call methods
     ax:Any=None, # a `matplotlib` axis
 )->Any: # the axis
     "Every score of some methods as a point, averaged over seeds; a bar is the median, as in `summarise`."
@@ -142,7 +145,7 @@ def plot_scores(
     for y,(name,n) in enumerate(settings): _score_points(ax, choose(results, name, n, group_size), y, labels)
     ax.axvline(100, color='gray', lw=1, ls=':')
     ax.set(title=f'Every task of every merge of {group_size}', xlabel=PERCENT, ylim=(len(settings)-.5,-.5))
-    ax.set_yticks(range(len(settings)), [setting_label(*o) for o in settings])
+    ax.set_yticks(range(len(settings)), [_name(name, n, names) for name,n in settings])
     ax.legend(loc='upper left', bbox_to_anchor=(1,1), frameon=False)
     return ax
 
@@ -202,6 +205,7 @@ def plot_errors(
     ax.set_title(f'Fisher of {part.removesuffix("_rank")} against the largest N')
     ax.set_ylabel('rank correlation' if rank else 'relative L2 error')
     _sample_axis(ax, errors.num_samples.unique().tolist())
+    ax.set_xlim(errors.num_samples.min()/1.5, errors.num_samples.max()*1.5)
     return ax
 
 # %% ../nbs/20_plots.ipynb #7119814b
@@ -227,6 +231,7 @@ def plot_gains(
     summary:Any, # of `summarise`, some of its rows
     statistic:str='median', # `median` or `mean`
     baseline:str='average', # that the gains are over, for the label
+    names:Mapping[str,str]|None=None, # what to call methods
     ax:Any=None, # a `matplotlib` axis
 )->Any: # the axis
     "Gains of methods over the baseline, with their bootstrap intervals."
@@ -236,7 +241,8 @@ def plot_gains(
     ax.hlines(y, rows[f'{column}_low'], rows[f'{column}_high'], color=PALETTE[0], lw=2)
     ax.scatter(rows[column], y, color=PALETTE[0], zorder=3)
     ax.axvline(0, color='gray', lw=1, ls=':')
-    ax.set(title=f'{statistic} score, minus that of {baseline}', xlabel='points, with 95% interval over groups')
+    drawn = 'pairs' if set(rows.group_size)=={2} else 'groups'
+    ax.set(title=f'{statistic} score, minus that of {baseline}', xlabel=f'points, with 95% interval over {drawn}')
     ax.set_ylim(len(rows)-.5, -.5)
-    ax.set_yticks(y, [setting_label(*o) for o in rows[['name','num_samples']].itertuples(index=False)])
+    ax.set_yticks(y, [_name(o.name, o.num_samples, names) for o in rows.itertuples()])
     return ax

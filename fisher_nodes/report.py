@@ -15,13 +15,13 @@ from typing import Any
 from .output import whole_folder
 from .plots import plot_errors, plot_gains, plot_pairs, plot_samples, plot_scores
 from .results import (
-    ERRORS, list_settings, load_errors, load_results, markdown, provenance, summarise)
+    ERRORS, list_settings, load_errors, load_results, markdown, provenance, summarise, with_intervals)
 
-# %% ../nbs/27_report.ipynb #a0bcebf5
-COLUMNS = ['name','num_samples','median','mean','min','median_sd','gain','gain_low','gain_high','scores','seeds','flagged']
+# %% ../nbs/27_report.ipynb #97d18ebb
+COLUMNS = ['name','num_samples','median','mean','min','median_sd','gain','mean_gain','seeds','flagged']
 LEGEND = ('Scores are accuracies in percent of the task\'s own model. Median, mean and min are computed within a seed and averaged '
-    'over seeds; `median sd` is the standard deviation of the median over seeds. `gain` is the median minus that of averaging; '
-    '`gain low` and `gain high` are its 95% interval in a paired bootstrap that draws groups.')
+    'over seeds; `median sd` is the standard deviation of the median over seeds. `gain` is the median minus that of averaging, '
+    '`mean gain` the same for the mean, with the 95% interval of a paired bootstrap that draws groups.')
 
 def summary_text(
     results:Any, # of `load_results`
@@ -31,7 +31,7 @@ def summary_text(
     flagged = sorted(results[results.flagged].task.unique())
     note = (f'Flagged, since their own models score within 5 points of the most frequent class: {", ".join(flagged)}. '
             'Their normalised scores mean nothing.') if flagged else 'No task is flagged.'
-    tables = [f'## Merges of {k}\n\n{markdown(rows[COLUMNS])}' for k,rows in summary.groupby('group_size')]
+    tables = [f'## Merges of {k}\n\n{markdown(with_intervals(rows)[COLUMNS])}' for k,rows in summary.groupby('group_size')]
     return '\n\n'.join([*tables, note, LEGEND])
 
 def _plots(results, summary, errors): # file name, size in inches, and a function of `ax`

@@ -128,9 +128,9 @@ def drop_elements(
 @dataclass(frozen=True)
 class Job:
     "What there is to merge."
-    states:Mapping[str,Mapping[str,Tensor]] # task -> the floating-point part of its body's state
+    states:Mapping[str,Mapping[str,Tensor]] # task -> floating-point part of its body
     weights:Tensor # λ, shape `(M,)`
-    measured:Mapping[str,Any]=field(default_factory=dict) # task -> Fisher or grams, if the method takes any
+    measured:Mapping[str,Any]=field(default_factory=dict) # task -> Fisher or grams
     base:Mapping[str,Tensor]|None=None # the body before fine-tuning, if the method takes it
     seed:int=0 # of random choices
     model:PreTrainedModel|None=None # any of the models; tells roles and layers
@@ -140,7 +140,7 @@ class Rule:
     "How to merge any parameter of a job."
     combine:Callable[[str,Sequence[Tensor]],Tensor] # name and tensors -> merged tensor
     kinds:Mapping[str,str] # name -> what weights it
-    counts:dict[str,int]=field(default_factory=dict) # what had to be averaged, filled while combining
+    counts:dict[str,int]=field(default_factory=dict) # what was averaged, while combining
 
 # %% ../nbs/14_rivals.ipynb #70295cec
 def _check_number(name:str, value:Any, low:float=-torch.inf, high:float=torch.inf):

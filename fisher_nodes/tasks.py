@@ -193,7 +193,7 @@ def file_task(
 
 # %% ../nbs/06_tasks.ipynb #9e7805dd
 def load_task(
-    spec:str|Path, # `glue:TASK`, or a `.parquet`, `.csv` or `.jsonl` file with a `label` column
+    spec:str|Path, # `glue:TASK`, or a `.parquet`, `.csv` or `.jsonl` with a `label` column
     split:str='train', # `train`, `validation`, or a GLUE split's own name
     labels:Sequence[str]|None=None, # class names of a file's labels, in order; see `file_task`
 )->tuple[Any,Task]: # a `datasets.Dataset` and its `Task`

@@ -1,9 +1,9 @@
-# Two commands: `make demo` merges two real models, `make test` runs everything that CI runs.
+# `make demo` merges two real models, `make test` runs everything that CI runs, `make docs` builds the site.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint export notebooks readme clean
+.PHONY: demo test docs lint export notebooks readme clean
 
 demo: .venv/installed
 	$(BIN)/fisher-nodes demo --out _demo
@@ -11,6 +11,9 @@ demo: .venv/installed
 test: .venv/installed lint
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest
+
+docs: .venv/installed  ## the site, without Quarto, into _site/; needs Python 3.11 or newer
+	$(BIN)/python docs/build.py
 
 lint: .venv/installed
 	$(BIN)/ruff check
@@ -33,4 +36,4 @@ readme: .venv/installed  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
 clean:
-	rm -rf _demo _docs _proc build *.egg-info
+	rm -rf _demo _docs _proc _site _sphinx build *.egg-info

@@ -6,14 +6,17 @@ from importlib import import_module
 
 # Where each public name lives. Modules are imported when a name is first used, so `fisher-nodes --help` needs no torch.
 _PLACES = {
+    'explorer': ['explore'],
     'evaluation': ['evaluate', 'predict'],
     'finetuning': ['finetune'],
     'fisher': ['MaskFisher', 'mask_fisher'],
     'grams': ['Grams', 'linear_grams'],
     'grid': ['reproduce'],
     'mapping': ['SCHEMES'],
-    'merger': ['METHODS', 'Merged', 'merge'],
+    'merger': ['METHODS', 'Source', 'merge'],
     'parameters': ['ParameterFisher', 'parameter_fisher'],
+    'recipe': ['read_recipe', 'run_recipe'],
+    'saving': ['Merged'],
     'tasks': ['GLUE', 'Task', 'load_task'],
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

@@ -66,7 +66,7 @@ def count_answers(
 def row_weights(
     labels:np.ndarray, # class of each row, shape `(N,)`
 )->np.ndarray: # shape `(N,)`, of mean 1
-    "Weights that give every class the same say (@eq-weight)."
+    "Weights that give every class the same say ."
     _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     return len(labels)/(len(sizes)*sizes[inverse])
 
@@ -109,7 +109,7 @@ def order_margin(
     first:Sequence[int], # an order
     second:Sequence[int], # another
 )->float: # in standard errors; positive where `first` is better
-    "How clearly one order fits better than another (@eq-margin)."
+    "How clearly one order fits better than another ."
     d = (np.asarray(first)[labels]==answers).astype(float) - (np.asarray(second)[labels]==answers)
     d *= row_weights(labels)
     return float(d.sum()/max(math.sqrt(np.square(d).sum()), 1e-12))

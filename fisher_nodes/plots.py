@@ -81,8 +81,9 @@ def plot_rows(
     import seaborn as sns
     table = row_table(fishers)
     known, layers = table[table.fisher>0], table.layer.unique()
+    if not len(known): raise ValueError(f'every row Fisher of {list(fishers)} is zero')
     ax = _axis(ax, 7, 1+.3*len(layers)*len(fishers))
-    sns.boxenplot(known, x='fisher', y='layer', hue='task', order=layers, palette=list(PALETTE[:len(fishers)]),
+    sns.boxenplot(known, x='fisher', y='layer', hue='task', order=layers, palette=[PALETTE[i%10] for i in range(len(fishers))],
         log_scale=True, orient='h', ax=ax)
     ax.set(title='FFN rows' + (f', {len(table)-len(known):,} of zero left out' if len(known)<len(table) else ''), xlabel=FISHER)
     ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1))

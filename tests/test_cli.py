@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from fisher_nodes import MaskFisher, Merged, merge
-from fisher_nodes.cli import COMMANDS, main
+from fisher_nodes.cli import COMMANDS, main, make_parser
 
 WORDS = '[PAD] [UNK] [CLS] [SEP] it rains the sun shines on cats dogs'.split()
 
@@ -44,7 +44,7 @@ def here(tmp_path_factory):
 def inside(here, monkeypatch): monkeypatch.chdir(here)
 
 def run(line, capsys):
-    status = main(line.split())
+    status = main([*line.split(), '--json'])
     out = capsys.readouterr().out
     assert status==0, line
     return json.loads(out)
@@ -53,7 +53,7 @@ def test_whole_way(here, tmp_path, capsys):
     "Fishers to files, files to a merge, the merge to scores; each equals what Python gives."
     for k in 'xy': run(f'fisher {k} --data {k}.csv --num-samples 8 --out {tmp_path}/{k}.safetensors', capsys)
     said = run(f'merge x=x y=y --fisher x={tmp_path}/x.safetensors y={tmp_path}/y.safetensors --weights x=1 y=.5 --out {tmp_path}/m', capsys)
-    assert said['tasks']==['x', 'y'] and said['zero_fisher_nodes']==dict(heads=0, rows=0)
+    assert list(said['tasks'])==['x', 'y'] and said['zero_fisher_nodes']==dict(heads=0, rows=0)
     models = {k: AutoModelForSequenceClassification.from_pretrained(here/k) for k in 'xy'}
     fishers = {k: MaskFisher.load(tmp_path/f'{k}.safetensors') for k in 'xy'}
     assert {k: (f.num_examples, f.meta['data'].split('/')[0], f.meta['model']) for k, f in fishers.items()}=={k: (8, f'{k}.csv', k) for k in 'xy'}
@@ -73,7 +73,7 @@ def test_data_or_files_the_same(tmp_path, capsys):
 
 def test_average_needs_no_data(tmp_path, capsys):
     run(f'merge x=x y=y --method average --out {tmp_path}/m', capsys)
-    assert {o.suffix for o in (tmp_path/'m').rglob('*') if o.is_file()}=={'.json', '.md', '.safetensors'}
+    assert {o.suffix for o in (tmp_path/'m').rglob('*') if o.is_file()}=={'.json', '.md', '.safetensors', '.yml'}
     run(f'evaluate {tmp_path}/m/y --data y.csv', capsys)
 
 def test_label_words_mean_what_the_model_means(tmp_path, capsys):
@@ -147,7 +147,7 @@ def test_models_by_hub_id(here, tmp_path):
         (repo/'refs').mkdir(parents=True); (repo/'refs'/'main').write_text('0'*40)
         (repo/'snapshots').mkdir(); os.symlink(here/k, repo/'snapshots'/('0'*40))
     env = os.environ | dict(HF_HOME=str(tmp_path), HF_HUB_OFFLINE='1')
-    code = 'import sys; from fisher_nodes.cli import main; sys.exit(main())'
+    code = 'import sys; from fisher_nodes.cli import main, make_parser; sys.exit(main())'
     line = f'merge x=some/x y=some/y --data x=x.csv y=y.csv --num-samples 4 --out {tmp_path}/m'
     done = subprocess.run([sys.executable, '-c', code, *line.split()], env=env, capture_output=True, text=True, cwd=here)
     assert done.returncode==0, done.stderr
@@ -155,3 +155,29 @@ def test_models_by_hub_id(here, tmp_path):
     assert {k: o['model'] for k, o in report['tasks'].items()}==dict(x='some/x', y='some/y')
     done = subprocess.run([sys.executable, '-c', code, *line.replace('some/y', 'some/z').replace('/m', '/n').split()], env=env, capture_output=True, text=True, cwd=here)
     assert done.returncode==2 and 'some/z' in done.stderr and not (tmp_path/'n').exists()
+
+def test_tables_are_plain_in_a_pipe(tmp_path, capsys):
+    assert main(f'merge x=x y=y --method average --out {tmp_path}/{"long"*50}'.split())==0
+    out = capsys.readouterr().out
+    assert f'wrote: {tmp_path}/{"long"*50}' in out.splitlines() and '\x1b' not in out
+    assert main('evaluate x --data x.csv'.split())==0
+    lines = [o.split() for o in capsys.readouterr().out.splitlines() if o.strip()]
+    assert lines[0]==['accuracy'] and lines[-1][0]=='x.csv' and 0<=float(lines[-1][1])<=1
+
+def test_help_is_a_tour(capsys):
+    with pytest.raises(SystemExit): main(['--help'])
+    out = capsys.readouterr().out
+    for line in (o.strip() for o in out.splitlines() if o.strip().startswith('fisher-nodes ') and '--help' not in o): make_parser().parse_args(line.split()[1:])
+    assert out.count('  fisher-nodes ')>4
+
+def test_a_recipe_repeats_a_merge(tmp_path, capsys):
+    run(f'merge x=x y=y --data x=x.csv y=y.csv --num-samples 5 --weights x=1 y=.5 --out {tmp_path}/a', capsys)
+    said = run(f'merge {tmp_path}/a/recipe.yml --out {tmp_path}/b', capsys)
+    assert set(said['tasks'])=={'x', 'y'} and said['tasks']['y']['λ']==.5
+    for name in ('model.safetensors', 'recipe.yml'): assert (tmp_path/'a'/name).read_bytes()==(tmp_path/'b'/name).read_bytes()
+    for line, say in ((f'merge {tmp_path}/a/recipe.yml --seed 3 --out {tmp_path}/c', '--seed is for the recipe to say'),
+                      (f'merge {tmp_path}/a/config.json --out {tmp_path}/c', 'no key'), (f'merge {tmp_path}/none.yml --out {tmp_path}/c', 'is not a file')):
+        assert main(line.split())==2
+        err = capsys.readouterr().err.splitlines()
+        assert len(err)==1 and say in err[0], err
+    assert not (tmp_path/'c').exists()

@@ -502,6 +502,8 @@ def test_row_plot_is_of_every_row(ragged):
     figure, ax = plt.subplots()
     assert plot_rows(fishers, ax) is ax and ax.get_xscale() == 'log' and ax.get_title() == 'FFN rows'
     assert [o.get_text() for o in ax.get_yticklabels()] == ['0', '1', '2'] and ax.get_ylim()[0] < ax.get_ylim()[1]
+    zero = MaskFisher(torch.ones(2, 4), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"every row Fisher of \['a'\] is zero"): plot_rows(dict(a=zero))
 
 
 # report

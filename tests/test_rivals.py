@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, BertForMaskedLM, Be
 
 from fisher_nodes import MaskFisher, Merged, merge
 from fisher_nodes.grams import Grams, linear_grams
-from fisher_nodes.merger import DTYPE, METHODS
+from fisher_nodes.merger import METHODS
+from fisher_nodes.saving import DTYPE
 from fisher_nodes.parameters import ParameterFisher, parameter_fisher
 from reference import examples, tiny
 from test_masks_fisher import to_dataset

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fisher_nodes import MaskFisher, Merged, mask_fisher, merge
-from fisher_nodes.merger import DTYPE
+from fisher_nodes.saving import DTYPE
 from reference import body, ragged_batches, tiny
 from test_masks_fisher import QUIET
 from test_merge import make_fisher, make_fishers, make_models, hand, same_body
@@ -114,7 +114,7 @@ def test_the_dtype_on_disk_is_the_models_own(dtype, saved):
 def test_only_plain_files_on_disk(saved):
     _, out = saved
     files = [p for p in out.rglob('*') if p.is_file()]
-    assert {p.suffix for p in files} <= {'.safetensors', '.json', '.md'}, files
+    assert {p.suffix for p in files} <= {'.safetensors', '.json', '.md', '.yml'}, files
     assert (out/'README.md').exists() and {'alpha', 'beta', 'gamma'} == {p.name for p in out.iterdir() if p.is_dir()}
 
 def test_the_folder_can_be_moved(family, saved, tmp_path):

@@ -1,0 +1,77 @@
+"""Render the notebooks to `_site/` with Sphinx: no Quarto, no network. `make docs` runs this.
+
+The pages are those that `nbdev_docs` gives to Quarto, in the order of the sidebar in `_quarto.yml`. Every warning fails the build
+and leaves `_site/` as it was; it names `_sphinx/pages/PAGE.ipynb:N`, where N is 10,000 times the number of the cell plus the line in it.
+"""
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import yaml
+from quarto import images_without_text, symbol_labels, translate_page
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK, SITE = ROOT/'_sphinx', ROOT/'_site'
+
+def page_name(file:str)->str:
+    "The name that nbdev publishes a file under."
+    return re.sub(r'^\d+[a-zA-Z0-9]*_', '', Path(file).stem.lower())
+
+def sidebar()->list[tuple]: # caption or None, and file names
+    "The sidebar of `_quarto.yml`; a page outside of a section has no caption."
+    config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    items = config['website']['sidebar']['contents']
+    return [(o['section'], o['contents']) if isinstance(o, dict) else (None, [o]) for o in items]
+
+def contents(files:dict)->str: # file name to page name
+    "Tables of contents, shown in the sidebar only."
+    blocks = []
+    for caption,listed in sidebar():
+        names = [files[o] for o in listed if o in files and o!='index.ipynb']
+        head = ':hidden:\n' + (f':caption: {caption}\n' if caption else '')
+        if names: blocks.append('\n'.join(['```{toctree}', head, *names, '```']))
+    return '\n\n'.join(blocks)
+
+def read_page(path:Path):
+    "A processed notebook; a page of text becomes a notebook of two cells."
+    text = path.read_text(encoding='utf-8')
+    if path.suffix=='.ipynb': return nbformat.v4.reads(text)
+    front, text = re.fullmatch(r'---\n(.*?)\n---\n(.*)', text, re.S).groups()
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_raw_cell(front), nbformat.v4.new_markdown_cell(text)])
+
+def stage(processed:Path, site:str)->list[str]: # what is wrong
+    "Write MyST notebooks to `WORK`."
+    paths = [o for o in sorted(processed.iterdir()) if o.suffix in ('.ipynb','.qmd')]
+    if not paths: sys.exit(f'nbdev processed nothing: does the name of a folder above {ROOT} start with a dot?')
+    files = {o.name: page_name(o.name) for o in paths}
+    pages = {page_name(o.name): read_page(o) for o in paths}
+    wrong = [f'{name}, cell {c}: an image without `#| fig-alt:`' for name,nb in pages.items() for c in images_without_text(nb)]
+    labels = symbol_labels(pages)
+    shutil.rmtree(WORK, ignore_errors=True)
+    shutil.copytree(processed/'images', WORK/'pages'/'images')
+    for name,nb in pages.items():
+        nb = translate_page(nb, name, site, files, labels)
+        if name=='index': nb.cells.append(nbformat.v4.new_markdown_cell(contents(files)))
+        nbformat.write(nb, WORK/'pages'/f'{name}.ipynb')
+    return wrong
+
+def render()->int: # exit status
+    "Sphinx; MyST-NB puts pictures into a folder of its own beside the output."
+    from sphinx.cmd.build import main as sphinx
+    return sphinx(['-q', '-W', '--keep-going', '-c', str(ROOT/'docs'), '-d', str(WORK/'doctrees'), str(WORK/'pages'), str(WORK/'html')])
+
+def main()->int: # exit status
+    from nbdev.config import get_config
+    from nbdev.serve import proc_nbs
+    cfg = get_config()
+    wrong = stage(proc_nbs(n_workers=2, force=True), (cfg.doc_host+cfg.doc_baseurl).rstrip('/'))
+    failed = render()
+    sys.stderr.writelines(f'{o}\n' for o in wrong)
+    if failed or wrong: return 1
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.move(WORK/'html', SITE)
+    return 0
+
+if __name__=='__main__': sys.exit(main()) # `proc_nbs` starts processes that import this file

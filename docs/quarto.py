@@ -1,0 +1,182 @@
+"""Translate pages in Quarto's dialect, as nbdev leaves them, to MyST. Labels belong to their page, as in Quarto."""
+import re
+from functools import partial
+from itertools import groupby
+
+import nbformat
+import yaml
+
+FENCED = re.compile(r'^ *(`{3,}|~{3,}).*?^ *\1 *$', re.M|re.S)
+INLINE = re.compile(r'(`+)(?!`).+?(?<!`)\1(?!`)', re.S)
+DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
+HEADING = re.compile(r'^(#+) ([\w.]+)[ \t]*$', re.M)
+
+def outside(
+    code, # pattern of what is left alone
+    change, # function of text
+    text:str,
+)->str:
+    "Change the text between matches of `code`."
+    parts, end = [], 0
+    for m in code.finditer(text):
+        parts, end = [*parts, change(text[end:m.start()]), m[0]], m.end()
+    return ''.join([*parts, change(text[end:])])
+
+# Symbols
+
+def page_symbols(
+    nb, # a processed notebook
+)->list[str]: # as `show_doc` names them
+    "The symbols that a page documents."
+    return [HEADING.search(show_doc(c))[2] for c in nb.cells if show_doc(c)]
+
+def symbol_labels(
+    pages:dict, # page name to processed notebook
+)->dict: # (page, symbol) to label
+    "A label for every documented symbol; labels ignore case, so a second one gets a number."
+    labels = {}
+    for page,nb in pages.items():
+        for symbol in page_symbols(nb):
+            same = sum(p==page and s.lower()==symbol.lower() for p,s in labels)
+            labels.setdefault((page,symbol), f'{page}.{symbol}'.lower()+(f'-{same}' if same else ''))
+    return labels
+
+def symbol_link(
+    m, # match of text, page and anchor
+    labels:dict, # of `symbol_labels`
+)->str:
+    "A link of nbdev's to this site: to the symbol of exactly this name, else of its class; private names have none."
+    text, page, anchor = m[1], m[2], m[3].lower()
+    if anchor.split('.')[-1].startswith('_'): return text
+    name = text.strip('`').removesuffix('()')
+    for wanted in (anchor, anchor.rpartition('.')[0]):
+        found = {s: l for (p,s),l in labels.items() if p==page and s.lower()==wanted}
+        if found: return f'[{text}](#{found.get(name) or next(iter(found.values()))})'
+    return f'[{text}](#{page}.{anchor})'
+
+# Markdown
+
+def callout(m)->str:
+    "A callout as an admonition."
+    fence, kind, title = m[1], m[2], re.search(r'title="([^"]*)"', m[3])
+    if not title: return f'{fence}{{{kind}}}'
+    return f'{fence}{{admonition}} {title[1]}\n:class: {kind}' + (' dropdown' if 'collapse="true"' in m[3] else '')
+
+def table(m, page:str)->str:
+    "A table with a caption."
+    name = f':name: {page}.{m[3]}\n' if m[3] else ''
+    return f':::{{table}} {m[2]}\n{name}\n{m[1]}:::'
+
+def figure(m, page:str)->str:
+    "An image with a caption and a label; the caption is the text for those who do not see it, unless there is another."
+    alt = re.search(r'fig-alt="([^"]*)"', m[4])
+    return f':::{{figure}} {m[2]}\n:name: {page}.{m[3]}\n:alt: {alt[1] if alt else m[1]}\n\n{m[1]}\n:::'
+
+def references(text:str, page:str)->str:
+    "References to equations, figures, tables and sections, and citations."
+    text = re.sub(r'(?<![\w@\[])@eq-([\w-]+)', rf'{{eq}}`{page}.eq-\1`', text)
+    text = re.sub(r'(?<![\w@\[])@(fig|tbl)-([\w-]+)', rf'{{numref}}`{page}.\1-\2`', text)
+    text = re.sub(r'(?<![\w@\[])@sec-([\w-]+)', rf'{{ref}}`{page}.sec-\1`', text)
+    return re.sub(r'\[@([\w:-]+)\]', rf'{{cite:p}}`{page}-\1`', text)
+
+def prose(text:str, page:str, site:str, files:dict, labels:dict)->str:
+    "Translate Markdown without fenced code."
+    text = re.sub(r'\$\$\s*\{#(eq-[\w-]+)\}', rf'$$ ({page}.\1)', text)
+    text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}\s*$', callout, text, flags=re.M)
+    text = re.sub(r'^(#+ .*?)\s*\{#([\w-]+)[^}]*\}\s*$', rf'({page}.\2)=\n\1', text, flags=re.M)
+    text = re.sub(r'((?:^\|.*\n)+)\n: (.*?)(?: \{#([\w-]+)\})?$', partial(table, page=page), text, flags=re.M)
+    text = re.sub(r'^!\[([^\]]*)\]\(([^)]*)\)\{#([\w-]+)([^}]*)\}$', partial(figure, page=page), text, flags=re.M)
+    text = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()', r'[\1]', text) # a symbol that is a link already
+    text = re.sub(rf'\[(`[^`]+`)\]\({re.escape(site)}/([\w-]+)\.html#([\w.]+)\)', partial(symbol_link, labels=labels), text)
+    text = re.sub(r'\]\(#((?:eq|fig|sec|tbl)-[\w-]+)\)', rf'](#{page}.\1)', text)
+    text = re.sub(r'\((\w+\.(?:ipynb|qmd))#([\w-]+)\)', lambda m: f'(#{files[m[1]]}.{m[2]})' if m[1] in files else m[0], text)
+    text = re.sub(r'\((\w+\.(?:ipynb|qmd))\)', lambda m: f'(project:{files[m[1]]}.ipynb)' if m[1] in files else m[0], text)
+    return outside(INLINE, partial(references, page=page), text)
+
+# Cells
+
+def directives(
+    cell, # a code cell
+)->dict: # key to value
+    "Take the leading `#| key: value` lines off a cell."
+    lines, found = cell.source.splitlines(), {}
+    while lines and (m := DIRECTIVE.match(lines[0])):
+        found[m[1]] = yaml.safe_load(m[2]) if m[2] else True
+        lines.pop(0)
+    cell.source = '\n'.join(lines)
+    return found
+
+def show_doc(cell)->str: # Markdown, or nothing
+    "What `show_doc` says in this cell."
+    if cell.cell_type!='code' or not re.search(r'^show_doc\(', cell.source, re.M): return ''
+    return ''.join(o.data['text/markdown'] for o in cell.outputs if 'text/markdown' in o.get('data', {}))
+
+def source_order(
+    cells, # of a processed notebook
+)->list:
+    "nbdev turns the order around where one cell defines several symbols: here it is that of the source."
+    line = lambda c: int(re.search(r'#L(\d+)\)', show_doc(c))[1])
+    runs = [(documents, list(run)) for documents,run in groupby(cells, lambda c: bool(show_doc(c)))]
+    return [c for documents,run in runs for c in (sorted(run, key=line) if documents else run)]
+
+def symbol_cell(text:str, page:str, labels:dict, translate, level:int):
+    "`show_doc` as a section that has the symbol's label."
+    text = HEADING.sub('#'*level+r' \2', re.sub(r'^---\n+', '', text), count=1)
+    text = FENCED.sub(lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]), text) # nbdev links in signatures too
+    link, text = re.fullmatch(r'(\[source\]\(.*?\))\{.*?\}\n+(.*)', text, re.S).groups()
+    text = text.rstrip() + ('\n\n' if text.rstrip().endswith('```') else ' ') + link + '{.source}'
+    symbol = HEADING.search(text)[2]
+    return nbformat.v4.new_markdown_cell(f'({labels[page,symbol]})=\n{translate(text)}')
+
+def code_cell(cell, page:str, translate):
+    "A code cell with its directives as MyST-NB's tags, and without outputs that need a script of somebody else."
+    found = directives(cell)
+    tags = dict(echo='remove-input', include='remove-cell', output='remove-output')
+    cell.metadata = dict(tags=[t for k,t in tags.items() if found.get(k) is False], mystnb={})
+    if 'code-fold' in found: cell.metadata['tags'].append('hide-input')
+    alt, caption = found.get('fig-alt'), found.get('fig-cap')
+    if alt or caption: cell.metadata['mystnb']['image'] = dict(alt=alt or caption)
+    name = dict(name=f'{page}.{found["label"]}') if str(found.get('label', '')).startswith('fig-') else {}
+    if caption: cell.metadata['mystnb']['figure'] = dict(caption=translate(caption), **name)
+    cell.outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+    for o in cell.outputs:
+        if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = translate(o.data['text/markdown'])
+    return cell
+
+def title_cell(front:str):
+    "Front matter as title and subtitle."
+    d = yaml.safe_load(front.strip().strip('-'))
+    lines = [f'# {d["title"]}', *([f'*{d["description"]}*'] if d.get('description') else [])]
+    return nbformat.v4.new_markdown_cell('\n\n'.join(lines))
+
+def bibliography(page:str):
+    "The works that this page cites."
+    return nbformat.v4.new_markdown_cell(f'## References\n\n```{{bibliography}}\n:filter: docname in docnames\n:keyprefix: {page}-\n```')
+
+def translate_page(
+    nb, # a processed notebook
+    page:str, # its name on the site
+    site:str, # address of the published site, which nbdev links to
+    files:dict, # file name to page name
+    labels:dict, # of `symbol_labels`
+):
+    "A notebook for MyST-NB."
+    translate = partial(outside, FENCED, partial(prose, page=page, site=site, files=files, labels=labels))
+    cells, level = [title_cell(nb.cells[0].source)], 2
+    for c in source_order(nb.cells[1:]):
+        if c.cell_type=='markdown' and re.search('^## ', c.source, re.M): level = 3
+        if text := show_doc(c): cells.append(symbol_cell(text, page, labels, translate, level))
+        elif c.cell_type=='code': cells.append(code_cell(c, page, translate))
+        elif not c.source.startswith('<!--'): cells.append(nbformat.v4.new_markdown_cell(translate(c.source)))
+    if any('{cite:p}' in c.source for c in cells): cells.append(bibliography(page))
+    return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
+
+def images_without_text(
+    nb, # a processed notebook
+)->list[str]: # cell ids
+    "The cells with an image that nobody described: no `#| fig-alt:` or `#| fig-cap:`, or nothing between `![` and `]`."
+    def bare(c):
+        if c.cell_type!='code': return re.search(r'!\[\]\(', FENCED.sub('', c.source))
+        images = any(k.startswith('image/') for o in c.outputs for k in o.get('data', {}))
+        return images and not re.search(r'^#\|\s*fig-(alt|cap):\s*\S', c.source, re.M)
+    return [c.id for c in nb.cells if bare(c)]

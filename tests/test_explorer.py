@@ -1,0 +1,325 @@
+"The explorer: what it computes is what `merge` and `evaluate` give, what cannot be is told, and it works in a browser."
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from explorer_case import case, fisher
+from reference import ragged_batches, tiny
+
+from fisher_nodes import SCHEMES, MaskFisher, evaluate, merge
+from fisher_nodes.architectures import hash_weights
+from fisher_nodes.explorer import (ROWS, Explorer, View, as_code, draw_panel, explore, head_shares, known_scores,
+                                   merge_choice, score_choice, score_table, winners)
+
+TESTS = Path(__file__).resolve().parent
+
+@pytest.fixture(scope='module')
+def given(): return case(('red', 'blue', 'green'))
+
+@pytest.fixture
+def explorer(given): return Explorer(*given)
+
+def accuracy(merged, validation): return {t: evaluate(m, validation[t], progress=False)['accuracy'] for t,m in merged.items()}
+
+
+# --- what is computed -----------------------------------------------------------------------
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+@pytest.mark.parametrize('weights', [None, dict(red=.05), dict(red=0, blue=.3)], ids=['ones', 'little', 'none'])
+def test_shares_are_what_query_rows_move_by(given, scheme, weights):
+    "Where each head's query ends up between two models is the share that is shown."
+    fishers, models, _ = given
+    two = {t: models[t] for t in ('red', 'blue')}
+    fishers = {t: fishers[t] for t in two}
+    full = {t: (weights or {}).get(t, 1.) for t in two}
+    merged = merge(two, fishers, weights=full, scheme=scheme)
+    for i,shares in enumerate(head_shares(fishers, weights, scheme)):
+        a, b, m = (o.encoder.layer[i].attention.self.query.weight.view(4, -1) for o in (two['red'].bert, two['blue'].bert, merged.body))
+        torch.testing.assert_close(((m-b)/(a-b)).mean(1), shares[0].expand(4), rtol=1e-9, atol=1e-9)
+
+def test_winner_has_the_largest_product():
+    "Against a loop in plain numbers."
+    fishers, λ = {t: fisher(i) for i,t in enumerate('abc')}, dict(a=.3, b=1, c=.7)
+    who, share = winners(head_shares(fishers, λ))
+    for i in range(2):
+        for h in range(4):
+            products = [λ[t]*f.heads[i,h].item() for t,f in fishers.items()]
+            assert who[i,h]==int(np.argmax(products))
+            np.testing.assert_allclose(share[i,h], max(products)/sum(products), rtol=1e-12)
+
+def test_merge_is_that_of_merge(given, explorer):
+    fishers, models, _ = given
+    choice = explorer.choice(['red', 'green'], dict(green=.35), 'with-value')
+    two = {t: models[t] for t in ('red', 'green')}
+    want = merge(two, {t: fishers[t] for t in two}, weights=dict(red=1, green=.35), scheme='with-value')
+    for ours in (merge_choice(explorer, choice), eval(as_code(choice, list(models)), dict(merge=merge, models=models, fishers=fishers))):
+        assert list(ours)==list(want)
+        for n,t in want.body.state_dict().items(): assert torch.equal(ours.body.state_dict()[n], t)
+
+def test_scores_are_those_of_the_three_rows(given, explorer):
+    fishers, models, validation = given
+    before = {t: (hash_weights(m), m.training, [p.requires_grad for p in m.parameters()]) for t,m in models.items()}
+    scores = score_choice(explorer, explorer.choice(weights=dict(red=.1)))
+    assert scores['own model']==dict(red=1, blue=1, green=1)
+    assert scores['plain average']==accuracy(merge(models, method='average'), validation)
+    assert scores['this merge']==accuracy(merge(models, fishers, weights=dict(red=.1, blue=1, green=1)), validation)
+    assert scores['this merge']!=scores['plain average']
+    assert before=={t: (hash_weights(m), m.training, [p.requires_grad for p in m.parameters()]) for t,m in models.items()}
+
+def test_nothing_is_computed_twice(explorer):
+    def steps(choice):
+        said = []
+        score_choice(explorer, choice, lambda i,n,what: said.append((i, n, what.partition(':')[0])))
+        assert [o[:2] for o in said]==[(i, len(said)) for i in range(len(said))]
+        return [o[2] for o in said]
+    assert steps(explorer.choice())==[row for row in ROWS for _ in range(3)]
+    assert steps(explorer.choice())==[]
+    assert steps(explorer.choice(scheme='rows'))==['this merge']*3
+    assert steps(explorer.choice(weights=dict(red=.5)))==['this merge']*3
+    assert steps(explorer.choice(['red', 'blue']))==['plain average']*2+['this merge']*2
+    assert steps(explorer.choice(weights=dict(red=1.)))==[]
+
+def test_never_two_runs_at_once(explorer):
+    started, go, said = threading.Event(), threading.Event(), []
+    def report(*_): started.set(); go.wait(30)
+    first = threading.Thread(target=score_choice, args=(explorer, explorer.choice(), report))
+    first.start()
+    started.wait(30)
+    try:
+        with pytest.raises(RuntimeError, match='computed already'): score_choice(explorer, explorer.choice(), lambda *o: said.append(o))
+    finally: go.set(); first.join()
+    assert said==[] and not np.isnan(list(known_scores(explorer, explorer.choice())['this merge'].values())).any()
+
+def test_after_a_failure_the_next_run_goes_on(explorer):
+    def fail(i, *_):
+        if i==4: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): score_choice(explorer, explorer.choice(), fail)
+    steps = []
+    score_choice(explorer, explorer.choice(), lambda *o: steps.append(o))
+    assert len(steps)==5
+
+def test_batches_and_slices(given):
+    fishers, models, validation = given
+    batches = {t: iter(ragged_batches()) for t in models} # can be read once
+    explorer = Explorer(fishers, models, batches, num_samples=5)
+    scores = score_choice(explorer, explorer.choice(['red', 'blue']))
+    assert scores['own model']=={t: evaluate(models[t], ragged_batches())['accuracy'] for t in ('red', 'blue')}
+    assert len(Explorer(fishers, models, validation, num_samples=5).rows['red'])==5
+    assert len(Explorer(fishers, models, validation, num_samples=None).rows['red'])==60
+
+def test_table(explorer):
+    score_choice(explorer, explorer.choice(['red', 'blue']))
+    table = score_table(explorer, explorer.choice(['red', 'blue']))
+    assert list(table)==['red, accuracy', 'blue, accuracy', 'mean, % of own'] and list(table.index)==list(ROWS)
+    np.testing.assert_allclose(table.iloc[:,2], table.iloc[:,:2].mean(axis=1), rtol=1e-12) # own scores are 100
+
+
+# --- what is refused ------------------------------------------------------------------------
+
+def test_what_does_not_fit_is_refused_before_anything_is_shown(given, tmp_path):
+    fishers, models, validation = given
+    (tmp_path/'no.safetensors').write_bytes(b'no')
+    wide = fisher(0, heads=5)
+    other = MaskFisher(fishers['red'].heads, fishers['red'].rows, 8, dict(weight_hash='0'*16))
+    nan = MaskFisher(fishers['red'].heads*np.nan, fishers['red'].rows)
+    for say,args in {"Fisher of 'blue', heads of layer 0: shape (5,), expected (4,)": (fishers | dict(blue=wide),),
+                     "layer 0: shape (5,), expected (4,)": ({t: wide for t in models}, models),
+                     "'red' was measured on other weights": (fishers | dict(red=other), models),
+                     'node 0 is nan': (fishers | dict(red=nan),),
+                     'is not a saved MaskFisher': (fishers | dict(red=tmp_path/'no.safetensors'),),
+                     "at least two tasks, got ['red']": (dict(red=fishers['red']),),
+                     "missing ['green'], without a Fisher ['grey']": (fishers, {t: models[t] for t in ('red', 'blue')} | dict(grey=models['red'])),
+                     "`validation` must have an entry for each": (fishers, models, dict(red=validation['red'])),
+                     'given without `models`': (fishers, None, validation),
+                     'hidden_size is 16 in': (fishers, models | dict(green=tiny(hidden=32)))}.items():
+        with pytest.raises(ValueError, match=re.escape(say)): explore(*args)
+    with pytest.raises(FileNotFoundError, match='is not a file'): explore(fishers | dict(red=tmp_path/'none'))
+    with pytest.raises(TypeError, match='must be a mapping'): explore(list(fishers.values()))
+    with pytest.raises(TypeError, match="'red' must be a MaskFisher, got int"): explore(fishers | dict(red=1))
+    with pytest.raises(ValueError, match='has 2 labels'): explore(fishers, models, validation, tasks=dict(red='rte'))
+
+def test_a_failure_while_scoring_is_one_line(given):
+    fishers, models, validation = given
+    bad = validation['blue'].remove_columns('label').add_column('label', [7]*60)
+    view = View(Explorer(fishers, models, validation | dict(blue=bad)))
+    view.pressed()
+    assert re.search(r'ValueError: label 7 of row', view.status.value) and '\n' not in view.status.value
+    assert not view.button.disabled and view.bar.layout.visibility=='hidden'
+    view.on['blue'].value = False
+    view.pressed()
+    assert 'Scored' in view.status.value
+
+def test_models_that_differ_in_variant_are_told(given):
+    fishers, models, validation = given
+    marked = {t: MaskFisher(f.heads, f.rows, 8, dict(variant='released' if t=='red' else 'paper')) for t,f in fishers.items()}
+    view = View(Explorer(marked, models, validation))
+    view.pressed()
+    assert 'the Fishers differ in variant' in view.status.value
+
+def test_text_is_escaped():
+    names = {'<b>x</b>': fisher(0), 'a & b': fisher(1)}
+    view = View(Explorer(names))
+    shown = ' '.join(o.value for o in (*view.panels.values(), view.status, view.code))
+    assert '<b>x' not in shown and '&lt;b&gt;x' in shown
+
+
+# --- the widgets without a browser ----------------------------------------------------------
+
+def test_only_what_changed_is_drawn_and_each_once(given, monkeypatch):
+    from fisher_nodes import explorer as module
+    drawn = []
+    monkeypatch.setattr(module, 'panel_html', lambda panel,fishers,choice: drawn.append(panel) or f'{panel} {choice}')
+    view = View(Explorer(given[0]))
+    assert sorted(drawn)==['heads', 'rows', 'winners']
+    for act, want in ((lambda: setattr(view.λ['red'], 'value', .5), ['winners']), (lambda: setattr(view.scheme, 'value', 'heads'), ['winners']),
+                      (lambda: setattr(view.λ['red'], 'value', 1.), ['winners']), (lambda: setattr(view.scheme, 'value', 'paper'), []),
+                      (lambda: setattr(view.on['red'], 'value', False), ['heads', 'rows', 'winners']),
+                      (lambda: setattr(view.on['red'], 'value', True), [])):
+        drawn.clear()
+        act()
+        assert sorted(drawn)==want
+
+def test_progress_is_shown_and_the_button_waits(given):
+    view, seen = View(Explorer(*given)), []
+    view.status.observe(lambda change: seen.append((view.bar.value, view.bar.max, view.button.disabled, change.new)), 'value')
+    view.pressed()
+    steps = [o for o in seen if ' of 9: ' in o[3]]
+    assert [o[:3] for o in steps]==[(i, 9, True) for i in range(9)]
+    assert 'plain average: scoring blue on 60 rows' in steps[4][3]
+    assert not view.button.disabled
+
+def test_sliders_report_when_let_go_and_can_be_logarithmic(given):
+    for log in (False, True):
+        view = View(Explorer(given[0]), log=log)
+        assert not any(o.continuous_update for o in view.λ.values())
+        view.λ['red'].value = .1
+        assert abs(view.choice().λ['red']-.1)<1e-12
+
+def test_a_box_without_models_has_no_button(given):
+    def buttons(o): return [type(o).__name__]+[b for c in getattr(o, 'children', ()) for b in buttons(c)]
+    assert 'Button' not in buttons(explore(given[0])) and 'Button' in buttons(explore(*given))
+
+def test_pyplot_is_left_alone(given, explorer):
+    from matplotlib import pyplot as plt
+    plt.close('all')
+    for panel in ('heads', 'winners', 'rows'): draw_panel(panel, given[0], explorer.choice())
+    assert plt.get_fignums()==[]
+
+@pytest.mark.parametrize('tasks', [2, 6, 11])
+def test_any_number_of_tasks_is_drawn(tasks):
+    fishers = {f't{i}': fisher(i) for i in range(tasks)}
+    shown = [o.value for o in View(Explorer(fishers)).panels.values()]
+    assert all(o.startswith('<img alt=') for o in shown), shown
+
+def test_layers_of_different_width_are_drawn():
+    fishers = {t: MaskFisher((torch.rand(4), torch.rand(2)), (torch.rand(8), torch.rand(6))) for t in 'ab'}
+    assert all(o.value.startswith('<img alt=') for o in View(Explorer(fishers)).panels.values())
+
+
+# --- a browser ------------------------------------------------------------------------------
+
+PATIENCE = int(os.environ.get('FISHER_NODES_BROWSER_SECONDS', 120)) # for any one step in a browser
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+MISSING = [o for o in ('voila', 'ipykernel', 'playwright') if importlib.util.find_spec(o) is None] + ['chromium']*(CHROMIUM is None)
+NOTEBOOK = '''import sys
+sys.path.insert(0, {tests!r})
+from explorer_case import case
+from fisher_nodes.explorer import explore
+explore(*case())'''
+
+def notebook(path):
+    "A notebook of one cell that calls `explore`."
+    cell = dict(cell_type='code', execution_count=None, id='explore', metadata={}, outputs=[], source=NOTEBOOK.format(tests=str(TESTS)))
+    spec = dict(display_name='Python 3', language='python', name='python3')
+    path.write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)))
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+def answers(url):
+    try: return urllib.request.urlopen(url, timeout=5).status==200
+    except OSError: return False
+
+@pytest.fixture
+def voila(tmp_path):
+    "The address of a Voilà that serves the notebook."
+    notebook(tmp_path/'app.ipynb')
+    url, log = f'http://127.0.0.1:{(port:=free_port())}', open(tmp_path/'log', 'w')
+    server = subprocess.Popen([sys.executable, '-m', 'voila', str(tmp_path/'app.ipynb'), '--no-browser', f'--port={port}'],
+        stdout=log, stderr=log, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    try:
+        until = time.time()+PATIENCE
+        while not answers(f'{url}/voila/static/voila.js'):
+            if server.poll() is not None or time.time()>until: raise RuntimeError((tmp_path/'log').read_text()[-2000:])
+            time.sleep(.2)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+        log.close()
+
+@pytest.fixture
+def page(voila):
+    "The explorer in Chromium; errors of the page fail the test."
+    from playwright.sync_api import sync_playwright
+    errors = []
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            page = browser.new_page(viewport=dict(width=1200, height=1500))
+            page.set_default_timeout(1000*PATIENCE)
+            page.on('pageerror', lambda e: errors.append(str(e)))
+            page.route('**/*', lambda o: o.continue_() if o.request.url.startswith((voila, 'data:')) else o.abort())
+            page.goto(voila, wait_until='commit')
+            yield page
+            assert errors==[]
+        finally: browser.close()
+
+def percent(scores): return [f'{100*scores[t]:.1f}' for t in scores]
+
+@pytest.mark.skipif(MISSING!=[], reason=f'not installed: {", ".join(MISSING)} (pip install voila ipykernel playwright; apt install chromium)')
+def test_in_a_browser(page):
+    "Press the button, move λ, change the scheme: pictures, table and status follow, with the numbers of `merge` and `evaluate`."
+    fishers, models, validation = case()
+    table, button, won = page.locator('table'), page.get_by_role('button', name='Score this merge'), page.locator('img[alt^="Heads won"]')
+    def row(i): return table.locator('tbody tr').nth(i).locator('td').all_inner_texts()[:2]
+    def say(text): page.get_by_role('status').filter(has_text=text).wait_for()
+    def expected(**kw): return percent(accuracy(merge(models, None if 'method' in kw else fishers, **kw), validation))
+
+    say('not scored yet')
+    first = won.get_attribute('alt')
+    assert row(2)==['–', '–'] and won.evaluate('o => o.naturalWidth')>100
+    button.click()
+    say('Scored on up to 60 rows')
+    assert [row(0), row(1), row(2)]==[['100.0', '100.0'], expected(method='average'), expected()]
+
+    handle = page.locator('.noUi-handle').first
+    for _ in range(8): handle.press('ArrowLeft')
+    λ = float(page.locator('.widget-readout').first.inner_text())
+    assert 0<λ<1
+    page.locator('code').filter(has_text=f"'red': {λ}").wait_for()
+    say('not scored yet')
+    second = won.get_attribute('alt')
+    assert second!=first and row(1)!=['–', '–']==row(2)
+    page.locator('select').select_option('rows')
+    page.locator('img[alt="Heads won: red 0, blue 8; ties 0"]').wait_for()
+    button.click()
+    say('Scored on up to 60 rows')
+    assert row(2)==expected(weights=dict(red=λ, blue=1.), scheme='rows')
+
+    page.locator('input[type=checkbox]').first.uncheck()
+    say('choose at least two tasks')
+    assert button.is_disabled() and won.count()==0

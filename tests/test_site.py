@@ -1,0 +1,207 @@
+"""The offline site, built from the notebooks and opened in Chromium from file://, at the widths of a desk and of a phone."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT/'_site'
+BUILT = SITE/'searchindex.js' # written last
+TOOLS = ('sphinx', 'myst_nb', 'furo', 'sphinx_copybutton', 'sphinxcontrib.bibtex', 'playwright', 'nbdev')
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+DESK, PHONE = dict(width=1280, height=900), dict(width=390, height=844)
+
+def is_there(module):
+    try: return find_spec(module) is not None
+    except ModuleNotFoundError: return False
+
+needs_tools = pytest.mark.skipif(not all(map(is_there, TOOLS)),
+    reason=f'the site needs {", ".join(o for o in TOOLS if not is_there(o))} (Python 3.11 or newer); `make docs` installs them')
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on the PATH; CI installs it, on Debian it is `apt-get install chromium`')
+
+def sources():
+    patterns = ('nbs/*.*', 'nbs/images/*', 'docs/*.*', '_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'fisher_nodes/*.py')
+    return [o for pattern in patterns for o in ROOT.glob(pattern)]
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The built site; what stands there is taken if it is newer than all it is made of."
+    with FileLock(tmp_path_factory.getbasetemp().parent/'site.lock'):
+        newest = max(o.stat().st_mtime for o in sources())
+        if not BUILT.exists() or BUILT.stat().st_mtime<newest:
+            done = subprocess.run([sys.executable, ROOT/'docs'/'build.py'], cwd=ROOT, capture_output=True, text=True)
+            assert not done.returncode, done.stderr
+    return SITE
+
+@pytest.fixture(scope='module')
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        yield chromium
+        chromium.close()
+
+# What a page may not have, as a function of the page: a list of complaints.
+FAULTS = r"""() => {
+    const text = document.querySelector('article').cloneNode(true), found = []
+    text.querySelectorAll('pre, code, mjx-container, script, style').forEach(o => o.remove())
+    for (const raw of [/\$[^$\n]+\$/, /\{#\w+/, /(^|\s)@(eq|fig|sec|tbl)-/, /\[@/, /\]\(/, /^:::/m, /\{(ref|eq|numref|cite)/, /Math input error/])
+        if (raw.test(text.textContent)) found.push('not rendered: ' + text.textContent.match(raw)[0])
+    for (const o of document.querySelectorAll('article img'))
+        if (!o.alt.trim() || o.getAttribute('src').endsWith(o.alt)) found.push('an image without text: ' + o.src)
+        else if (!o.naturalWidth) found.push('an image that is not there: ' + o.src)
+    for (const o of document.querySelectorAll('.math:not(.highlight *)'))
+        if (!o.querySelector('mjx-container')) found.push('no formula: ' + o.textContent)
+    for (const o of document.querySelectorAll('article .highlight pre'))
+        if (!o.parentElement.querySelector('button.copybtn')) found.push('no copy button: ' + o.textContent.slice(0, 40))
+    return found
+}"""
+# The same at one width: what is cut off, and numbers that lie on their equation.
+LAYOUT = r"""() => {
+    const wide = [document.documentElement, document.querySelector('.content')].some(o => o.scrollWidth > o.clientWidth + 1)
+    const right = o => o.getBoundingClientRect().right > window.innerWidth + 1
+    const found = wide ? ['too wide: ' + [...document.querySelectorAll('article *')].filter(right).slice(0, 3).map(o => o.outerHTML.slice(0, 120))] : []
+    for (const o of document.querySelectorAll('div.math:has(.eqno)'))
+        if (o.querySelector('.eqno').getBoundingClientRect().left < o.querySelector('mjx-container').getBoundingClientRect().right - 1)
+            found.push('a number on its equation: ' + o.id)
+    return found
+}"""
+
+def watch(page):
+    "Collect what the page complains about, and what it asks of others."
+    seen = []
+    page.on('console', lambda o: seen.append(f'console: {o.text}') if o.type in ('error','warning') else None)
+    page.on('pageerror', lambda o: seen.append(f'error: {o}'))
+    page.on('requestfailed', lambda o: seen.append(f'failed: {o.url}'))
+    page.on('request', lambda o: seen.append(f'outside: {o.url}') if not o.url.startswith(('file:','data:')) else None)
+    return seen
+
+@pytest.fixture(scope='module')
+def page(site, browser):
+    return browser.new_page(viewport=DESK)
+
+def open_page(page, path):
+    page.set_viewport_size(DESK)
+    page.goto(path.as_uri())
+    page.wait_for_function('!document.querySelector(".math") || (window.MathJax && MathJax.startup && MathJax.startup.promise)')
+    page.evaluate('window.MathJax && MathJax.startup && MathJax.startup.promise.then(() => true)')
+
+@needs_tools
+@needs_browser
+def test_every_page_in_a_browser(site, page):
+    faults, seen = {}, watch(page)
+    for path in sorted(site.glob('*.html')):
+        seen.clear()
+        open_page(page, path)
+        if path.stem not in ('genindex','search'): seen += page.evaluate(FAULTS)
+        for size in (DESK, PHONE):
+            page.set_viewport_size(size)
+            seen += [f'{o} ({size["width"]} px)' for o in page.evaluate(LAYOUT)]
+        if seen: faults[path.name] = list(seen)
+    assert not faults, json.dumps(faults, indent=1, ensure_ascii=False)
+
+@needs_tools
+@needs_browser
+def test_search_and_copy(site, page):
+    seen = watch(page)
+    page.goto((site/'search.html').as_uri()+'?q=mask_fisher')
+    page.wait_for_selector('#search-results li a')
+    found = page.eval_on_selector_all('#search-results li a', 'all => all.map(o => o.getAttribute("href"))')
+    assert any(o.startswith('fisher.html') for o in found), found
+    open_page(page, site/'fisher.html')
+    page.click('article .highlight', position=dict(x=5, y=5))
+    page.click('article .highlight button.copybtn >> nth=0')
+    page.wait_for_selector('button.copybtn.success')
+    assert seen==[]
+
+@needs_tools
+def test_no_page_loads_from_outside(site):
+    "What a browser would only ask for later counts too: scripts, styles, pictures, and addresses in styles."
+    loads = re.compile(r'<(?:script|img|iframe|link|source|video)\b[^>]*?(?:src|href)="((?:https?:)?//[^"]*)"|url\(["\']?(https?://[^)]*)')
+    files = [o for o in site.rglob('*') if o.suffix in ('.html','.css')]
+    assert {(o.name, m[0]) for o in files for m in loads.finditer(o.read_text(encoding='utf-8'))}==set()
+
+@needs_tools
+def test_every_page_is_on_the_site(site):
+    pages = {re.sub(r'^\d+[a-z]*_', '', o.name.partition('.')[0]) for o in ROOT.glob('nbs/*.*') if o.suffixes in (['.ipynb'], ['.qmd','.py'])}
+    assert {o.stem for o in site.glob('*.html')}-{'genindex','search'}==pages
+
+def test_sidebar_lists_every_page():
+    "In `_quarto.yml`, which both renderers read: each once, and none that is not there."
+    config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    listed = [o for x in config['website']['sidebar']['contents'] for o in (x['contents'] if isinstance(x, dict) else [x])]
+    there = [o.name.removesuffix('.py') for o in ROOT.glob('nbs/*.*') if o.suffixes in (['.ipynb'], ['.qmd','.py'])]
+    assert sorted(listed)==sorted(there)
+
+# The build: what it must refuse, and what it makes of Quarto's dialect.
+
+BROKEN = {'equation': 'See @eq-none.', 'figure': 'See @fig-none.', 'section': 'See @sec-none.', 'citation': 'See [@none].', 'page': 'See [it](none.ipynb).',
+          'symbol': 'See [`none`](https://example.org/fisher.html#none).', 'picture': 'See ![it](images/none.png).'}
+GOOD = """## One {#sec-one}
+
+See @eq-one, @sec-one, @tbl-one, [@matena2022merging], [`Place`](https://example.org/toy.html#place), [`place`](https://example.org/toy.html#place),
+[`Place.put`](https://example.org/toy.html#place.put) and [`_hidden`](https://example.org/toy.html#_hidden), but not `@eq-one` or `[@none]`.
+
+$$a=b$$ {#eq-one}
+
+| a |
+|---|
+| 1 |
+
+: A table {#tbl-one}
+
+```
+@eq-none
+```"""
+
+def show_doc(name):
+    from nbformat.v4 import new_code_cell, new_output
+    text = f'---\n\n[source](https://example.org/toy.py#L1){{target="_blank"}}\n\n### {name}\n\n*A {name}.*'
+    return new_code_cell(f'show_doc({name})', outputs=[new_output('execute_result', {'text/markdown': text})])
+
+@pytest.fixture
+def sphinx(tmp_path, monkeypatch):
+    "A function that translates and builds a toy page, and returns the page and the complaints."
+    monkeypatch.syspath_prepend(str(ROOT/'docs'))
+    import nbformat
+    from quarto import symbol_labels, translate_page
+    def build(text):
+        front = nbformat.v4.new_raw_cell('---\ntitle: toy\n---')
+        nb = nbformat.v4.new_notebook(cells=[front, *map(nbformat.v4.new_markdown_cell, text.split('%%')), show_doc('Place'), show_doc('place')])
+        (tmp_path/'src').mkdir()
+        nbformat.write(translate_page(nb, 'toy', 'https://example.org', {'toy.ipynb':'toy'}, symbol_labels({'toy':nb})), tmp_path/'src'/'toy.ipynb')
+        done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-c', ROOT/'docs', '-D', 'root_doc=toy', '-D', 'html_theme=basic',
+                               tmp_path/'src', tmp_path/'out'], cwd=ROOT, capture_output=True, text=True)
+        return (tmp_path/'out'/'toy.html').read_text(encoding='utf-8'), done.stderr
+    return build
+
+@needs_tools
+def test_build_refuses_what_is_broken(sphinx):
+    _, said = sphinx('## One\n\n' + '%%'.join(BROKEN.values()))
+    assert {name for i,name in enumerate(BROKEN) if f'toy.ipynb:{i+2}0' not in said}==set(), said
+
+@needs_tools
+def test_build_translates_quarto(sphinx):
+    page, said = sphinx(GOOD)
+    assert not said
+    links = dict((text, target) for target,text in re.findall(r'href="#([\w.-]+)"><code[^>]*><span class="pre">([\w.]+)</span></code></a>', page))
+    assert links=={'Place':'toy-place', 'place':'toy-place-1', 'Place.put':'toy-place'}
+    for text in ('Equation 1', 'Table 1', 'Matena and Raffel, 2022', '>One</span></a>', '@eq-one', '[@none]', '_hidden'): assert text in unescape(page), text
+
+@needs_tools
+def test_an_image_needs_words(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/'docs'))
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+    from quarto import images_without_text
+    picture = [new_output('display_data', {'image/png': ''})]
+    cells = [new_markdown_cell('![](a.png)'), new_markdown_cell('![a](a.png)'), new_code_cell('plot()', outputs=picture),
+             new_code_cell('#| fig-alt: A plot\nplot()', outputs=picture), new_code_cell('#| fig-cap: A plot\nplot()', outputs=picture)]
+    assert images_without_text(new_notebook(cells=cells))==[cells[0].id, cells[2].id]

@@ -82,8 +82,8 @@ def references(text:str, page:str)->str:
 def prose(text:str, page:str, site:str, files:dict, labels:dict)->str:
     "Translate Markdown without fenced code."
     text = re.sub(r'\$\$\s*\{#(eq-[\w-]+)\}', rf'$$ ({page}.\1)', text)
-    text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}\s*$', callout, text, flags=re.M)
-    text = re.sub(r'^(#+ .*?)\s*\{#([\w-]+)[^}]*\}\s*$', rf'({page}.\2)=\n\1', text, flags=re.M)
+    text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[^\S\n]*$', callout, text, flags=re.M)
+    text = re.sub(r'^(#+ .*?)\s*\{#([\w-]+)[^}]*\}[^\S\n]*$', rf'({page}.\2)=\n\1', text, flags=re.M)
     text = re.sub(r'((?:^\|.*\n)+)\n: (.*?)(?: \{#([\w-]+)\})?$', partial(table, page=page), text, flags=re.M)
     text = re.sub(r'^!\[([^\]]*)\]\(([^)]*)\)\{#([\w-]+)([^}]*)\}$', partial(figure, page=page), text, flags=re.M)
     text = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()', r'[\1]', text) # a symbol that is a link already

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LICENSE', 'DIFFER', 'UNSTATED', 'MODULES', 'RECIPE', 'NAMED', 'hub_commit', 'find_file', 'read_card',
-           'agreed_license', 'read_modules', 'agreed_modules', 'unnamed', 'public_recipe', 'recipe_text', 'load_recipe',
-           'check_scores', 'eval_results', 'Origin', 'origins', 'card_data', 'table', 'model_card']
+           'agreed_license', 'read_modules', 'agreed_modules', 'model_names', 'unnamed', 'public_recipe', 'recipe_text',
+           'load_recipe', 'check_scores', 'eval_results', 'Origin', 'origins', 'card_data', 'table', 'model_card']
 
 # %% ../nbs/35_card.ipynb #9ce139c3
 import json
@@ -128,6 +128,12 @@ def _relative(name:str|None, folder:Path|None)->str|None:
     if folder is None: return None
     path = Path(os.path.relpath(name, folder.resolve())).as_posix()
     return path if path.startswith('.') else f'./{path}'
+
+def model_names(
+    recipe:Mapping[str,Any]|None,
+)->dict[str,str|None]: # task -> folder or Hub id
+    "The models of a recipe."
+    return {t: o.get('model') if isinstance(o, Mapping) else o for t,o in ((recipe or {}).get('models') or {}).items()}
 
 def unnamed(
     recipe:Mapping[str,Any],

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'FISHER', 'COMMANDS', 'OWN', 'TOUR', 'parse_pairs', 'for_tasks', 'check_file', 'run_fisher', 'either',
            'read_value', 'run_merge', 'run_evaluate', 'run_finetune', 'run_demo', 'words', 'numbers', 'read_order',
-           'run_reproduce', 'run_bench', 'run_report', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
+           'run_reproduce', 'run_bench', 'run_report', 'seed_number', 'Parser', 'make_parser', 'as_cell', 'make_table',
+           'show', 'main']
 
 # %% ../nbs/09_cli.ipynb #03e759c5
 import argparse
@@ -17,7 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
-from .output import OutputExistsError, check_folder, write_record
+from safetensors import SafetensorError
+from .output import OutputExistsError, check_apart, check_folder, write_record
 
 # %% ../nbs/09_cli.ipynb #9c5dd032
 def parse_pairs(
@@ -54,12 +56,11 @@ def check_file(
     path:str, # file to write
     overwrite:bool, # whether it may be there already
 )->Path:
-    "The path, its folder made; `OutputExistsError` if the file is there."
+    "The path; `OutputExistsError` if the file is there."
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         hint = ' and is a folder' if path.is_dir() else '; give --overwrite to replace it'
         raise OutputExistsError(f'--out {path} exists{hint}')
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 # %% ../nbs/09_cli.ipynb #c9cf81d7
@@ -78,6 +79,7 @@ def run_fisher(args:argparse.Namespace)->dict|None:
     fisher = mask_fisher(model, data, num_samples=args.num_samples, seed=args.seed, variant=args.variant,
         labels=args.labels, precision=args.precision, device=args.device, tokenizer=tokenizer,
         max_length=either(args.max_length, task.max_length))
+    out.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(out)
     return {'wrote': str(out), 'num_examples': fisher.num_examples}
 
@@ -116,6 +118,7 @@ def _merge_models(args:argparse.Namespace)->Any:
     "Merge the models that are named, and save."
     from fisher_nodes.merger import METHODS, check_known, merge
     models = parse_pairs(args.models, 'models')
+    check_apart(args.out, models)
     check_known('method', args.method, METHODS)
     options,known = parse_pairs(args.options or [], '--options', 'option'),METHODS[args.method].options
     if unknown := [o for o in options if o not in known]:
@@ -152,7 +155,9 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     how = dict(tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
     scores = {k: evaluate(models[k], data, task, **how) for k,(data,task) in loaded.items()}
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
-    if out: write_record(out, scores=scores, data=data, split=args.split, source=source)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_record(out, scores=scores, data=data, split=args.split, source=source)
     return scores
 
 # %% ../nbs/09_cli.ipynb #cbe2eefe
@@ -229,6 +234,7 @@ def run_bench(args:argparse.Namespace)->dict|None:
     model,tokenizer = _load(args.model)
     found = bench(model, data, num_samples=either(args.num_samples, 128), rounds=args.rounds, seed=args.seed, device=args.device,
         precision=args.precision, tokenizer=tokenizer, max_length=either(args.max_length, task.max_length))
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_record(out, data=args.data, **found)
     steps = {o['what']: dict(seconds=round(o['seconds'], 3)) for o in found['steps']}
     return {'steps': steps, 'wrote': str(out)}
@@ -243,7 +249,16 @@ def run_report(args:argparse.Namespace)->dict|None:
     print(as_text(with_intervals(summary)).to_string(index=False))
     return wrote
 
-# %% ../nbs/09_cli.ipynb #80349ffb
+# %% ../nbs/09_cli.ipynb #9f73ea88
+def seed_number(text:str)->int:
+    "A seed that every random generator takes."
+    if text.isdigit() and int(text)<2**32: return int(text)
+    raise argparse.ArgumentTypeError(f'expected a whole number from 0 to {2**32-1}, got {text!r}')
+
+class Parser(argparse.ArgumentParser):
+    "Answers a mistake with one line."
+    def error(self, message): self.exit(2, f'{self.prog}: {" ".join(message.split())}; see {self.prog} --help\n')
+
 def _option(*names, **kwargs): return names,kwargs
 
 OPTIONS = dict(
@@ -251,7 +266,7 @@ OPTIONS = dict(
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
     num_samples=_option('--num-samples', type=int, metavar='N', help='rows to use of each training set'),
-    seed=_option('--seed', type=int, default=0, help='of every random choice (0)'),
+    seed=_option('--seed', type=seed_number, default=0, help='of every random choice (0)'),
     device=_option('--device', metavar='NAME', help='cpu, cuda, cuda:1, …; by default where the model loads'),
     max_length=_option('--max-length', type=int, metavar='TOKENS', help="tokens read of a row; by default the task's"),
     precision=_option('--precision', choices=['fp32','tf32','bf16'], help='of matrix products; by default as the model is stored'),
@@ -339,8 +354,10 @@ fisher-nodes COMMAND --help shows each with examples."""
 
 def make_parser()->argparse.ArgumentParser:
     "The parser of `fisher-nodes`, made from the tables."
-    parser = argparse.ArgumentParser('fisher-nodes', description='Merge fine-tuned Transformers with Fisher mask nodes.',
+    from fisher_nodes import __version__
+    parser = Parser('fisher-nodes', description='Merge fine-tuned Transformers with Fisher mask nodes.',
         epilog=TOUR, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--version', action='version', version=__version__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name,(run,shared,example) in COMMANDS.items():
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, epilog=f'example:\n  {example}',
@@ -363,9 +380,11 @@ def make_table(
     "A table of a row for each name."
     from rich import box
     from rich.table import Table
+    from rich.text import Text
     columns = list(dict.fromkeys(c for o in rows.values() for c in o))
-    table = Table('', *columns, box=box.SIMPLE_HEAD)
-    for name,o in rows.items(): table.add_row(name, *(as_cell(o.get(c, '')) for c in columns))
+    table = Table('', box=box.SIMPLE_HEAD)
+    for c in columns: table.add_column(Text(c))
+    for name,o in rows.items(): table.add_row(*map(Text, (name, *(as_cell(o.get(c, '')) for c in columns))))
     return table
 
 def show(
@@ -373,7 +392,7 @@ def show(
 ):
     "Print a result: its rows as a table, and its values below."
     from rich.console import Console
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout.isatty() else 160)
     nested = {k: v for k,v in result.items() if isinstance(v, dict)}
     tables = [v for v in nested.values() if any(isinstance(o, dict) for o in v.values())]
     rows = {k: v for k,v in nested.items() if v not in tables}
@@ -381,17 +400,22 @@ def show(
     for k,v in result.items():
         if k not in nested: console.print(f'{k.replace("_", " ")}: {as_cell(v)}', soft_wrap=True, markup=False)
 
-# %% ../nbs/09_cli.ipynb #4403b1bf
+# %% ../nbs/09_cli.ipynb #fed0b8d7
+def _run(args:argparse.Namespace)->dict:
+    "Run a command, its warnings as single lines."
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f'fisher-nodes {args.command}: {" ".join(str(message).split())}', file=sys.stderr)
+        return args.run(args)
+
 def main(
     argv:Sequence[str]|None=None, # words after the program's name; None: from the shell
 )->int: # exit status: 0, 2 for bad input, 130 when interrupted
     "Run `fisher-nodes`."
+    for o in (sys.stdout, sys.stderr):
+        if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace') # λ where the terminal has none
     args = make_parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f'fisher-nodes {args.command}: {" ".join(str(message).split())}', file=sys.stderr)
-            result = args.run(args)
-    except (ValueError, TypeError, OSError) as e:
+    try: result = _run(args)
+    except (ValueError, TypeError, OSError, SafetensorError) as e:
         if os.environ.get('FISHER_NODES_DEBUG'): raise
         print(f'fisher-nodes {args.command}: {" ".join(str(e).split())}', file=sys.stderr)
         return 2

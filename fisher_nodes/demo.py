@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'BASE', 'RECIPE', 'METHODS', 'package_file', 'minilm_path', 'read_tab', 'Corpus', 'make_corpus',
            'split_rows', 'corpora', 'checkpoint', 'held_out', 'score_all', 'score_table', 'save_merged', 'draw_fishers',
-           'draw_scores', 'draw', 'timed', 'merge_all', 'training_seconds', 'show_report', 'demo']
+           'draw_scores', 'draw', 'timed', 'merge_all', 'training_seconds', 'show_report', 'check_place', 'demo']
 
 # %% ../nbs/10_demo.ipynb #e03636ba
 import csv
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .batches import sample_rows
+from .batches import check_num_samples, sample_rows
 from .evaluation import evaluate, load_model, predict
 from .finetuning import finetune, load_body
 from .fisher import describe_data, mask_fisher, versions
 from .merger import Merged, is_merged, merge
-from .output import differences
+from .output import OutputExistsError, differences
 from .plots import plot_heads, shared_scale
 from .tasks import Task, as_dataset
 
@@ -276,7 +276,17 @@ def show_report(
     seconds = pd.Series(report['seconds'] | dict(total=sum(report['seconds'].values())), name='seconds')
     print('', seconds.round(1).to_frame().to_string(), sep='\n')
 
-# %% ../nbs/10_demo.ipynb #e49dd255
+# %% ../nbs/10_demo.ipynb #e0da7595
+def check_place(
+    out:str|Path, # folder of the demo
+)->Path:
+    "The folder, if it is new or holds an earlier demo alone; else `OutputExistsError`."
+    out, ours = Path(out), {'topics', 'author', 'merged', 'demo.png', 'demo.json'}
+    if out.is_file(): raise OutputExistsError(f'output {out} is a file, not a folder')
+    if out.exists() and (others := sorted({o.name for o in out.iterdir()}-ours)):
+        raise OutputExistsError(f'output folder {out} is not of the demo, it has {", ".join(others[:3])}; give another')
+    return out
+
 def demo(
     out:str|Path='_demo', # folder for checkpoints, the merge, `demo.json` and `demo.png`
     num_samples:int=128, # training rows for each Fisher, the paper's smallest N
@@ -290,7 +300,8 @@ def demo(
     "Fine-tune two real models, merge them, score, save, reload, draw."
     settings = dict(num_samples=num_samples, train_samples=train_samples, test_samples=test_samples,
         max_length=max_length, seed=seed)
-    out, seconds = Path(out), {}
+    check_num_samples(num_samples)
+    out, seconds = check_place(out), {}
     with timed(seconds, 'read the corpora'): data = corpora(seed, max_length)
     models, tokenizer = {}, AutoTokenizer.from_pretrained(minilm_path())
     for name,corpus in data.items():

@@ -86,7 +86,7 @@ def plot_rows(
     sns.boxenplot(known, x='fisher', y='layer', hue='task', order=layers, palette=[PALETTE[i%10] for i in range(len(fishers))],
         log_scale=True, orient='h', ax=ax)
     ax.set(title='FFN rows' + (f', {len(table)-len(known):,} of zero left out' if len(known)<len(table) else ''), xlabel=FISHER)
-    ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1), reverse=True)
     ax.invert_yaxis()
     return ax
 

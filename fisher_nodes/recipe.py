@@ -13,10 +13,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 import torch
-from .card import NAMED, load_recipe, unnamed
+from .card import NAMED, load_recipe, model_names, unnamed
 from .fisher import ESTIMATORS, VARIANTS
 from .merger import METHODS, Source, check_inputs, merge, method_options
-from .output import check_folder
+from .output import check_apart, check_folder
 from .saving import Merged
 from .tasks import GLUE
 
@@ -150,6 +150,7 @@ def run_recipe(
     try: args = recipe_arguments(recipe, accept_changes)
     except ValueError as e: raise ValueError(f'{Path(path).name}: {e}') from None
     check_folder(out, overwrite)
+    check_apart(out, model_names(recipe))
     merged = merge(**args, device=device, progress=progress)
     if not accept_changes and recipe.get('result', merged.recipe['result'])!=merged.recipe['result']:
         warnings.warn(f'the merged weights differ from those of {Path(path).name}; made with {recipe.get("versions")}, now {merged.recipe["versions"]}')

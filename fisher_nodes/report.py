@@ -73,6 +73,6 @@ def report(
         plots = {f'report-{name}.png': o for name,*o in _plots(results, summary, errors)}
         for name,(size,draw) in plots.items(): save_plot(draw, size, part/name)
         head = [f'# {about.checkpoints}', markdown(about.rename('value').rename_axis('what').reset_index())]
-        text = [*head, summary_text(results, summary), *(f'![]({name})' for name in plots)]
+        text = [*head, summary_text(results, summary), *(f'![{name[7:-4].replace("-", " ")}]({name})' for name in plots)]
         (part/'report.md').write_text('\n\n'.join(text)+'\n', encoding='utf-8')
     return summary

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import Layer, find_layers, hash_tensors
-from .card import RECIPE, check_scores, load_recipe, model_card, public_recipe, recipe_text
+from .card import model_names, RECIPE, check_scores, load_recipe, model_card, public_recipe, recipe_text
 from .evaluation import load_tokenizer, names_model
-from .output import OutputExistsError, whole_folder
+from .output import OutputExistsError, check_apart, whole_folder
 
 # %% ../nbs/28_saving.ipynb #f35c1dd9
 def new_copy(
@@ -205,6 +205,7 @@ def save_pretrained(self:Merged,
     _check_widths(self.body)
     if taken := sorted({o.split('/')[0] for o in _modules(self.report)}&set(tasks)): raise ValueError(f'task names {taken} are files of sentence-transformers')
     if scores is not None: self.report['scores'] = check_scores(scores, tasks)
+    check_apart(path, model_names(self.recipe))
     stale = _check_place(path, tasks)
     with whole_folder(path, RECORD, overwrite, stale) as out:
         _save_body(self.body, out)

@@ -518,7 +518,7 @@ def test_report(folder, tmp_path, table):
     plots = {o.name for o in (tmp_path/'out').glob('*.png')}
     assert plots == {f'report-{o}.png' for o in (*(f'{p}-k{k}' for p in ('scores', 'gains', 'samples') for k in (2, 3, 4)), 'pairs-average',
                                                  'pairs-mask-fisher', 'pairs-dare', 'error-heads', 'error-rows')}
-    assert all(f'![]({o})' in text for o in plots) and 'most frequent class: mrpc.' in text and '## Merges of 4' in text
+    assert all(f']({o})' in text for o in plots) and 'most frequent class: mrpc.' in text and '## Merges of 4' in text
     for o in plots: assert plt.imread(tmp_path/'out'/o).std() > .02
     with pytest.raises(OutputExistsError): report(folder, tmp_path/'out')
     (tmp_path/'out'/'report-old.png').touch()

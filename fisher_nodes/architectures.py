@@ -117,15 +117,16 @@ def find_layers(
 # %% ../nbs/00_architectures.ipynb #9adaa12d
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-def _checksum(t:Tensor, chunk:int=1<<22)->Tensor:
+def _checksum(t:Tensor, chunk:int|None=None)->Tensor:
     "Sum and position-weighted sum of the bits of `t`, int64 with wrap-around, shape `(2,)`."
     t = torch.view_as_real(t) if t.is_complex() else t
     bits = t.detach().contiguous().view(_BITS[t.element_size()]).flatten()
+    chunk = chunk or (1<<17 if bits.is_cpu else 1<<22) # what a CPU's cache holds
+    place = torch.arange(1, 2*min(chunk, len(bits)), 2, device=t.device)
     total = torch.zeros(2, dtype=torch.int64, device=t.device)
     for i,part in enumerate(bits.split(chunk)):
-        place = torch.arange(part.numel(), device=t.device).add_(i*chunk).mul_(2).add_(1)
-        part = part.long()
-        total += torch.stack([part.sum(), place.mul_(part).sum()])
+        plain = part.sum()
+        total += torch.stack([plain, (part*place[:len(part)]).sum() + 2*i*chunk*plain])
     return total
 
 # %% ../nbs/00_architectures.ipynb #bd95f1f8

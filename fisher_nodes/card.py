@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LICENSE', 'DIFFER', 'UNSTATED', 'MODULES', 'RECIPE', 'NAMED', 'hub_commit', 'find_file', 'read_card',
-           'agreed_license', 'read_modules', 'agreed_modules', 'model_names', 'unnamed', 'public_recipe', 'recipe_text',
-           'load_recipe', 'check_scores', 'eval_results', 'Origin', 'origins', 'card_data', 'table', 'model_card']
+           'agreed_license', 'read_modules', 'agreed_modules', 'entry_name', 'model_names', 'unnamed', 'public_recipe',
+           'recipe_text', 'load_recipe', 'check_scores', 'eval_results', 'Origin', 'origins', 'card_data', 'table',
+           'model_card']
 
 # %% ../nbs/35_card.ipynb #9ce139c3
 import json
@@ -129,19 +130,24 @@ def _relative(name:str|None, folder:Path|None)->str|None:
     path = Path(os.path.relpath(name, folder.resolve())).as_posix()
     return path if path.startswith('.') else f'./{path}'
 
+def entry_name(
+    entry:str|None|Mapping[str,Any], # a name, or a mapping with `model`
+)->str|None:
+    "What an entry of a recipe names."
+    return entry.get('model') if isinstance(entry, Mapping) else entry
+
 def model_names(
     recipe:Mapping[str,Any]|None,
 )->dict[str,str|None]: # task -> folder or Hub id
     "The models of a recipe."
-    return {t: o.get('model') if isinstance(o, Mapping) else o for t,o in ((recipe or {}).get('models') or {}).items()}
+    return {t: entry_name(o) for t,o in ((recipe or {}).get('models') or {}).items()}
 
 def unnamed(
     recipe:Mapping[str,Any],
 )->list[str]: # such as "`data` of 'mnli'"
     "What a recipe has no name for: a null, where something was in memory or is not public."
-    name = lambda o: o.get('model') if isinstance(o, Mapping) else o
-    tasks = [f'`{k}` of {t!r}' for k in NAMED for t,o in (recipe.get(k) or {}).items() if name(o) is None]
-    return tasks + [f'`{k}`' for k in ('base', 'loss', 'tokenizer') if k in recipe and name(recipe[k]) is None]
+    tasks = [f'`{k}` of {t!r}' for k in NAMED for t,o in (recipe.get(k) or {}).items() if entry_name(o) is None]
+    return tasks + [f'`{k}`' for k in ('base', 'loss', 'tokenizer') if k in recipe and entry_name(recipe[k]) is None]
 
 # %% ../nbs/35_card.ipynb #e9b52170
 _HEAD = '# A merge by fisher_nodes. To repeat it: fisher-nodes merge recipe.yml --out DIR\n'
@@ -245,7 +251,7 @@ def table(
     rows:Sequence[Sequence[Any]],
 )->str:
     "A table in Markdown."
-    line = lambda cells: '| ' + ' | '.join(str(o).replace('|', '\\|') for o in cells) + ' |'
+    line = lambda cells: '| ' + ' | '.join(' '.join(str(o).split()).replace('|', '\\|') for o in cells) + ' |'
     return '\n'.join([line(head), '|'.join(['', *['---']*len(head), '']), *map(line, rows)])
 
 def _license_words(o:Origin)->str:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'FISHER', 'COMMANDS', 'OWN', 'TOUR', 'parse_pairs', 'for_tasks', 'check_file', 'run_fisher', 'either',
            'read_value', 'run_merge', 'run_evaluate', 'run_finetune', 'run_demo', 'words', 'numbers', 'read_order',
-           'run_reproduce', 'run_bench', 'run_report', 'seed_number', 'Parser', 'make_parser', 'as_cell', 'make_table',
-           'show', 'main']
+           'run_reproduce', 'run_bench', 'run_report', 'seed_number', 'count', 'positive', 'Parser', 'make_parser',
+           'as_cell', 'make_table', 'show', 'main']
 
 # %% ../nbs/09_cli.ipynb #03e759c5
 import argparse
@@ -100,18 +100,18 @@ def read_value(
 
 def run_merge(args:argparse.Namespace)->dict|None:
     "Merge models of several tasks into one body with a head for each, or repeat a recipe."
+    recipe = len(args.models)==1 and '=' not in args.models[0]
+    if args.accept_changes and not recipe: raise ValueError('--accept-changes is about a recipe; these are models')
     check_folder(args.out, args.overwrite)
-    merged = _merge_recipe(args) if len(args.models)==1 and '=' not in args.models[0] else _merge_models(args)
+    merged = _merge_recipe(args) if recipe else _merge_models(args)
     tasks = {t: dict(model=o['model'], λ=o['weight']) for t,o in merged.report['tasks'].items()}
     return {'tasks': tasks, 'zero_fisher_nodes': merged.report['zero_fisher'], 'wrote': str(args.out)}
 
 def _merge_recipe(args:argparse.Namespace)->Any:
     "Do what a recipe file says; `ValueError` for options that it has itself."
     from fisher_nodes.recipe import run_recipe
-    plain = make_parser().parse_args(['merge', *args.models, '--out', args.out])
-    kept = ('models', 'out', 'overwrite', 'device', 'json', 'accept_changes')
-    if given := [k for k,o in vars(args).items() if k not in kept and o!=getattr(plain, k)]:
-        raise ValueError(f'--{given[0].replace("_", "-")} is for the recipe to say; write it into {args.models[0]}')
+    kept = ('--out', '--overwrite', '--device', '--json', '--accept-changes')
+    if own := [o for o in args.given if o not in kept]: raise ValueError(f'{own[0]} is for the recipe to say; write it into {args.models[0]}')
     return run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device, accept_changes=args.accept_changes)
 
 def _merge_models(args:argparse.Namespace)->Any:
@@ -120,11 +120,12 @@ def _merge_models(args:argparse.Namespace)->Any:
     models = parse_pairs(args.models, 'models')
     check_apart(args.out, models)
     check_known('method', args.method, METHODS)
+    if args.data is None and args.num_samples: raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     options,known = parse_pairs(args.options or [], '--options', 'option'),METHODS[args.method].options
     if unknown := [o for o in options if o not in known]:
         raise ValueError(f'--options: method {args.method!r} has no {unknown[0]!r}; it has {list(known)}')
     merged = merge(models, for_tasks(args.fisher, models, '--fisher'), data=for_tasks(args.data, models, '--data'), method=args.method,
-        variant=args.variant, scheme=args.scheme, weights=for_tasks(args.weights, models, '--weights', float), num_samples=args.num_samples,
+        variant=args.variant, scheme=args.scheme, weights=for_tasks(args.weights, models, '--weights', float), num_samples=either(args.num_samples, 128),
         seed=args.seed, labels=args.labels, precision=args.precision, device=args.device, max_length=args.max_length, base=args.base,
         **{k: read_value(v) for k,v in options.items()})
     merged.save_pretrained(args.out, overwrite=args.overwrite)
@@ -151,13 +152,12 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     from fisher_nodes.merger import load_rows
     out = check_file(args.out, args.overwrite) if args.out else None
     models,specs,tokenizer,source = _models_to_score(args.model, args.data)
-    loaded = {k: load_rows(v, models[k], args.split) for k,v in specs.items()}
+    if args.split and not any(o.startswith('glue:') for o in specs.values()): raise ValueError('--split is about glue:TASK; a file has no splits')
+    loaded = {k: load_rows(v, models[k], either(args.split, 'validation')) for k,v in specs.items()}
     how = dict(tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
     scores = {k: evaluate(models[k], data, task, **how) for k,(data,task) in loaded.items()}
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_record(out, scores=scores, data=data, split=args.split, source=source)
+    if out: write_record(out, scores=scores, data=data, split=either(args.split, 'validation'), source=source)
     return scores
 
 # %% ../nbs/09_cli.ipynb #cbe2eefe
@@ -234,7 +234,6 @@ def run_bench(args:argparse.Namespace)->dict|None:
     model,tokenizer = _load(args.model)
     found = bench(model, data, num_samples=either(args.num_samples, 128), rounds=args.rounds, seed=args.seed, device=args.device,
         precision=args.precision, tokenizer=tokenizer, max_length=either(args.max_length, task.max_length))
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_record(out, data=args.data, **found)
     steps = {o['what']: dict(seconds=round(o['seconds'], 3)) for o in found['steps']}
     return {'steps': steps, 'wrote': str(out)}
@@ -255,8 +254,26 @@ def seed_number(text:str)->int:
     if text.isdigit() and int(text)<2**32: return int(text)
     raise argparse.ArgumentTypeError(f'expected a whole number from 0 to {2**32-1}, got {text!r}')
 
+def count(text:str)->int:
+    "A whole number of at least 1."
+    if text.isdigit() and int(text)>0: return int(text)
+    raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got {text!r}')
+
+def positive(text:str)->float:
+    "A finite number above 0."
+    try: value = float(text)
+    except ValueError: value = 0.
+    if 0<value<float('inf'): return value
+    raise argparse.ArgumentTypeError(f'expected a number above 0, got {text!r}')
+
 class Parser(argparse.ArgumentParser):
-    "Answers a mistake with one line."
+    "Answers a mistake with one line, and knows which options were given."
+    def __init__(self, *args, **kwargs): super().__init__(*args, allow_abbrev=False, **kwargs)
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        found = super().parse_args(args, namespace)
+        found.given = [o.partition('=')[0] for o in args if o.startswith('--')]
+        return found
     def error(self, message): self.exit(2, f'{self.prog}: {" ".join(message.split())}; see {self.prog} --help\n')
 
 def _option(*names, **kwargs): return names,kwargs
@@ -265,14 +282,14 @@ OPTIONS = dict(
     data=_option('--data', required=True, metavar='SPEC', help='glue:TASK, or a .parquet, .csv or .jsonl file with a `label` column'),
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
-    num_samples=_option('--num-samples', type=int, metavar='N', help='rows to use of each training set'),
+    num_samples=_option('--num-samples', type=count, metavar='N', help='rows to use of each training set'),
     seed=_option('--seed', type=seed_number, default=0, help='of every random choice (0)'),
     device=_option('--device', metavar='NAME', help='cpu, cuda, cuda:1, …; by default where the model loads'),
-    max_length=_option('--max-length', type=int, metavar='TOKENS', help="tokens read of a row; by default the task's"),
+    max_length=_option('--max-length', type=count, metavar='TOKENS', help="tokens read of a row; by default the task's"),
     precision=_option('--precision', choices=['fp32','tf32','bf16'], help='of matrix products; by default as the model is stored'),
     variant=_option('--variant', choices=['paper','released'], default='paper', help="the paper's method, or its released code's"),
     labels=_option('--labels', choices=['empirical','exact','sampled'], default='empirical', help="true labels, or the model's own"),
-    split=_option('--split', default='validation', help='split of glue:TASK to score on (validation)'),
+    split=_option('--split', help='split of glue:TASK to score on (validation)'),
     json=_option('--json', action='store_true', help='print the result as JSON, for programs'))
 
 # %% ../nbs/09_cli.ipynb #64f38cd7
@@ -302,14 +319,14 @@ COMMANDS = dict(
 # %% ../nbs/09_cli.ipynb #94aa7696
 OWN = dict(
     demo=[_option('--out', default='_demo', help='folder for checkpoints, table and plot (_demo)'),
-          _option('--num-samples', type=int, default=128, metavar='N', help='training rows for each Fisher (128)')],
+          _option('--num-samples', type=count, default=128, metavar='N', help='training rows for each Fisher (128)')],
     fisher=[_option('model', metavar='MODEL', help='folder or Hub id')],
     merge=[_option('models', nargs='+', metavar='TASK=MODEL', help='folders or Hub ids; or one recipe file'),
            _option('--accept-changes', action='store_true', help='of a recipe: take models whose weights are not those it recorded'),
            _option('--data', nargs='+', metavar='TASK=SPEC', help='training rows to measure Fishers on'),
            _option('--fisher', nargs='+', metavar='TASK=FILE', help='Fishers measured before'),
            _option('--weights', nargs='+', metavar='TASK=NUMBER', help='λ of Equation 5; 1 by default'),
-           _option('--num-samples', type=int, default=128, metavar='N', help='rows of each training set (128)'),
+           _option('--num-samples', type=count, metavar='N', help='rows of each training set (128)'),
            _option('--method', default='mask-fisher', help='mask-fisher (default), average, fisher, regmean, task-arithmetic, ties or dare'),
            _option('--scheme', help='which parameters a mask weights, see the mapping page'),
            _option('--base', metavar='MODEL', help='the model that all were fine-tuned from, for methods with task vectors'),
@@ -321,10 +338,10 @@ OWN = dict(
               _option('--data', metavar='SPEC', help='glue:TASK, or a .parquet, .csv or .jsonl file with a `label` column'),
               _option('--glue', type=words, metavar='TASKS', help='all, or some as in mnli,rte: one folder for each'),
               _option('--validation', metavar='SPEC', help='rows to score the result on'),
-              _option('--epochs', type=float, help='3, or with --glue its own for each task'),
-              _option('--learning-rate', type=float, help='peak of the schedule; 5e-5, or 1e-4 with --glue'),
-              _option('--batch-size', type=int, help='32, or 64 with --glue'),
-              _option('--num-layers', type=int, metavar='N', help='layers of the body to keep, from the first on; by default all')],
+              _option('--epochs', type=positive, help='3, or with --glue its own for each task'),
+              _option('--learning-rate', type=positive, help='peak of the schedule; 5e-5, or 1e-4 with --glue'),
+              _option('--batch-size', type=count, help='32, or 64 with --glue'),
+              _option('--num-layers', type=count, metavar='N', help='layers of the body to keep, from the first on; by default all')],
     reproduce=[_option('--checkpoints', required=True, metavar='DIR_OR_NAME', help='a folder with a folder for each task, or bert-tiny, bert-base, bert-large, roberta-base'),
                _option('--methods', type=words, default='average,mask-fisher', help='see the grid page (average,mask-fisher)'),
                _option('--samples', type=numbers, default='128', metavar='N,N', help='training rows to measure on (128)'),
@@ -332,10 +349,10 @@ OWN = dict(
                _option('--group-sizes', type=numbers, default='2', metavar='K,K', help='how many models to merge at once (2)'),
                _option('--tasks', type=words, metavar='TASKS', help='some of the six, as in mnli,rte; by default all'),
                _option('--base', metavar='MODEL', help='the model that all were fine-tuned from, for task-arithmetic, ties and dare'),
-               _option('--limit', type=int, metavar='N', help='most validation rows of a task; by default all'),
+               _option('--limit', type=count, metavar='N', help='most validation rows of a task; by default all'),
                _option('--label-order', nargs='+', metavar='TASK=I,J', help='classes of a head that is permuted, see the labels page')],
     bench=[_option('model', metavar='MODEL', help='folder or Hub id'),
-           _option('--rounds', type=int, default=3, metavar='K', help='how often to time each step; the median counts (3)')],
+           _option('--rounds', type=count, default=3, metavar='K', help='how often to time each step; the median counts (3)')],
     report=[_option('results', metavar='DIR', help='folder that `reproduce` wrote'),
             _option('--out', metavar='DIR', help='also write report.md and plots there'),
             _option('--partial', action='store_true', help='accept results that are not complete')])

@@ -52,8 +52,9 @@ def get_scheme(
         if scheme not in SCHEMES:
             raise ValueError(f'`scheme` is {scheme!r}; expected one of {list(SCHEMES)} or a table')
         return SCHEMES[scheme]
+    if not isinstance(scheme, Mapping): raise TypeError(f'`scheme` must be a name or a table from role to kind, got {scheme!r}')
     for role,kind in scheme.items():
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f'kind {kind!r} of role {role!r} is unknown; expected one of {list(KINDS)}')
     return scheme
 

@@ -74,15 +74,21 @@ def check_folder(
                                 'pass overwrite=True (--overwrite) to replace it')
     return out
 
-# %% ../nbs/11_output.ipynb #f507904a
-def _move_in(part:Path, out:Path, record:str, stale:Sequence[str]):
-    "Remove what is stale, then move every entry of `part` to `out`, the record last."
+# %% ../nbs/11_output.ipynb #af7c7ddd
+def _remove(path:Path):
+    "Remove a file, a link, or a folder with all that is in it."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    else: path.unlink(missing_ok=True)
+
+def _move_in(part:Path, out:Path, record:str, stale:Sequence[str], moved:list[Path]):
+    "Remove what is stale, then move every entry of `part` to `out`, the record last; `moved` tells how far it came."
     for pattern in (*RECORDS, record, *stale):
-        for old in out.glob(pattern): shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for old in out.glob(pattern): _remove(old)
     for new in sorted(part.iterdir(), key=lambda o: o.name==record):
         target = out/new.name
-        if target.is_dir() and not target.is_symlink(): shutil.rmtree(target)
+        if target.is_dir(): _remove(target)
         os.replace(new, target)
+        moved.append(target)
 
 # %% ../nbs/11_output.ipynb #bdb9b7ad
 @contextmanager
@@ -94,17 +100,18 @@ def whole_folder(
 )->Iterator[Path]: # write here
     "What was written inside the block appears in `out` when the block ends well, and else nowhere."
     out = check_folder(out, overwrite)
-    made = not out.exists()
+    made,moved = not out.exists(),[]
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob(f'{_PART}*'): shutil.rmtree(old)
+    for old in out.glob(f'{_PART}*'): _remove(old)
     part = Path(tempfile.mkdtemp(prefix=f'{_PART}{os.getpid()}-', dir=out))
     try:
         yield part
-        _move_in(part, out, record, stale)
+        _move_in(part, out, record, stale, moved)
     except BaseException:
-        if made: shutil.rmtree(out)
+        for o in (part, *moved): _remove(o)
+        if made and not any(out.iterdir()): out.rmdir()
         raise
-    finally: shutil.rmtree(part, ignore_errors=True)
+    part.rmdir()
 
 # %% ../nbs/11_output.ipynb #6270ee96
 def find_commit()->str|None:
@@ -120,8 +127,9 @@ def write_record(
     path:Path, # JSON file to write
     **record, # what was measured
 ):
-    "Write a result with versions, machine, commit and date."
+    "Write a result with versions, machine, commit and date; its folder is made if missing."
     from fisher_nodes.fisher import versions
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = dict(versions=versions(), machine=platform.machine(), commit=find_commit(), date=date.today().isoformat())
     with whole_file(path) as part: part.write_text(json.dumps(record | about, indent=1)+'\n')
 

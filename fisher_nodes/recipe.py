@@ -13,12 +13,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 import torch
-from .card import NAMED, load_recipe, model_names, unnamed
-from .fisher import ESTIMATORS, VARIANTS
+from .card import NAMED, entry_name, load_recipe, model_names, unnamed
+from .fisher import ESTIMATORS, PRECISIONS, VARIANTS
 from .merger import METHODS, Source, check_inputs, merge, method_options
 from .output import check_apart, check_folder
 from .saving import Merged
-from .tasks import GLUE
+from .tasks import GLUE, READERS
 
 # %% ../nbs/29_recipe.ipynb #50bb82db
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ def _is_number(o:Any)->bool: return isinstance(o, Real) and not isinstance(o, bo
 
 def _is_spec(o:Any)->bool:
     "A data spec, or null."
-    return o is None or (_word(o) and (o.removeprefix('glue:') in GLUE if o.startswith('glue:') else Path(o).suffix in ('.parquet', '.csv', '.jsonl')))
+    return o is None or (_word(o) and (o.removeprefix('glue:') in GLUE if o.startswith('glue:') else Path(o).suffix in READERS))
 
 # %% ../nbs/29_recipe.ipynb #28dae533
 _MODEL = 'a folder or Hub id, or a mapping with `model` and, if wanted, `revision`, `weight_hash` and `head_hash`'
 ENTRIES = dict(models=Field(_MODEL, _is_model), weights=Field('a number that is finite and not negative', _is_number),
-    data=Field('glue:TASK, or a .parquet, .csv or .jsonl file', _is_spec), fishers=Field('a file', lambda o: o is None or _word(o)),
+    data=Field(f'glue:TASK, or a file in {", ".join(READERS)}', _is_spec), fishers=Field('a file', lambda o: o is None or _word(o)),
     max_length=Field('a whole number of tokens', _whole))
 FIELDS = dict(base=Field(_MODEL, _is_model), method=_choice(METHODS), variant=_choice(VARIANTS),
     scheme=Field('the name of a scheme, or a mapping from role to weight', lambda o: o is None or _word(o) or isinstance(o, dict)),
     num_samples=Field('a whole number, or null for all rows', lambda o: o is None or _whole(o)), seed=Field('a whole number', lambda o: _whole(o, 0)),
-    labels=_choice(ESTIMATORS), precision=_choice([None, 'fp32', 'tf32', 'bf16']), options=Field('a mapping from option to value', lambda o: isinstance(o, dict)),
+    labels=_choice(ESTIMATORS), precision=_choice([None, *PRECISIONS]), options=Field('a mapping from option to value', lambda o: isinstance(o, dict)),
     loss=Field('null, since a function has no name', lambda o: o is None), tokenizer=Field('null, since it was in memory', lambda o: o is None),
     result=Field('the fingerprint of the merged weights', _word), versions=Field('a mapping', lambda o: isinstance(o, dict)))
 
@@ -75,7 +75,10 @@ def _check_twice(path:Path):
 
 def _check_field(where:str, key:str, value:Any, field:Field):
     "`ValueError` unless a value fits."
-    if not field.fits(value): raise ValueError(f'{where}: {key} must be {field.expected}, got {value!r}')
+    if field.fits(value): return
+    try: hint = f'; to YAML that is a word, so write {float(value)}' if isinstance(value, str) else ''
+    except ValueError: hint = ''
+    raise ValueError(f'{where}: {key} must be {field.expected}, got {value!r}{hint}')
 
 def _check_entries(where:str, key:str, value:Any, tasks:Sequence[str]|None):
     "`ValueError` unless there is a fitting entry for each task."
@@ -89,16 +92,16 @@ def _check_together(recipe:Mapping):
     "`ValueError` for keys that do not go together, as `merge` would raise it."
     method,variant = recipe.get('method', 'mask-fisher'),recipe.get('variant', 'paper')
     method_options(method, variant, recipe.get('scheme'), recipe.get('options', {}))
-    given = {k: recipe.get(k) for k in ('fishers', 'data')}
-    check_inputs(method, base='given' if 'base' in recipe else None, labels=recipe.get('labels', 'empirical'), **given)
+    given = {k: recipe.get(k) for k in ('fishers', 'data', 'precision', 'max_length')}
+    nulls = {k: 'null' if k in recipe else None for k in ('base', 'loss')}
+    check_inputs(method, labels=recipe.get('labels', 'empirical'), **given, **nulls)
     if 'weights' in recipe and not any(recipe['weights'].values()): raise ValueError('`weights` are all zero')
-    if 'loss' in recipe and not recipe.get('data'): raise ValueError('`loss` measures nothing without `data`')
 
 def _check_files(recipe:Mapping):
     "`ValueError` for a file or folder that is not there."
     for key in NAMED:
         for t,o in recipe.get(key, {}).items():
-            name = o.get('model') if isinstance(o, Mapping) else o
+            name = entry_name(o)
             if name and Path(name).is_absolute() and not Path(name).exists(): raise ValueError(f'`{key}` of {t!r}: {name} is not there')
 
 def read_recipe(

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import Layer, find_layers, hash_tensors
-from .card import model_names, RECIPE, check_scores, load_recipe, model_card, public_recipe, recipe_text
+from .card import RECIPE, check_scores, load_recipe, model_card, model_names, public_recipe, recipe_text
 from .evaluation import load_tokenizer, names_model
 from .output import OutputExistsError, check_apart, whole_folder
 
@@ -281,6 +281,7 @@ def push_to_hub(self:Merged,
     scores:Mapping[str,Mapping[str,float]]|None=None, # as in `save_pretrained`
 )->str: # address of the commit
     "Upload what `save_pretrained(..., repo_id=repo_id)` writes, in one commit; `ValueError` if it cannot be."
+    if scores is not None: check_scores(scores, list(self))
     api = HfApi(token=token)
     name = _hub_name(api, repo_id)
     with TemporaryDirectory() as d:

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import yaml
 from quarto import images_without_text, symbol_labels, translate_page
+from source import source_page
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, SITE = ROOT/'_sphinx', ROOT/'_site'
@@ -49,12 +50,15 @@ def stage(processed:Path, site:str)->list[str]: # what is wrong
     pages = {page_name(o.name): read_page(o) for o in paths}
     wrong = [f'{name}, cell {c}: an image without `#| fig-alt:`' for name,nb in pages.items() for c in images_without_text(nb)]
     labels = symbol_labels(pages)
+    modules = {o.stem: o.read_text(encoding='utf-8') for o in (ROOT/'fisher_nodes').glob('[!_]*.py')}
     shutil.rmtree(WORK, ignore_errors=True)
     shutil.copytree(processed/'images', WORK/'pages'/'images')
     for name,nb in pages.items():
-        nb = translate_page(nb, name, site, files, labels)
+        nb = translate_page(nb, name, site, files, labels, modules)
         if name=='index': nb.cells.append(nbformat.v4.new_markdown_cell(contents(files)))
         nbformat.write(nb, WORK/'pages'/f'{name}.ipynb')
+    (WORK/'pages'/'source').mkdir()
+    for name,text in modules.items(): (WORK/'pages'/'source'/f'{name}.md').write_text(source_page(name, text), encoding='utf-8')
     return wrong
 
 def render()->int: # exit status
@@ -62,12 +66,19 @@ def render()->int: # exit status
     from sphinx.cmd.build import main as sphinx
     return sphinx(['-q', '-W', '--keep-going', '-c', str(ROOT/'docs'), '-d', str(WORK/'doctrees'), str(WORK/'pages'), str(WORK/'html')])
 
+def keep_inside():
+    "Links to other places become their text: arXiv in a bibliography, the theme's author at the foot of each page."
+    for path in (WORK/'html').rglob('*.html'):
+        text = path.read_text(encoding='utf-8')
+        path.write_text(re.sub(r'<a\b[^>]*\bhref="https?://[^>]*>(.*?)</a>', r'\1', text, flags=re.S), encoding='utf-8')
+
 def main()->int: # exit status
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
     cfg = get_config()
     wrong = stage(proc_nbs(n_workers=2, force=True), (cfg.doc_host+cfg.doc_baseurl).rstrip('/'))
     failed = render()
+    if not failed: keep_inside()
     sys.stderr.writelines(f'{o}\n' for o in wrong)
     if failed or wrong: return 1
     shutil.rmtree(SITE, ignore_errors=True)

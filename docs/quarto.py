@@ -5,6 +5,7 @@ from itertools import groupby
 
 import nbformat
 import yaml
+from source import anchor, definition, docment_table, docments, signature
 
 FENCED = re.compile(r'^ *(`{3,}|~{3,}).*?^ *\1 *$', re.M|re.S)
 INLINE = re.compile(r'(`+)(?!`).+?(?<!`)\1(?!`)', re.S)
@@ -119,14 +120,17 @@ def source_order(
     runs = [(documents, list(run)) for documents,run in groupby(cells, lambda c: bool(show_doc(c)))]
     return [c for documents,run in runs for c in (sorted(run, key=line) if documents else run)]
 
-def symbol_cell(text:str, page:str, labels:dict, translate, level:int):
-    "`show_doc` as a section that has the symbol's label."
-    text = HEADING.sub('#'*level+r' \2', re.sub(r'^---\n+', '', text), count=1)
-    text = FENCED.sub(lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]), text) # nbdev links in signatures too
-    link, text = re.fullmatch(r'(\[source\]\(.*?\))\{.*?\}\n+(.*)', text, re.S).groups()
-    text = text.rstrip() + ('\n\n' if text.rstrip().endswith('```') else ' ') + link + '{.source}'
+def symbol_cell(text:str, page:str, labels:dict, translate, level:int, modules:dict):
+    "`show_doc` as a section that has the symbol's label; nbdev's signature has no `*` and long names, so the source's takes its place."
     symbol = HEADING.search(text)[2]
-    return nbformat.v4.new_markdown_cell(f'({labels[page,symbol]})=\n{translate(text)}')
+    module, line = re.search(r'(\w+)\.py#L(\d+)\)', text).groups()
+    source, line = modules[module], int(line)
+    o = definition(source, line)
+    said = text[HEADING.search(text).end():].strip()
+    said = FENCED.sub('', said, count=1).strip()
+    parts = [f'({labels[page,symbol]})=', f'{"#"*level} {symbol}', f'```python\n{signature(o, source)}\n```',
+             f'{said} [source](#{anchor(module, source, line)}){{.source}}', docment_table(docments(o, source))]
+    return nbformat.v4.new_markdown_cell(translate('\n\n'.join(o for o in parts if o).replace(')=\n\n', ')=\n', 1)))
 
 def code_cell(cell, page:str, translate):
     "A code cell with its directives as MyST-NB's tags, and without outputs that need a script of somebody else."
@@ -159,13 +163,14 @@ def translate_page(
     site:str, # address of the published site, which nbdev links to
     files:dict, # file name to page name
     labels:dict, # of `symbol_labels`
+    modules:dict, # module to its source
 ):
     "A notebook for MyST-NB."
     translate = partial(outside, FENCED, partial(prose, page=page, site=site, files=files, labels=labels))
     cells, level = [title_cell(nb.cells[0].source)], 2
     for c in source_order(nb.cells[1:]):
         if c.cell_type=='markdown' and re.search('^## ', c.source, re.M): level = 3
-        if text := show_doc(c): cells.append(symbol_cell(text, page, labels, translate, level))
+        if text := show_doc(c): cells.append(symbol_cell(text, page, labels, translate, level, modules))
         elif c.cell_type=='code': cells.append(code_cell(c, page, translate))
         elif not c.source.startswith('<!--'): cells.append(nbformat.v4.new_markdown_cell(translate(c.source)))
     if any('{cite:p}' in c.source for c in cells): cells.append(bibliography(page))

@@ -1,6 +1,6 @@
 """---
 title: API
-description: Every public name of every module, what it does, and where it is explained
+description: What you import from fisher_nodes, then every public name of every module
 ---"""
 import ast
 import re
@@ -9,31 +9,48 @@ from fastcore.basics import listify
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, patch_name
 
+from fisher_nodes import _PLACES
+
 lookup = NbdevLookup()
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
+CONSTANTS = dict( # the public names that can have no docstring
+    GLUE='The GLUE tasks by name: columns, classes, metrics.',
+    METHODS='The ways to merge by name: what each measures, whether it needs `base`, its options.',
+    SCHEMES="Which Fisher weights which role's parameters, by name.")
 
 def first_line(o)->str:
     "Of the docstring, without references to what another page numbers."
     return re.sub(r' \(@[\w-]+\)', '', (ast.get_docstring(o) or '').partition('\n')[0]).replace('|', r'\|')
 
 def definitions(tree)->dict: # name to first line of its docstring
-    "Functions, classes and methods, those that are patched in too."
+    "Functions, classes, and methods that have a docstring, those that are patched in too; none that is private."
     found = {name: first_line(o) for o in tree.body if isinstance(o, DEFINITIONS) for name in listify(patch_name(o))}
     classes = [o for o in tree.body if isinstance(o, ast.ClassDef)]
-    return found | {f'{c.name}.{o.name}': first_line(o) for c in classes for o in c.body if isinstance(o, DEFINITIONS)}
+    found |= {f'{c.name}.{o.name}': first_line(o) for c in classes for o in c.body if isinstance(o, DEFINITIONS) and ast.get_docstring(o)}
+    return {name: what for name,what in found.items() if not re.search(r'(^|\.)_', name)}
 
 def constants(tree)->list[str]:
     targets = [o.targets[0] for o in tree.body if isinstance(o, ast.Assign)]
     return [o.id for o in targets if isinstance(o, ast.Name) and not o.id.startswith('_')]
 
-def section(path)->str: # Markdown
-    "The table of one module."
-    text = path.read_text(encoding='utf-8')
-    page, module, tree = re.search(r'edit: \S*?([\w.]+\.ipynb)', text)[1], path.stem, ast.parse(text)
-    rows = [f'| [`{name}`]({lookup.doc(f"fisher_nodes.{module}.{name}")}) | {what} |' for name,what in sorted(definitions(tree).items())
-            if not re.search(r'(^|\.)_', name)]
-    more = ', '.join(f'`{o}`' for o in constants(tree))
-    return '\n'.join([f'## {module}\n', f'[The page]({page}).' + (f' Constants: {more}.' if more else ''), '\n| name | what it does |\n|---|---|', *rows, ''])
+def page(text:str)->str: # file name
+    return re.search(r'edit: \S*?([\w.]+\.ipynb)', text)[1]
 
-modules = [o for o in get_config().lib_path.glob('*.py') if not o.name.startswith('_')]
-print(*(section(o) for o in sorted(modules, key=lambda o: re.search(r'(\w+)\.ipynb', o.read_text(encoding='utf-8'))[1])), sep='\n')
+def table(rows:list)->str: # Markdown
+    "Name, where it is explained, what it does."
+    return '\n'.join(['| name | what it does |', '|---|---|', *(f'| [`{name}`]({where}) | {what} |' for name,where,what in rows), ''])
+
+def section(module:str)->str: # Markdown
+    tree, more = ast.parse(sources[module]), ', '.join(f'`{o}`' for o in constants(ast.parse(sources[module])))
+    rows = [(name, lookup.doc(f'fisher_nodes.{module}.{name}'), what) for name,what in sorted(definitions(tree).items())]
+    return f'## {module}\n\n[The page]({page(sources[module])}).' + (f' Constants: {more}.' if more else '') + f'\n\n{table(rows)}'
+
+def public()->str: # Markdown
+    rows = []
+    for module,names in _PLACES.items():
+        what = definitions(ast.parse(sources[module])) | CONSTANTS
+        rows += [(name, lookup.doc(f'fisher_nodes.{module}.{name}') or page(sources[module]), what[name]) for name in names]
+    return '\n'.join(['## From the package itself {#sec-public}', '`from fisher_nodes import merge`, for instance.', '', table(sorted(rows, key=lambda o: o[0].lower()))])
+
+sources = {o.stem: o.read_text(encoding='utf-8') for o in get_config().lib_path.glob('[!_]*.py')}
+print(public(), *map(section, sorted(sources, key=lambda o: page(sources[o]))), sep='\n')

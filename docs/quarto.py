@@ -1,12 +1,16 @@
 """Translate pages in Quarto's dialect, as nbdev leaves them, to MyST. Labels belong to their page, as in Quarto."""
 import re
+import struct
+from base64 import b64decode
 from functools import partial
 from itertools import groupby
+from textwrap import wrap
 
 import nbformat
 import yaml
 from source import anchor, definition, docment_table, docments, signature
 
+SHELL = re.compile(r'^```sh$.*?^```$', re.M|re.S)
 FENCED = re.compile(r'^ *(`{3,}|~{3,}).*?^ *\1 *$', re.M|re.S)
 INLINE = re.compile(r'(`+)(?!`).+?(?<!`)\1(?!`)', re.S)
 DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
@@ -88,11 +92,19 @@ def prose(text:str, page:str, site:str, files:dict, labels:dict)->str:
     text = re.sub(r'((?:^\|.*\n)+)\n: (.*?)(?: \{#([\w-]+)\})?$', partial(table, page=page), text, flags=re.M)
     text = re.sub(r'^!\[([^\]]*)\]\(([^)]*)\)\{#([\w-]+)([^}]*)\}$', partial(figure, page=page), text, flags=re.M)
     text = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()', r'[\1]', text) # a symbol that is a link already
+    text = re.sub(r'^(#+ )\[(`[^`]+`)\]\([^)]*\)', r'\1\2', text, flags=re.M) # a heading is no link
     text = re.sub(rf'\[(`[^`]+`)\]\({re.escape(site)}/([\w-]+)\.html#([\w.]+)\)', partial(symbol_link, labels=labels), text)
     text = re.sub(r'\]\(#((?:eq|fig|sec|tbl)-[\w-]+)\)', rf'](#{page}.\1)', text)
     text = re.sub(r'\((\w+\.(?:ipynb|qmd))#([\w-]+)\)', lambda m: f'(#{files[m[1]]}.{m[2]})' if m[1] in files else m[0], text)
     text = re.sub(r'\((\w+\.(?:ipynb|qmd))\)', lambda m: f'(project:{files[m[1]]}.ipynb)' if m[1] in files else m[0], text)
     return outside(INLINE, partial(references, page=page), text)
+
+def fold_shell(
+    m, # match of a fenced block of shell lines
+)->str:
+    "Lines longer than a page is wide go on after a backslash, so that no option is cut in two; comments and quotes stay as they are."
+    def fold(line): return line if '#' in line or '"' in line else ' \\\n    '.join(wrap(line, 92, break_long_words=False, break_on_hyphens=False))
+    return '\n'.join(fold(o) if len(o)>96 else o for o in m[0].splitlines())
 
 # Cells
 
@@ -132,6 +144,13 @@ def symbol_cell(text:str, page:str, labels:dict, translate, level:int, modules:d
              f'{said} [source](#{anchor(module, source, line)}){{.source}}', docment_table(docments(o, source))]
     return nbformat.v4.new_markdown_cell(translate('\n\n'.join(o for o in parts if o).replace(')=\n\n', ')=\n', 1)))
 
+def is_wide(
+    outputs, # of a cell
+)->bool:
+    "Whether a picture is so wide that a phone had better scroll it than shrink it."
+    sizes = [struct.unpack('>II', b64decode(o['data']['image/png'])[16:24]) for o in outputs if 'image/png' in o.get('data', {})]
+    return any(w>2.6*h for w,h in sizes)
+
 def code_cell(cell, page:str, translate):
     "A code cell with its directives as MyST-NB's tags, and without outputs that need a script of somebody else."
     found = directives(cell)
@@ -139,7 +158,7 @@ def code_cell(cell, page:str, translate):
     cell.metadata = dict(tags=[t for k,t in tags.items() if found.get(k) is False], mystnb={})
     if 'code-fold' in found: cell.metadata['tags'].append('hide-input')
     alt, caption = found.get('fig-alt'), found.get('fig-cap')
-    if alt or caption: cell.metadata['mystnb']['image'] = dict(alt=alt or caption)
+    if alt or caption: cell.metadata['mystnb']['image'] = dict(alt=alt or caption) | (dict(classes='wide') if is_wide(cell.outputs) else {})
     name = dict(name=f'{page}.{found["label"]}') if str(found.get('label', '')).startswith('fig-') else {}
     if caption: cell.metadata['mystnb']['figure'] = dict(caption=translate(caption), **name)
     cell.outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
@@ -166,7 +185,8 @@ def translate_page(
     modules:dict, # module to its source
 ):
     "A notebook for MyST-NB."
-    translate = partial(outside, FENCED, partial(prose, page=page, site=site, files=files, labels=labels))
+    markdown = partial(outside, FENCED, partial(prose, page=page, site=site, files=files, labels=labels))
+    def translate(text): return markdown(SHELL.sub(fold_shell, text))
     cells, level = [title_cell(nb.cells[0].source)], 2
     for c in source_order(nb.cells[1:]):
         if c.cell_type=='markdown' and re.search('^## ', c.source, re.M): level = 3

@@ -1,4 +1,5 @@
 """The offline site, built from the notebooks and opened in Chromium from file://, at the widths of a desk and of a phone."""
+import ast
 import json
 import re
 import shutil
@@ -98,7 +99,7 @@ def open_page(page, path):
 @needs_browser
 def test_every_page_in_a_browser(site, page):
     faults, seen = {}, watch(page)
-    for path in sorted(site.glob('*.html')):
+    for path in sorted(site.rglob('*.html')):
         seen.clear()
         open_page(page, path)
         if path.stem not in ('genindex','search'): seen += page.evaluate(FAULTS)
@@ -116,6 +117,7 @@ def test_search_and_copy(site, page):
     page.wait_for_selector('#search-results li a')
     found = page.eval_on_selector_all('#search-results li a', 'all => all.map(o => o.getAttribute("href"))')
     assert any(o.startswith('fisher.html') for o in found), found
+    assert not any(o.startswith('source/') for o in found), found
     open_page(page, site/'fisher.html')
     page.click('article .highlight', position=dict(x=5, y=5))
     page.click('article .highlight button.copybtn >> nth=0')
@@ -123,11 +125,51 @@ def test_search_and_copy(site, page):
     assert seen==[]
 
 @needs_tools
-def test_no_page_loads_from_outside(site):
-    "What a browser would only ask for later counts too: scripts, styles, pictures, and addresses in styles."
-    loads = re.compile(r'<(?:script|img|iframe|link|source|video)\b[^>]*?(?:src|href)="((?:https?:)?//[^"]*)"|url\(["\']?(https?://[^)]*)')
+def test_no_page_leads_outside(site):
+    "What a browser would only ask for later counts too: scripts, styles, pictures, links, and addresses in styles."
+    leads = re.compile(r'(?:src|href)="((?:https?:)?//[^"]*)"|url\(["\']?(https?://[^)]*)')
     files = [o for o in site.rglob('*') if o.suffix in ('.html','.css')]
-    assert {(o.name, m[0]) for o in files for m in loads.finditer(o.read_text(encoding='utf-8'))}==set()
+    assert {(o.name, m[0]) for o in files for m in leads.finditer(o.read_text(encoding='utf-8'))}==set()
+
+SIGNATURE = re.compile(r'<h\d>([\w.]+)<a[^>]*>[^<]*</a></h\d>\s*<div class="highlight-python[^>]*>\s*<div[^>]*><pre>(.*?)</pre>.*?href="source/(\w+)\.html#', re.S)
+
+def plain(html): return unescape(re.sub(r'<[^>]*>', '', html))
+
+def takes(o):
+    "What must be the same in a signature and in the source: parameters with annotations and defaults, or the fields of a class."
+    if isinstance(o, ast.ClassDef): o = next((f for f in o.body if getattr(f, 'name', '')=='__init__'), o)
+    if isinstance(o, ast.ClassDef): return [ast.dump(f) for f in o.body if isinstance(f, ast.AnnAssign)]
+    o.args.args = [a for a in o.args.args if a.arg not in ('self','cls')]
+    return ast.dump(o.args), o.returns and ast.dump(o.returns)
+
+def shown(text):
+    "The definition that a signature stands for, which is one but for its body."
+    try: return ast.parse(text+': ...').body[0]
+    except SyntaxError: return ast.parse(text).body[0] # fields
+
+def written(module, name, found={}):
+    "The same definition in the package."
+    if module not in found: found[module] = ast.parse((ROOT/'fisher_nodes'/f'{module}.py').read_text(encoding='utf-8'))
+    *klass, name = name.split('.')
+    inside = next((o for o in found[module].body if getattr(o, 'name', '') in klass), None)
+    own = [o for o in inside.body if getattr(o, 'name', '')==name] if inside else []
+    patched = [o for o in found[module].body if getattr(o, 'name', '')==name and (not klass or klass[0] in ast.unparse(o.args.args[0]))]
+    return (own or patched)[0]
+
+@needs_tools
+def test_signatures_are_those_of_the_source(site):
+    "Nothing is lost on the way to a page: no `*,`, no annotation, no default."
+    found = [(plain(name), plain(text).strip(), module) for o in site.glob('*.html') for name,text,module in SIGNATURE.findall(o.read_text(encoding='utf-8'))]
+    assert len(found)>200 and sum('*, ' in text for _,text,_ in found)>10
+    assert [(name, text) for name,text,module in found if takes(shown(text))!=takes(written(module, name))]==[]
+
+@needs_tools
+def test_api_describes_every_name(site):
+    import fisher_nodes
+    tables = re.findall(r'<table.*?</table>', (site/'api.html').read_text(encoding='utf-8'), re.S)
+    rows = [[[plain(c).strip() for c in re.findall(r'<td>(.*?)</td>', row, re.S)] for row in table.split('<tr')[2:]] for table in tables]
+    assert [row for table in rows for row in table if len(row)!=2 or not all(row)]==[]
+    assert sorted(name for name,_ in rows[0])==fisher_nodes.__all__
 
 @needs_tools
 def test_every_page_is_on_the_site(site):
@@ -162,9 +204,22 @@ $$a=b$$ {#eq-one}
 @eq-none
 ```"""
 
-def show_doc(name):
+SOURCE = '''# File to edit: ../nbs/00_toy.ipynb.
+class Place:
+    "A Place."
+
+def place(
+    a:str|None, # where, see `Place`
+    *,
+    b:int=0,
+    **more,
+)->Place: # there
+    "A place."
+'''
+
+def show_doc(name, line):
     from nbformat.v4 import new_code_cell, new_output
-    text = f'---\n\n[source](https://example.org/toy.py#L1){{target="_blank"}}\n\n### {name}\n\n*A {name}.*'
+    text = f'---\n\n[source](https://example.org/toy.py#L{line}){{target="_blank"}}\n\n### {name}\n\n```python\ndef {name}(a, b:int)\n```\n\n*A {name}.*'
     return new_code_cell(f'show_doc({name})', outputs=[new_output('execute_result', {'text/markdown': text})])
 
 @pytest.fixture
@@ -173,11 +228,14 @@ def sphinx(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT/'docs'))
     import nbformat
     from quarto import symbol_labels, translate_page
+    from source import source_page
     def build(text):
         front = nbformat.v4.new_raw_cell('---\ntitle: toy\n---')
-        nb = nbformat.v4.new_notebook(cells=[front, *map(nbformat.v4.new_markdown_cell, text.split('%%')), show_doc('Place'), show_doc('place')])
-        (tmp_path/'src').mkdir()
-        nbformat.write(translate_page(nb, 'toy', 'https://example.org', {'toy.ipynb':'toy'}, symbol_labels({'toy':nb})), tmp_path/'src'/'toy.ipynb')
+        nb = nbformat.v4.new_notebook(cells=[front, *map(nbformat.v4.new_markdown_cell, text.split('%%')), show_doc('Place', 2), show_doc('place', 5)])
+        (tmp_path/'src'/'source').mkdir(parents=True)
+        (tmp_path/'src'/'source'/'toy.md').write_text(source_page('toy', SOURCE), encoding='utf-8')
+        page = translate_page(nb, 'toy', 'https://example.org', {'toy.ipynb':'toy'}, symbol_labels({'toy':nb}), {'toy':SOURCE})
+        nbformat.write(page, tmp_path/'src'/'toy.ipynb')
         done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-c', ROOT/'docs', '-D', 'root_doc=toy', '-D', 'html_theme=basic',
                                tmp_path/'src', tmp_path/'out'], cwd=ROOT, capture_output=True, text=True)
         return (tmp_path/'out'/'toy.html').read_text(encoding='utf-8'), done.stderr
@@ -194,6 +252,9 @@ def test_build_translates_quarto(sphinx):
     assert not said
     links = dict((text, target) for target,text in re.findall(r'href="#([\w.-]+)"><code[^>]*><span class="pre">([\w.]+)</span></code></a>', page))
     assert links=={'Place':'toy-place', 'place':'toy-place-1', 'Place.put':'toy-place'}
+    assert 'def place(a:str|None, *, b:int=0, **more)->Place' in plain(page)
+    assert re.findall(r'href="(source/[^"]*)"', page)==['source/toy.html#source-toy-2', 'source/toy.html#source-toy-5']
+    assert re.findall(r'where, see <.*?>there<', page, re.S)
     for text in ('Equation 1', 'Table 1', 'Matena and Raffel, 2022', '>One</span></a>', '@eq-one', '[@none]', '_hidden'): assert text in unescape(page), text
 
 @needs_tools
@@ -205,3 +266,11 @@ def test_an_image_needs_words(monkeypatch):
     cells = [new_markdown_cell('![](a.png)'), new_markdown_cell('![a](a.png)'), new_code_cell('plot()', outputs=picture),
              new_code_cell('#| fig-alt: A plot\nplot()', outputs=picture), new_code_cell('#| fig-cap: A plot\nplot()', outputs=picture)]
     assert images_without_text(new_notebook(cells=cells))==[cells[0].id, cells[2].id]
+
+def test_a_shell_line_goes_on_after_a_backslash(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/'docs'))
+    pytest.importorskip('nbformat', reason='docs/quarto.py reads notebooks with nbformat')
+    from quarto import SHELL, fold_shell
+    text = '```sh\nshort\n' + 'a-b '*40 + '\n```'
+    new = SHELL.sub(fold_shell, text)
+    assert new.replace(' \\\n   ', '').split()==text.split() and max(map(len, new.splitlines()))<=96

@@ -11,6 +11,7 @@ import yaml
 from source import anchor, definition, docment_table, docments, signature
 
 SHELL = re.compile(r'^```sh$.*?^```$', re.M|re.S)
+SHORT_CELL = re.compile(r'(?<=<td>)[^<]{1,24}(?=</td>)') # of a table: an interval stays on one line, where sentences wrap
 FENCED = re.compile(r'^ *(`{3,}|~{3,}).*?^ *\1 *$', re.M|re.S)
 INLINE = re.compile(r'(`+)(?!`).+?(?<!`)\1(?!`)', re.S)
 DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
@@ -164,6 +165,7 @@ def code_cell(cell, page:str, translate):
     cell.outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
     for o in cell.outputs:
         if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = translate(o.data['text/markdown'])
+        if 'text/html' in o.get('data', {}): o.data['text/html'] = SHORT_CELL.sub(lambda m: m[0].replace(' ', '&nbsp;'), o.data['text/html'])
     return cell
 
 def title_cell(front:str):

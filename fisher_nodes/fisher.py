@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from . import __version__
 from .architectures import architecture, hash_weights, model_name
 from .batches import Batch, Batches, is_dataset, is_regression, make_batches
 from .masks import MaskGradients, untouched
 from .output import whole_file
+from .processes import is_main, spread, together
 
 # %% ../nbs/03_fisher.ipynb #71da40bf
 def square_each(
@@ -120,6 +120,7 @@ def save(self:MaskFisher,
     path:str|Path, # file to write; its folder must exist
 ):
     "Write one safetensors file, metadata included; it appears whole or not at all."
+    if not is_main(): return
     fields = {k: getattr(self, k) for k in _FIELDS if getattr(self, k) is not None}
     tensors = {f'{k}.{i}': t.contiguous().clone() for k,v in fields.items() for i,t in enumerate(v)}
     about = dict(format='pt', num_examples=str(self.num_examples), meta=json.dumps(self.meta))
@@ -355,7 +356,8 @@ def resolve_model(
     from fisher_nodes.evaluation import load_model, load_tokenizer
     return load_model(model), load_tokenizer(model, tokenizer, needed=False)
 
-# %% ../nbs/03_fisher.ipynb #ed8e0e69
+# %% ../nbs/03_fisher.ipynb #99f13903
+@together
 def mask_fisher(
     model:PreTrainedModel|str|Path, # fine-tuned, or its folder or Hub id; comes back as it was
     data:Any, # a `Dataset`, tokenised or with `tokenizer`, or an iterable of batches
@@ -384,9 +386,8 @@ def mask_fisher(
         batches = fisher_batches(model, data, variant=variant, labels=labels, loss=loss, num_samples=num_samples,
             seed=seed, batch_tokens=batch_tokens, tokenizer=tokenizer, max_length=max_length)
         sums = _Sums(how.reduce, matrices)
-        bar = tqdm(batches.batches, total=batches.num_batches, desc='mask Fisher', unit='batch', delay=2,
-                   disable=not progress)
-        n = _accumulate(model, bar, masks, sums, labels, loss, seed)
+        work = partial(_accumulate, model, masks=masks, sums=sums, labels=labels, loss=loss, seed=seed)
+        n = spread(work, batches, sums.sums, 'mask Fisher', progress)
         tensors = sums.result(1/n if how.mean else 1., torch.promote_types(model.dtype, torch.float32))
         meta = describe_run(model, data, num_examples=n, seed=seed, variant=variant, estimator=labels,
                      precision=precision, device=where.type)

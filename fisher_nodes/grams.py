@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from .architectures import architecture
 from .batches import make_batches
@@ -20,6 +19,7 @@ from .evaluation import batch_logits
 from .fisher import describe_run, resolve_model, find_device, precision_context
 from .masks import untouched
 from .parameters import Measured, mean_of_sums, widen
+from .processes import spread, together
 
 # %% ../nbs/13_grams.ipynb #0bdd1375
 def token_positions(
@@ -99,7 +99,8 @@ def _accumulate(model, batches, grams:InputGrams)->int:
     if n==0: raise ValueError('`data` is empty: no examples')
     return n
 
-# %% ../nbs/13_grams.ipynb #0cd00210
+# %% ../nbs/13_grams.ipynb #21a0fa0d
+@together
 def linear_grams(
     model:PreTrainedModel|str|Path, # fine-tuned, or its folder or Hub id; comes back as it was
     data:Any, # a `Dataset`, tokenised or with `tokenizer`, or batches; labels are not read
@@ -122,8 +123,6 @@ def linear_grams(
           InputGrams(model) as grams):
         batches = make_batches(model, data, num_samples=num_samples, seed=seed, batch_tokens=batch_tokens,
             need_labels=False, tokenizer=tokenizer, max_length=max_length)
-        bar = tqdm(batches.batches, total=batches.num_batches, desc='Gram matrices', unit='batch', delay=2,
-                   disable=not progress)
-        n = _accumulate(model, bar, grams)
+        n = spread(partial(_accumulate, model, grams=grams), batches, grams.sums, 'Gram matrices', progress)
         meta = describe_run(model, data, num_examples=n, seed=seed, precision=precision, device=where.type)
     return Grams(mean_of_sums(grams.sums, n, model.dtype), num_examples=n, meta=meta)

@@ -19,7 +19,6 @@ from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from .architectures import architecture, find_roles
 from .batches import BATCH_TOKENS, Batch
@@ -27,6 +26,7 @@ from .fisher import (
     check_choices, check_losses, describe_run, find_device, fisher_batches, open_saved, precision_context, resolve_model, to_device, weighted_losses)
 from .masks import untouched
 from .output import whole_file
+from .processes import is_main, spread, together
 
 # %% ../nbs/12_parameters.ipynb #0bb2d766
 EXPAND = defaultdict(lambda: 2**26, cpu=2**20) # gradients made at once: 256 MB of float32, 4 MB on a CPU
@@ -234,6 +234,7 @@ class Measured:
         path:str|Path, # file to write; its folder must exist
     ):
         "Write one safetensors file, metadata included; it appears whole or not at all."
+        if not is_main(): return
         tensors = {k: v.contiguous().clone() for k,v in self.values.items()}
         about = dict(format='pt', kind=type(self).__name__, num_examples=str(self.num_examples),
             meta=json.dumps(self.meta))
@@ -279,7 +280,8 @@ def mean_of_sums(
     "Sums divided by the number of examples, on the CPU; each sum is forgotten once it is used."
     return {name: sums.pop(name).div_(n).to('cpu', torch.promote_types(dtype, torch.float32)) for name in list(sums)}
 
-# %% ../nbs/12_parameters.ipynb #8c3e8a42
+# %% ../nbs/12_parameters.ipynb #a0fc8be3
+@together
 def parameter_fisher(
     model:PreTrainedModel|str|Path, # fine-tuned, or its folder or Hub id; comes back as it was
     data:Any, # a `Dataset`, tokenised or with `tokenizer`, or an iterable of batches
@@ -307,9 +309,9 @@ def parameter_fisher(
           Squared(model) as squared):
         batches = fisher_batches(model, data, labels=labels, loss=loss, num_samples=num_samples,
             seed=seed, batch_tokens=budget, tokenizer=tokenizer, max_length=max_length)
-        bar = tqdm(batches.batches, total=batches.num_batches, desc='parameter Fisher', unit='batch', delay=2,
-                   disable=not progress)
-        n = _accumulate(model, split_batches(bar) if one_at_a_time else bar, squared, labels, loss, seed)
+        run = partial(_accumulate, model, squared=squared, labels=labels, loss=loss, seed=seed)
+        work = (lambda o: run(split_batches(o))) if one_at_a_time else run
+        n = spread(work, batches, squared.sums, 'parameter Fisher', progress)
         meta = describe_run(model, data, num_examples=n, seed=seed, estimator=labels, precision=precision,
                      device=where.type, one_at_a_time=one_at_a_time)
     return ParameterFisher(mean_of_sums(squared.sums, n, model.dtype), num_examples=n, meta=meta)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'Entry', 'Cell', 'plan_cells', 'Checkpoint', 'load_checkpoint', 'measure_choices', 'cache_path',
-           'measure_once', 'read_result', 'own_scores', 'run_group', 'run_cell', 'relative_error', 'fisher_errors',
-           'found_cells', 'reproduce']
+           'measure_once', 'read_result', 'own_scores', 'run_group', 'open_record', 'open_groups', 'run_cell',
+           'measure_ahead', 'run_cells', 'relative_error', 'fisher_errors', 'found_cells', 'reproduce']
 
 # %% ../nbs/17_grid.ipynb #5994183a
 import hashlib
@@ -31,6 +31,7 @@ from .labels import check_alignment, reorder_labels
 from .mapping import PAPER, RELEASED
 from .merger import MEASURES, METHODS, Method, load_base, merge
 from .output import differences, write_record
+from .processes import alone, exchange, find_place, from_main, is_main, share, together
 from .tasks import PAPER_TASKS, Task, load_task
 
 # %% ../nbs/17_grid.ipynb #9ed76b3f
@@ -231,7 +232,12 @@ def own_scores(
     def one(c):
         return dict(model=model_name(c.model), weight_hash=c.fingerprint, scores=evaluate(c.model, c.validation, c.task, progress=False, **how),
                     majority=c.majority, rows=len(c.validation), train_rows=len(c.train))
-    with tqdm(checkpoints.items(), desc='own scores', unit='model') as bar: return {t: one(c) for t,c in bar}
+    with _bar(share(list(checkpoints)), desc='own scores', unit='model') as bar: found = exchange({t: one(checkpoints[t]) for t in bar})
+    return {t: o[t] for t in checkpoints for o in found if t in o}
+
+def _bar(items:Any=None, **kwargs)->tqdm:
+    "A progress bar, in the main process."
+    return tqdm(items, disable=not is_main(), **kwargs)
 
 def run_group(
     group:Sequence[str], # tasks to merge
@@ -251,23 +257,35 @@ def run_group(
     return dict(scores=scores, merge_seconds=halfway-start, evaluate_seconds=time.perf_counter()-halfway,
                 zero_fisher=merged.report['zero_fisher'])
 
-# %% ../nbs/17_grid.ipynb #a8e6db9c
-def run_cell(
+# %% ../nbs/17_grid.ipynb #5aa5ed9d
+def open_record(
     cell:Cell,
-    checkpoints:Mapping[str,Checkpoint], # task -> checkpoint
     out:Path, # folder of results
     about:dict, # what all cells of the run share, written into the file
+)->dict[str,Any]: # its `groups` are those that an earlier run has done
+    "The content of a result file, new or as an earlier run left it."
+    if not cell.method.needs_base: about = about | dict(base=None)
+    return read_result(out/cell.file, ['groups'], **asdict(cell), **about) or dict(asdict(cell), merge=asdict(cell.entry), **about, groups={})
+
+def open_groups(
+    record:dict, # of `open_record`
+    checkpoints:Mapping[str,Checkpoint], # task -> checkpoint
+)->list[tuple[str,...]]:
+    "The groups of tasks that a result file lacks."
+    groups = combinations(checkpoints, record['group_size'])
+    return [g for g in groups if not _is_done(record['groups'].get('+'.join(g)), g)]
+
+def run_cell(
+    cell:Cell,
+    record:dict, # of `open_record`
+    checkpoints:Mapping[str,Checkpoint], # task -> checkpoint
+    out:Path, # folder of results
     bar:Any, # progress bar, one step for each group
     base:Any=None, # the model before fine-tuning, for the entries that need it
     **how, # `device` and `precision`
 ):
-    "Fill one result file, group by group; what is there already is kept."
-    if not cell.method.needs_base: about = about | dict(base=None)
-    record = read_result(out/cell.file, ['groups'], **asdict(cell), **about) or dict(asdict(cell), merge=asdict(cell.entry), **about, groups={})
-    todo = [g for g in combinations(checkpoints, cell.group_size) if not _is_done(record['groups'].get('+'.join(g)), g)]
-    bar.update(_count(checkpoints, cell)-len(todo))
-    if not todo: return
-    kind = cell.method.evidence
+    "Fill one result file, group by group."
+    todo,kind = open_groups(record, checkpoints),cell.method.evidence
     bar.set_description(f'{cell.file[:-5]}: measuring' if kind else cell.file[:-5])
     measured = {t: measure_once(c, cell, out/'cache', **how) for t,c in checkpoints.items()} if kind else {}
     record |= dict(num_examples={t: f.num_examples for t,f in measured.items()},
@@ -282,9 +300,36 @@ def _is_done(result:Any, group:Sequence[str])->bool:
     "Whether a group has a score for every task."
     return isinstance(result, dict) and isinstance(result.get('scores'), dict) and set(result['scores'])==set(group)
 
-def _count(checkpoints:Mapping, cell:Cell)->int:
-    "Groups of a cell."
-    return sum(1 for _ in combinations(checkpoints, cell.group_size))
+# %% ../nbs/17_grid.ipynb #8c83df67
+def measure_ahead(
+    cells:Sequence[Cell], # that have open groups
+    checkpoints:Mapping[str,Checkpoint], # task -> checkpoint
+    cache:Path, # folder of what was measured before
+    **how, # `device` and `precision`
+):
+    "Fill the cache, divided among the processes."
+    places = {cache_path(k, c, cache, how.get('precision')): (t, c) for c in cells if c.method.evidence for t,k in checkpoints.items()}
+    missing = from_main(lambda: [p for p in places if not p.is_file()])
+    with _bar(share(missing), desc='measuring', unit='model') as bar, alone():
+        for t,cell in map(places.get, bar): measure_once(checkpoints[t], cell, cache, **how)
+    exchange()
+
+def run_cells(
+    cells:Sequence[Cell],
+    checkpoints:Mapping[str,Checkpoint], # task -> checkpoint
+    out:Path, # folder of results
+    about:dict, # what all cells of the run share, written into the files
+    base:Any=None, # the model before fine-tuning, for the entries that need it
+    **how, # `device` and `precision`
+):
+    "Fill all result files, divided among the processes; what is there already is kept."
+    records = from_main(lambda: {c.file: open_record(c, out, about) for c in cells})
+    todo = [c for c in cells if open_groups(records[c.file], checkpoints)]
+    if find_place().count>1: measure_ahead(todo, checkpoints, out/'cache', **how)
+    mine = share(todo)
+    with _bar(total=sum(len(open_groups(records[c.file], checkpoints)) for c in mine), unit='merge', smoothing=.05) as bar, alone():
+        for c in mine: run_cell(c, records[c.file], checkpoints, out, bar, base, **how)
+    exchange()
 
 # %% ../nbs/17_grid.ipynb #43fe60a9
 def relative_error(
@@ -334,7 +379,8 @@ def _errors(checkpoint:Checkpoint, cells:Mapping, cache:Path, precision:str|None
                    num_samples=n, seed=seed, num_examples=f.num_examples, reference=found[largest].num_examples,
                    heads=heads, rows=rows, heads_rank=heads_rank, rows_rank=rows_rank)
 
-# %% ../nbs/17_grid.ipynb #89746ce9
+# %% ../nbs/17_grid.ipynb #56d218fc
+@together
 def reproduce(
     checkpoints:str|Path, # a name in `PAPER_CHECKPOINTS`, or a folder of folders, one a task
     out:str|Path, # folder of results; an earlier run there is continued
@@ -357,15 +403,14 @@ def reproduce(
     _check_grid(paths, cells, base, orders, limit, device)
     out,how = Path(out),dict(device=device, precision=precision)
     (out/'cache').mkdir(parents=True, exist_ok=True)
-    with tqdm(paths.items(), desc='load and check labels', unit='model') as bar:
+    with _bar(paths.items(), desc='load and check labels', unit='model') as bar:
         loaded = {t: load_checkpoint(p, t, limit, orders.get(t), device) for t,p in bar}
     base = None if base is None else load_base(base, next(iter(loaded.values())).model)
     how['device'] = device or str(next(iter(loaded.values())).model.device)
     about = dict(limit=limit, precision=precision, base=base and hash_tensors(base), models={t: c.fingerprint for t,c in loaded.items()})
     _write_own(out, loaded, model_name(checkpoints), limit, **how)
-    with tqdm(total=sum(_count(loaded, c) for c in cells), unit='merge', smoothing=.05) as bar:
-        for cell in cells: run_cell(cell, loaded, out, about, bar, base, **how)
-    if errors := fisher_errors(loaded, out, precision): write_record(out/'fisher_error.json', errors=errors)
+    run_cells(cells, loaded, out, about, base, **how)
+    if is_main() and (errors := fisher_errors(loaded, out, precision)): write_record(out/'fisher_error.json', errors=errors)
     return out
 
 def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping, limit:Any, device:Any):
@@ -382,11 +427,11 @@ def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping, l
 
 def _write_own(out:Path, checkpoints:Mapping[str,Checkpoint], name:str, limit:int|None, **how):
     "Score every model on its own task, unless that was done."
-    found = read_result(out/'own.json', ['models'], limit=limit, precision=how['precision'], checkpoints=name)
+    found = from_main(lambda: read_result(out/'own.json', ['models'], limit=limit, precision=how['precision'], checkpoints=name))
     if found:
         there = {t: o.get('weight_hash') if isinstance(o, dict) else None for t,o in found['models'].items()}
         if there=={t: c.fingerprint for t,c in checkpoints.items()}: return
         raise ValueError(f'{out} has results of other models, other rows or another label order; give another --out')
     start = time.perf_counter()
     models = own_scores(checkpoints, **how)
-    write_record(out/'own.json', checkpoints=name, limit=limit, models=models, seconds=time.perf_counter()-start, **how)
+    if is_main(): write_record(out/'own.json', checkpoints=name, limit=limit, models=models, seconds=time.perf_counter()-start, **how)

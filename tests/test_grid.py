@@ -20,6 +20,7 @@ from fisher_nodes.evaluation import load_model
 from fisher_nodes.grid import ENTRIES, Cell, load_checkpoint, plan_cells, relative_error
 from fisher_nodes.merger import METHODS
 from fisher_nodes.tasks import GLUE, load_task
+from test_processes import torchrun
 
 WORDS = '[PAD] [UNK] [CLS] [SEP] [MASK] good fine bad dull the film was plot rather'.split()
 TASKS = ('qnli', 'sst2', 'rte')
@@ -287,3 +288,38 @@ def test_malformed_own_scores(here, tmp_path, models):
 def test_more_bad_input_is_refused_before_any_work(here, tmp_path, say, kw):
     with pytest.raises(ValueError, match=say): continued(here, tmp_path, **kw)
     assert not (tmp_path/'out').exists()
+
+def run_processes(count, here, out, logs, fault=(), **change):
+    logs.mkdir(exist_ok=True)
+    kwargs = dict(checkpoints=str(here/'models'), base=str(here/'base'), **GRID) | change
+    return torchrun(count, 'grid_case.py', out, logs, json.dumps(kwargs), *fault)
+
+def work(logs): return {int(o.stem): [tuple(json.loads(line)) for line in o.read_text().splitlines()] for o in sorted(logs.glob('*.jsonl'))}
+
+@pytest.mark.parametrize('count', [2, 3])
+def test_processes_divide_the_files(here, whole, tmp_path, count):
+    code, said = run_processes(count, here, tmp_path/'out', tmp_path/'logs')
+    assert code == 0, said[-3000:]
+    assert scores(tmp_path/'out') == scores(whole)
+    for name in ('own.json', 'fisher_error.json'):
+        a, b = [json.loads((o/name).read_text()) for o in (whole, tmp_path/'out')]
+        for k in ('models', 'errors'): assert a.get(k) == b.get(k)
+    assert {o.name for o in (whole/'cache').iterdir()} == {o.name for o in (tmp_path/'out'/'cache').iterdir()}
+    done = work(tmp_path/'logs')
+    for kind in ('merge', 'measure'):
+        all_of = [o for r in done for o in done[r] if o[0] == kind]
+        assert len(all_of) == len(set(all_of)) and all(any(o[0] == kind for o in done[r]) for r in range(count))
+    assert sum(o[0] == 'evaluate' for r in done for o in done[r]) == len(TASKS)+sum(len(g.split('+')) for f in scores(whole).values() for g in f)
+    files = [{o[1] for o in done[r] if o[0] == 'merge'} for r in range(count)]
+    assert not set.intersection(*files[:2]) and max(map(len, files))-min(map(len, files)) <= 1
+
+@pytest.mark.parametrize('fault', ['merge', 'measure'])
+def test_failure_of_a_process_is_everybodys_and_the_run_goes_on_later(here, whole, tmp_path, fault):
+    out, logs = tmp_path/'out', tmp_path/'logs'
+    code, said = run_processes(2, here, out, logs, [fault])
+    assert code != 0 and [(logs/f'error-{r}').read_text() for r in (0, 1)] == ['the disk is full']*2, said[-3000:]
+    first = {o for r, v in work(logs).items() for o in v if o[0] != 'evaluate'}
+    code, said = run_processes(3, here, out, tmp_path/'more')
+    assert code == 0, said[-3000:]
+    assert scores(out) == scores(whole)
+    assert not first & {o for v in work(tmp_path/'more').values() for o in v if o[0] != 'evaluate'}

@@ -1,0 +1,30 @@
+"""One process of a grid that several divide, writing down which work it does.
+
+    torchrun --nproc_per_node 2 grid_case.py OUT LOGS ARGUMENTS_AS_JSON [FAULT]"""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from fisher_nodes import grid
+from fisher_nodes.processes import find_place
+
+out, logs, (kwargs, *fault) = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+rank = find_place().rank
+log = (logs/f'{rank}.jsonl').open('a', buffering=1)
+
+def noted(kind, f, key):
+    def run(*args, **kw):
+        if fault == [kind] and rank == 1: raise ValueError('the disk is full')
+        log.write(json.dumps([kind, *key(*args, **kw)])+'\n')
+        return f(*args, **kw)
+    return run
+
+grid.run_group = noted('merge', grid.run_group, lambda group, cell, *a, **k: [cell.file, '+'.join(group)])
+grid.evaluate = noted('evaluate', grid.evaluate, lambda model, data, task, **k: [task.name, len(data)])
+for kind, o in grid.MEASURES.items():
+    grid.MEASURES[kind] = replace(o, measure=noted('measure', o.measure, lambda m, d, kind=kind, **k: [kind.__name__, m.name_or_path, str(sorted((a, str(b)) for a, b in k.items() if a != 'tokenizer'))]))
+
+kwargs = json.loads(kwargs)
+try: grid.reproduce(kwargs.pop('checkpoints'), out, **kwargs)
+except ValueError as e: (logs/f'error-{rank}').write_text(str(e)); sys.exit(7)

@@ -30,7 +30,7 @@ from .architectures import architecture, hash_weights, model_name
 from .batches import Batch, Batches, is_dataset, is_regression, make_batches
 from .masks import MaskGradients, untouched
 from .output import whole_file
-from .processes import is_main, spread, together
+from .processes import check_placed, is_main, spread, together
 
 # %% ../nbs/03_fisher.ipynb #71da40bf
 def square_each(
@@ -378,6 +378,7 @@ def mask_fisher(
     "Fisher information of every head and FFN row (Equation 4); `ValueError` for bad input, before long work."
     model,tokenizer = resolve_model(model, tokenizer)
     check_choices(model, variant, labels, matrices, loss)
+    check_placed(model, device)
     how = VARIANTS[variant]
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)

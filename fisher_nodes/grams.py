@@ -19,7 +19,7 @@ from .evaluation import batch_logits
 from .fisher import describe_run, resolve_model, find_device, precision_context
 from .masks import untouched
 from .parameters import Measured, mean_of_sums, widen
-from .processes import spread, together
+from .processes import check_placed, spread, together
 
 # %% ../nbs/13_grams.ipynb #0bdd1375
 def token_positions(
@@ -37,7 +37,7 @@ def gram(
 )->Tensor: # shape `(in, in)`, float32 or better
     "Sum over tokens of the outer product of an input with itself."
     rows = widen(x).flatten(0, -2)
-    if kept is not None and x.ndim==3: rows = rows[kept]
+    if kept is not None and x.ndim==3: rows = rows[kept.to(rows.device)]
     return rows.mT @ rows
 
 # %% ../nbs/13_grams.ipynb #644bef48
@@ -117,6 +117,7 @@ def linear_grams(
     "Gram matrices of the inputs of every linear layer; `ValueError` for bad input, before long work."
     model,tokenizer = resolve_model(model, tokenizer)
     architecture(model)
+    check_placed(model, device)
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
     with (torch.inference_mode(False), torch.no_grad(), untouched(model, device), context,

@@ -26,7 +26,7 @@ from .fisher import (
     check_choices, check_losses, describe_run, find_device, fisher_batches, open_saved, precision_context, resolve_model, to_device, weighted_losses)
 from .masks import untouched
 from .output import whole_file
-from .processes import is_main, spread, together
+from .processes import check_placed, is_main, spread, together
 
 # %% ../nbs/12_parameters.ipynb #0bb2d766
 EXPAND = defaultdict(lambda: 2**26, cpu=2**20) # gradients made at once: 256 MB of float32, 4 MB on a CPU
@@ -301,6 +301,7 @@ def parameter_fisher(
     "Fisher information of every parameter of the body; `ValueError` for bad input, before long work."
     model,tokenizer = resolve_model(model, tokenizer)
     check_choices(model, labels=labels, loss=loss)
+    check_placed(model, device)
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
     budget = 1 if one_at_a_time else batch_tokens or BATCH_TOKENS[where.type]//4

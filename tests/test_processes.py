@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_nodes import MaskFisher, ParameterFisher
-from processes_case import DTYPES, FAULTS, MEASURED, tensors, tiny
+from accelerate import dispatch_model
+
+from fisher_nodes import MaskFisher, ParameterFisher, linear_grams, mask_fisher, parameter_fisher, predict
+from processes_case import DTYPES, FAULTS, MEASURED, dataset, tensors, tiny
 
 HERE = Path(__file__).parent
 COUNTS = (2, 3)
@@ -120,3 +122,42 @@ def test_a_process_that_does_not_come(tmp_path):
     assert code == 0, text[-2000:]
     kind, words = json.loads((tmp_path/'missing-0.json').read_text())
     assert kind == 'RuntimeError' and 'another process did not come' in words and 'alone' in words
+
+PARTS = dict.fromkeys(('bert.embeddings', 'bert.encoder.layer.0', 'bert.encoder.layer.1', 'bert.pooler', 'classifier'), 'cpu')
+
+def hooks(model): return {n: id(getattr(m, '_hf_hook', None)) for n, m in model.named_modules() if hasattr(m, '_hf_hook')}
+
+@pytest.mark.parametrize('call', [mask_fisher, parameter_fisher, linear_grams])
+@pytest.mark.parametrize('parts', [{'': 'cpu'}, PARTS], ids=['whole', 'by layer'])
+def test_placed_model(call, parts):
+    "The same numbers and meta data through Accelerate's hooks, which stay where they are, as do weights and their flags."
+    placed, want = dispatch_model(tiny(), parts, force_hooks=True), call(tiny(), dataset(), progress=False)
+    placed.base_model.pooler.requires_grad_(False)
+    before = hooks(placed), [(p.data_ptr(), p.requires_grad) for p in placed.parameters()]
+    got = call(placed, dataset(), progress=False)
+    assert len(before[0]) >= len(parts) and before == (hooks(placed), [(p.data_ptr(), p.requires_grad) for p in placed.parameters()])
+    assert got.meta == want.meta
+    for k, v in tensors(want).items(): assert_close(tensors(got)[k], v, rtol=1e-12, atol=1e-15)
+
+@pytest.mark.parametrize('call', [mask_fisher, parameter_fisher, linear_grams])
+def test_offloaded_model_is_refused(call, tmp_path):
+    away = dispatch_model(tiny(), PARTS | {'bert.encoder.layer.1': 'disk'}, offload_dir=tmp_path, force_hooks=True)
+    before = hooks(away)
+    with pytest.raises(ValueError, match='layer.1.attention.self.query.weight. are offloaded'): call(away, dataset(), progress=False)
+    with pytest.raises(ValueError, match='would move all of it to cpu'): call(away, dataset(), device='cpu', progress=False)
+    assert hooks(away) == before
+
+def test_offloaded_model_predicts(tmp_path):
+    away = dispatch_model(tiny(), PARTS | {'bert.encoder.layer.1': 'disk'}, offload_dir=tmp_path, force_hooks=True)
+    assert_close(predict(away, dataset(), progress=False), predict(tiny(), dataset(), progress=False), rtol=1e-12, atol=0)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device beside the CPU')
+@pytest.mark.parametrize('call', [mask_fisher, parameter_fisher, linear_grams])
+def test_layers_on_two_devices(call):
+    "Nothing is offloaded: one layer lives and computes on the CPU, the rest on the GPU."
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    model = tiny().to('cuda')
+    second = model.base_model.encoder.layer[1].to('cpu')
+    add_hook_to_module(second, AlignDevicesHook(execution_device='cpu', io_same_device=True))
+    got, want = [call(m, dataset(), progress=False) for m in (model, tiny())]
+    for k, v in tensors(want).items(): assert_close(tensors(got)[k], v, rtol=1e-9, atol=1e-13)

@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from .batches import Batch, Batches, is_raw, is_regression, make_batches
+from .batches import BATCH_TOKENS, Batch, Batches, is_raw, is_regression, make_batches
 from .fisher import find_device, model_logits, precision_context, to_device
 from .masks import untouched
+from .processes import is_main
 from .tasks import GLUE, Task, as_task, score
 
 # %% ../nbs/07_evaluation.ipynb #d6b6e5ac
@@ -55,7 +56,7 @@ def gather(
     "Run all batches and put their logits and labels in the order of the rows."
     rows, logits, labels = [], [], []
     bar = tqdm(batches.batches, total=batches.num_batches, desc='evaluate', unit='batch',
-        delay=2, disable=not progress)
+        delay=2, disable=not (progress and is_main()))
     for batch in bar:
         rows += batch.rows
         logits.append(batch_logits(model, batch))
@@ -111,12 +112,14 @@ def run_model(
     device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # see `precision_context`
     progress:bool=True, # show a progress bar when it takes more than two seconds
-    **kwargs, # `tokenizer`, `max_length` and `batch_tokens` of `make_batches`
+    batch_tokens:int|None=None, # most tokens in a batch; None suits the device
+    **kwargs, # `tokenizer` and `max_length` of `make_batches`
 )->tuple[Tensor,Tensor]: # logits and labels of `gather`
     "Logits and labels of all rows, in the data's own order; the model comes back as it was."
-    context = precision_context(precision, model, find_device(device or model.device))
-    with torch.inference_mode(False), torch.no_grad(), untouched(model, device), context:
-        return gather(model, make_batches(model, data, need_labels=need_labels, **kwargs), progress)
+    where = find_device(device or model.device)
+    budget = batch_tokens or BATCH_TOKENS[where.type]//4
+    with torch.inference_mode(False), torch.no_grad(), untouched(model, device), precision_context(precision, model, where):
+        return gather(model, make_batches(model, data, need_labels=need_labels, batch_tokens=budget, **kwargs), progress)
 
 # %% ../nbs/07_evaluation.ipynb #21393606
 def predict(

@@ -191,3 +191,16 @@ def test_on_gpu(precision, rtol):
     want = predict(model, ds, progress=False)
     got = predict(model, ds, device='cuda', precision=precision, progress=False)
     assert model.device.type == 'cpu' and (got-want).abs().max() < rtol*want.abs().max()
+
+
+@pytest.mark.parametrize('own', [None, 37])
+def test_padding_share(monkeypatch, own):
+    "Rows of unequal length are batched within a quarter of the Fisher step's budget, or within the caller's."
+    from fisher_nodes import evaluation
+    shapes, run = [], evaluation.model_logits
+    monkeypatch.setattr(evaluation, 'model_logits', lambda m, x: (shapes.append(tuple(x['attention_mask'].shape)), run(m, x))[1])
+    ds = rows(400)
+    predict(make(), ds, batch_tokens=own, progress=False)
+    cells, tokens = sum(a*b for a, b in shapes), sum(map(len, ds['input_ids']))
+    assert max(a*b for a, b in shapes) <= (own or 2**12//4) and sum(a for a, _ in shapes) == 400
+    assert 1-tokens/cells < .2

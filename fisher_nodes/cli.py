@@ -274,7 +274,9 @@ class Parser(argparse.ArgumentParser):
         found = super().parse_args(args, namespace)
         found.given = [o.partition('=')[0] for o in args if o.startswith('--')]
         return found
-    def error(self, message): self.exit(2, f'{self.prog}: {" ".join(message.split())}; see {self.prog} --help\n')
+    def error(self, message):
+        "One line on standard error, exit status 2."
+        self.exit(2, f'{self.prog}: {" ".join(message.split())}; see {self.prog} --help\n')
 
 def _option(*names, **kwargs): return names,kwargs
 
@@ -422,7 +424,9 @@ def _run(args:argparse.Namespace)->dict:
     "Run a command, its warnings as single lines."
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f'fisher-nodes {args.command}: {" ".join(str(message).split())}', file=sys.stderr)
-        return args.run(args)
+        if int(os.environ.get('WORLD_SIZE', 1))<2: return args.run(args)
+        from fisher_nodes.processes import together
+        return together(args.run)(args)
 
 def main(
     argv:Sequence[str]|None=None, # words after the program's name; None: from the shell
@@ -430,12 +434,13 @@ def main(
     "Run `fisher-nodes`."
     for o in (sys.stdout, sys.stderr):
         if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace') # λ where the terminal has none
-    args = make_parser().parse_args(argv)
+    args,main_process = make_parser().parse_args(argv),os.environ.get('RANK', '0')=='0'
+    if not main_process: sys.stdout = sys.stderr = open(os.devnull, 'w')
     try: result = _run(args)
     except (ValueError, TypeError, OSError, SafetensorError) as e:
         if os.environ.get('FISHER_NODES_DEBUG'): raise
         print(f'fisher-nodes {args.command}: {" ".join(str(e).split())}', file=sys.stderr)
-        return 2
+        return 2 if main_process or not getattr(e, 'told', False) else 0 # else the launcher ends the main process before it can say so
     except KeyboardInterrupt:
         print(f'fisher-nodes {args.command}: interrupted', file=sys.stderr)
         return 130

@@ -83,10 +83,14 @@ class Cell:
     seed:int|None=None # of the sample, and of DARE
 
     @property
-    def entry(self)->Entry: return ENTRIES[self.name]
+    def entry(self)->Entry:
+        "The row of `ENTRIES`."
+        return ENTRIES[self.name]
 
     @property
-    def method(self)->Method: return METHODS[self.entry.method]
+    def method(self)->Method:
+        "How it merges."
+        return METHODS[self.entry.method]
 
     @property
     def file(self)->str:
@@ -434,4 +438,4 @@ def _write_own(out:Path, checkpoints:Mapping[str,Checkpoint], name:str, limit:in
         raise ValueError(f'{out} has results of other models, other rows or another label order; give another --out')
     start = time.perf_counter()
     models = own_scores(checkpoints, **how)
-    if is_main(): write_record(out/'own.json', checkpoints=name, limit=limit, models=models, seconds=time.perf_counter()-start, **how)
+    write_record(out/'own.json', checkpoints=name, limit=limit, models=models, seconds=time.perf_counter()-start, **how)

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from .architectures import architecture, find_layers, find_roles, hash_tensors, hash_weights, model_name
 from .batches import make_batches
+from .blocks import row_shares
 from .card import agreed_modules, hub_commit, read_card
 from .evaluation import load_model, load_tokenizer, names_model
 from .fisher import ESTIMATORS, MaskFisher, VARIANTS, fisher_batches, mask_fisher, versions
@@ -119,7 +121,9 @@ def nodes_rule(
     fishers = list(job.measured.values())
     if VARIANTS[variant].fill_zeros: fishers = fill_zeros(fishers)
     plan = plan_shares(job.model, get_scheme(variant if scheme is None else scheme), fishers, job.weights)
-    return Rule(lambda name,tensors: weighted_mean(tensors, plan[name].shares), {n: o.kind for n,o in plan.items()})
+    rows = {n: len(t) for n,t in job.model.base_model.state_dict().items() if t.ndim}
+    combine = lambda name,tensors: weighted_mean(tensors, row_shares(plan[name].shares, name, rows.get(name, 1)))
+    return Rule(combine, {n: o.kind for n,o in plan.items()})
 
 def average_rule(job:Job)->Rule:
     "Equation 5 with equal Fishers."
@@ -129,11 +133,11 @@ def average_rule(job:Job)->Rule:
 def combine_bodies(
     models:Mapping[str,PreTrainedModel], # task -> model
     rule:Rule, # how to merge a parameter
+    progress:bool=False, # show a progress bar when it takes more than two seconds
 )->dict[str,Tensor]: # the merged body's state
     "Merge parameter by parameter; `ValueError` naming one that does not come out finite."
-    states = [m.base_model.state_dict() for m in models.values()]
-    out = {}
-    for name,t in states[0].items():
+    states,out = [m.base_model.state_dict() for m in models.values()],{}
+    for name,t in tqdm(states[0].items(), desc='merge', unit='tensor', delay=2, disable=not progress):
         if name not in rule.kinds: out[name] = t.clone(); continue
         out[name] = rule.combine(name, [o[name] for o in states])
         if not _finite(out[name]):
@@ -320,7 +324,8 @@ def _measure(kind:type, models:Mapping, data:Mapping, lengths:Mapping, choices:d
     for t,model in models.items():
         try: m.batches(model, data[t], max_length=lengths.get(t), **what)
         except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
-    return {t: m.measure(model, data[t], max_length=lengths.get(t), **what, **how) for t,model in models.items()}
+    bar = tqdm(models.items(), desc='measure', unit='model', delay=2, disable=not how['progress'] or len(models)<3)
+    return {t: m.measure(model, data[t], max_length=lengths.get(t), **what, **how) for t,model in bar}
 
 # %% ../nbs/05_merger.ipynb #a17df0c1
 def _check_one(task:str, measured:Any, model:PreTrainedModel, kind:type):
@@ -450,10 +455,10 @@ def _assemble(models:Mapping, state:Mapping[str,Tensor], report:dict, tokenizer:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _merge_loaded(job:Job, models:Mapping, method:str, options:dict, tokenizer:Any, **about)->Merged:
+def _merge_loaded(job:Job, models:Mapping, method:str, options:dict, tokenizer:Any, progress:bool, **about)->Merged:
     "Weight and average models that have been checked and measured."
     rule = METHODS[method].rule(job, **options)
-    state = combine_bodies(models, rule)
+    state = combine_bodies(models, rule, progress)
     return _assemble(models, state, _report(job, models, rule, options, method=method, **about), tokenizer)
 
 # %% ../nbs/05_merger.ipynb #83f7e58c
@@ -544,7 +549,7 @@ def merge(
                             precision=precision, device=device, progress=progress)
     _check_measured(measured, loaded, kind, variant if scheme is None else None)
     job = Job({t: _floats(m.base_model) for t,m in loaded.items()}, λ, measured, start, seed, first)
-    merged = _merge_loaded(job, loaded, method, options, words, **about)
+    merged = _merge_loaded(job, loaded, method, options, words, progress, **about)
     asked |= dict(variant=variant, num_samples=num_samples, labels=labels, precision=precision, max_length=max_length, scheme=scheme, loss=loss, tokenizer=tokenizer, base=base)
     merged.recipe = _recipe(sources, loaded, job, method, options, asked, about['base_source']) | dict(result=hash_merged(merged.body, merged))
     return merged

@@ -127,8 +127,10 @@ def write_record(
     path:Path, # JSON file to write
     **record, # what was measured
 ):
-    "Write a result with versions, machine, commit and date; its folder is made if missing."
+    "Write a result with versions, machine, commit and date, in the main process; its folder is made if missing."
     from fisher_nodes.fisher import versions
+    from fisher_nodes.processes import is_main
+    if not is_main(): return
     path.parent.mkdir(parents=True, exist_ok=True)
     about = dict(versions=versions(), machine=platform.machine(), commit=find_commit(), date=date.today().isoformat())
     with whole_file(path) as part: part.write_text(json.dumps(record | about, indent=1)+'\n')

@@ -6,11 +6,11 @@
 __all__ = ['START', 'FOREVER', 'Place', 'find_place', 'alone', 'is_main', 'exchange', 'from_main', 'together', 'share', 'spread',
            'check_placed']
 
-# %% ../nbs/34_processes.ipynb #15f9b5a4
+# %% ../nbs/34_processes.ipynb #c5b39c09
+import builtins
 import hashlib
 import inspect
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -77,17 +77,19 @@ def _lost()->Iterator[None]:
         error.told = True
         raise error from None
 
-# %% ../nbs/34_processes.ipynb #7a02dcbf
-def _portable(error:Exception|None)->bytes:
-    "An exception that every process can raise."
-    try:
-        kept = pickle.dumps(error)
-        pickle.loads(kept)
-        return kept
-    except Exception: return pickle.dumps(RuntimeError(f'{type(error).__name__}: {error}'))
+# %% ../nbs/34_processes.ipynb #42da3553
+def _describe(error:Exception|None)->tuple[str,str]|None:
+    "The built-in class and the words of an exception."
+    if error is None: return None
+    return next(o.__name__ for o in type(error).__mro__ if o.__module__=='builtins'), str(error)
+
+def _revive(kind:str, words:str)->Exception:
+    "An exception like the one that was described."
+    try: return getattr(builtins, kind)(words)
+    except TypeError: return RuntimeError(f'{kind}: {words}') # a class that takes more than words
 
 def exchange(
-    value:Any=None, # what this process gives; small, and can be pickled
+    value:Any=None, # what this process gives; small and plain
     error:Exception|None=None, # what it failed with
     patience:timedelta=FOREVER, # how long to wait for the others
 )->list: # what every process gives, in their order
@@ -97,17 +99,17 @@ def exchange(
     found,group = [None]*count,_group(dist.group.WORLD)
     with _lost():
         dist.monitored_barrier(group, timeout=patience)
-        dist.all_gather_object(found, (_portable(error), value), group=group)
-    for i,(kept,_) in enumerate(found):
-        failed = error if i==rank and error is not None else pickle.loads(kept)
-        if failed is not None:
-            failed.told = True
-            raise failed from failed.__cause__
+        dist.all_gather_object(found, (_describe(error), value), group=group)
+    for i,(said,_) in enumerate(found):
+        if said is None: continue
+        failed = error if i==rank else _revive(*said)
+        failed.told = True
+        raise failed from failed.__cause__
     return [o for _,o in found]
 
 def from_main(
     f:Callable[[], Any], # called in the main process only
-)->Any: # can be pickled
+)->Any: # small and plain
     "What `f` gives in the main process, in all."
     return exchange(f() if is_main() else None)[0]
 

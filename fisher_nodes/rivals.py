@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'element_mean', 'fisher_norm', 'shrink', 'solve_positive', 'regression_mean', 'add_task_vectors',
-           'trim_threshold', 'elect_and_mean', 'drop_elements', 'Job', 'Rule', 'check_options', 'fisher_rule',
+           'trim_threshold', 'elect_and_mean', 'seeded', 'drop_elements', 'Job', 'Rule', 'check_options', 'fisher_rule',
            'regmean_rule', 'task_arithmetic_rule', 'ties_rule', 'dare_rule', 'check_values']
 
 # %% ../nbs/14_rivals.ipynb #0a37d14d
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from numbers import Real
 from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from .blocks import Blocks, cut, kth_smallest, rows_meant
 from .mapping import check_measured_on, weighted_mean, widest
 from .parameters import ParameterFisher
 
@@ -69,19 +71,22 @@ def solve_positive(
     return torch.cholesky_solve(right/scale[:,None], root)/scale[:,None]
 
 def regression_mean(
-    tensors:Sequence[Tensor], # the same weight of every model, shape `(out, in)`
-    grams:Sequence[Tensor], # XᵀX of its inputs in every model, shape `(in, in)`
+    tensors:Iterable[Tensor], # the same weight of every model, shape `(out, in)`; gone through once
+    grams:Callable[[],Iterable[Tensor]], # gives XᵀX of its inputs in every model, shape `(in, in)`, each time
     weights:Tensor, # λ, shape `(M,)`
     off_diagonal:float=.9,
 )->tuple[Tensor,int]: # shape `(out, in)`, and the number of inputs that no model used
     "The weight that does best what all models do, by least squares (RegMean)."
-    wide = [shrink(g.to(t.device), off_diagonal)*w for g,t,w in zip(grams, tensors, weights.tolist())]
-    unused = sum(g.diagonal() for g in wide)==0
-    wide = [g+torch.diag(unused.double()*w) for g,w in zip(wide, weights.tolist())]
-    right = sum(g @ t.detach().T.double() for g,t in zip(wide, tensors))
-    out = solve_positive(sum(wide), right, torch.finfo(grams[0].dtype).eps)
+    total,right,dtype,λ = 0,0,None,weights.tolist()
+    unused = sum(g.diagonal().double()*w for g,w in zip(grams(), λ))==0
+    for t,g,w in zip(tensors, grams(), λ):
+        eps,dtype = torch.finfo(g.dtype).eps,torch.promote_types(t.dtype, dtype or t.dtype)
+        wide = shrink(g.to(t.device), off_diagonal).mul_(w)
+        wide.diagonal().add_(unused.to(wide)*w)
+        total,right = total+wide,right+wide @ t.detach().T.double()
+    out = solve_positive(total, right, eps)
     if out is None: raise ValueError(f'the sum of the grams cannot be inverted with off_diagonal={off_diagonal}; give a smaller one, or more samples')
-    return out.T.to(widest(tensors)), int(unused.sum())
+    return out.T.to(dtype), int(unused.sum())
 
 # %% ../nbs/14_rivals.ipynb #bcb878cf
 def add_task_vectors(
@@ -97,13 +102,16 @@ def add_task_vectors(
 
 # %% ../nbs/14_rivals.ipynb #022cece7
 def trim_threshold(
-    vectors:Sequence[Tensor], # one model's task vector, any number of tensors
+    state:Mapping[str,Any], # a model's parameters, in memory or on disk
+    base:Mapping[str,Tensor], # those before fine-tuning
     density:float, # share of elements to keep, above 0 and at most 1
-)->float: # elements of at least this size are kept
-    "The size that the largest `density` of all elements reach."
-    sizes = torch.cat([v.abs().flatten() for v in vectors])
-    drop = len(sizes)-max(1, round(density*len(sizes)))
-    return sizes.kthvalue(drop+1).values.item()
+)->float: # elements of the task vector of at least this size are kept
+    "The size that the largest `density` of all elements of a task vector reach."
+    state,base = [o if isinstance(o, Blocks) else Blocks(o) for o in (state, base)]
+    shapes = {n: tuple(o.shape) for n,o in state.tensors.items()}
+    size = sum(map(prod, shapes.values()))
+    def sizes(): return ((t:=state[b].double()).sub(base[b].to(t)).abs() for n,s in shapes.items() for b in cut(n, s, 4))
+    return kth_smallest(sizes, size-max(1, round(density*size)))
 
 def elect_and_mean(
     vectors:Sequence[Tensor], # trimmed task vectors of one parameter, M of them
@@ -114,15 +122,20 @@ def elect_and_mean(
     agree = (stack.sign()==(λ*stack).sum(0).sign()) & (stack!=0)
     return (λ*stack*agree).sum(0)/(λ*agree).sum(0).clamp_min(torch.finfo(torch.float64).tiny)
 
-# %% ../nbs/14_rivals.ipynb #0c461d66
+# %% ../nbs/14_rivals.ipynb #4db762b6
+def seeded(
+    key:str, # same key, same numbers
+)->torch.Generator: # on the CPU
+    "A random generator."
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], 'big'))
+
 def drop_elements(
     vector:Tensor, # a task vector's part in one parameter
     density:float, # share of elements to keep, above 0 and at most 1
-    key:str, # seeds the draw: same key, same elements
+    draw:torch.Generator, # of `seeded`; rows that come later go on where it stands
 )->Tensor: # same shape
     "Drop elements at random and divide the rest by `density`."
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], 'big')
-    keep = torch.rand(vector.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)<density
+    keep = torch.rand(vector.shape, generator=draw, dtype=torch.float64)<density
     return vector*keep.to(vector.device)/density
 
 # %% ../nbs/14_rivals.ipynb #c1af54dd
@@ -194,7 +207,7 @@ def regmean_rule(
     kinds = {n: 'gram' if n in grams[0] else 'one' for n in next(iter(job.states.values()))}
     def combine(name, tensors):
         if kinds[name]=='one': return weighted_mean(tensors, _plain(job.weights))
-        try: out, unused = regression_mean(tensors, [g[name] for g in grams], job.weights, off_diagonal)
+        try: out, unused = regression_mean(tensors, lambda: (g[name] for g in grams), job.weights, off_diagonal)
         except ValueError as e: raise ValueError(f'{name}: {e}') from None
         counts['unused_inputs'] += unused
         return out
@@ -224,7 +237,7 @@ def ties_rule(
 )->Rule:
     "TIES: trim, elect a sign, average those that have it."
     check_options(density=density, scale=scale)
-    floors = [trim_threshold([t.double()-_start(job, n, t) for n,t in s.items()], density) for s in job.states.values()]
+    floors = [trim_threshold(s, job.base, density) for s in job.states.values()]
     def combine(name, tensors):
         base = _start(job, name, tensors[0])
         vectors = [t.double()-base for t in tensors]
@@ -239,9 +252,13 @@ def dare_rule(
 )->Rule:
     "DARE: drop at random, scale up, then task arithmetic."
     check_options(density=density, scale=scale)
+    draws = {}
+    def draw(task, name):
+        if (rows:=rows_meant(name)) is ... or not rows.start: draws[task,name] = seeded(f'{job.seed} {task} {name}')
+        return draws[task,name]
     def combine(name, tensors):
         base = _start(job, name, tensors[0])
-        thin = [base+drop_elements(t.double()-base, density, f'{job.seed} {task} {name}') for task,t in zip(job.states, tensors)]
+        thin = [base+drop_elements(t.double()-base, density, draw(task, name)) for task,t in zip(job.states, tensors)]
         return add_task_vectors(base, thin, job.weights, scale).to(widest(tensors))
     return _vector_rule(job, combine)
 

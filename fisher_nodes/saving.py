@@ -27,6 +27,7 @@ from .architectures import Layer, find_layers, hash_tensors
 from .card import RECIPE, check_scores, load_recipe, model_card, model_names, public_recipe, recipe_text
 from .evaluation import load_tokenizer, names_model
 from .output import OutputExistsError, check_apart, whole_folder
+from .processes import is_main
 
 # %% ../nbs/28_saving.ipynb #f35c1dd9
 def new_copy(
@@ -201,6 +202,7 @@ def save_pretrained(self:Merged,
     repo_id:str|None=None, # Hub id to write for: what the card calls the model; local paths are left out
 ):
     "Write the body once and a folder for each task; `OutputExistsError` if the folder is not empty."
+    if not is_main(): return
     path,tasks = Path(path).resolve(),list(self)
     _check_widths(self.body)
     if taken := sorted({o.split('/')[0] for o in _modules(self.report)}&set(tasks)): raise ValueError(f'task names {taken} are files of sentence-transformers')

@@ -30,7 +30,9 @@ class Task:
     max_length:int = 128 # tokens kept of a row
 
     @property
-    def num_labels(self): return len(self.labels) or 1
+    def num_labels(self):
+        "Classes of the head; 1 for a regression."
+        return len(self.labels) or 1
 
 # %% ../nbs/06_tasks.ipynb #0a362002
 GLUE = {task.name:task for task in (

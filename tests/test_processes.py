@@ -12,7 +12,9 @@ from torch.testing import assert_close
 
 from accelerate import dispatch_model
 
+from fisher_nodes.cli import main
 from fisher_nodes import MaskFisher, ParameterFisher, linear_grams, mask_fisher, parameter_fisher, predict
+from test_cli import save_model
 from processes_case import DTYPES, FAULTS, MEASURED, dataset, tensors, tiny
 
 HERE = Path(__file__).parent
@@ -124,6 +126,22 @@ def test_a_process_that_does_not_come(tmp_path):
     assert kind == 'RuntimeError' and 'another process did not come' in words and 'alone' in words
 
 PARTS = dict.fromkeys(('bert.embeddings', 'bert.encoder.layer.0', 'bert.encoder.layer.1', 'bert.pooler', 'classifier'), 'cpu')
+
+COMMAND = ['--no-python', sys.executable, '-c', 'import sys; from fisher_nodes.cli import main; sys.exit(main())']
+
+def test_the_command_line(tmp_path):
+    "The command prints and writes once, with the numbers of one process; a mistake is one line."
+    save_model(tmp_path/"model")
+    (tmp_path/'rows.csv').write_text('text,label\n' + ''.join(f'the sun shines {"often "*i},{i%2}\n' for i in range(7)))
+    words = ['fisher', tmp_path/'model', '--data', tmp_path/'rows.csv', '--json', '--out']
+    code, text = torchrun(2, *COMMAND, *words, tmp_path/'two.safetensors')
+    assert code == 0 and text.count('"num_examples": 7') == 1, text[-2000:]
+    assert main([str(o) for o in (*words, tmp_path/'one.safetensors')]) == 0
+    one, two = (MaskFisher.load(tmp_path/f'{n}.safetensors') for n in ('one', 'two'))
+    assert one.meta == two.meta
+    assert_close(two.heads, one.heads, rtol=1e-5, atol=0)
+    code, text = torchrun(2, *COMMAND, *words, tmp_path/'two.safetensors')
+    assert code and text.count('exists; give --overwrite') == 1, text[-2000:]
 
 def hooks(model): return {n: id(getattr(m, '_hf_hook', None)) for n, m in model.named_modules() if hasattr(m, '_hf_hook')}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'BASE', 'RECIPE', 'METHODS', 'package_file', 'minilm_path', 'read_tab', 'Corpus', 'make_corpus',
-           'split_rows', 'corpora', 'checkpoint', 'held_out', 'score_all', 'score_table', 'save_merged', 'draw_fishers',
-           'draw_scores', 'draw', 'timed', 'merge_all', 'training_seconds', 'show_report', 'check_place', 'demo']
+           'split_rows', 'corpora', 'checkpoint', 'held_out', 'score_all', 'score_table', 'save_merged', 'draw_scores',
+           'draw', 'timed', 'merge_all', 'training_seconds', 'show_report', 'check_place', 'demo']
 
 # %% ../nbs/10_demo.ipynb #e03636ba
 import csv
@@ -27,7 +27,7 @@ from .finetuning import finetune, load_body
 from .fisher import describe_data, mask_fisher, versions
 from .merger import Merged, is_merged, merge
 from .output import OutputExistsError, differences
-from .plots import plot_heads, shared_scale
+from .plots import compare_heads, new_figure
 from .tasks import Task, as_dataset
 
 # %% ../nbs/10_demo.ipynb #68d60c55
@@ -183,15 +183,6 @@ def save_merged(
             raise RuntimeError(f'{folder}: the reloaded merge answers {name} differently')
     return True
 
-# %% ../nbs/10_demo.ipynb #a58e132c
-def draw_fishers(
-    axes:Any, # one `matplotlib` axis a model
-    fishers:dict, # task name to `MaskFisher`
-):
-    "Head Fishers as heatmaps on one logarithmic colour scale."
-    norm = shared_scale(fishers)
-    for ax,(name,fisher) in zip(axes, fishers.items()): plot_heads(fisher, name, ax, norm, bar=ax is axes[len(fishers)-1])
-
 # %% ../nbs/10_demo.ipynb #a04a3c4d
 def draw_scores(
     ax:Any, # a `matplotlib` axis
@@ -219,13 +210,11 @@ def draw(
     path:str|Path, # a `.png` to write
 ):
     "Heatmaps of both models and scores of all methods, side by side."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(15,4.2), layout='constrained')
-    canvas, axes = FigureCanvasAgg(figure), figure.subplots(1, 1+len(fishers))
-    draw_fishers(axes[:-1], fishers)
+    figure = new_figure(15, 4.2)
+    axes = figure.subplots(1, 1+len(fishers))
+    compare_heads(axes[:-1], fishers)
     draw_scores(axes[-1], scores)
-    canvas.print_png(str(path))
+    figure.savefig(path, format='png')
 
 # %% ../nbs/10_demo.ipynb #f5566e13
 @contextmanager

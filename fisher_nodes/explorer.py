@@ -31,7 +31,7 @@ from .evaluation import default_task, evaluate, load_model, load_tokenizer
 from .fisher import MaskFisher
 from .mapping import KINDS, SCHEMES, Scheme, check_fisher, get_scheme, node_shares
 from .merger import Merged, check_models, merge
-from .plots import MARKERS, PALETTE, plot_heads, plot_rows, shared_scale
+from .plots import MARKERS, PALETTE, compare_heads, new_axis, new_figure, plot_rows
 
 # %% ../nbs/32_explorer.ipynb #551a518f
 def head_shares(
@@ -84,9 +84,8 @@ def plot_winners(
     ax:Any=None, # a `matplotlib` axis
 )->Any: # the axis
     "Heatmap of the task that wins each head, with its share in percent; the first layer at the bottom."
-    from matplotlib import pyplot as plt
     who, share = winners(head_shares(fishers, weights, scheme))
-    if ax is None: ax = plt.subplots(figsize=(2.5+.45*who.shape[1], 1+.4*len(who)), layout='constrained')[1]
+    ax = new_axis(ax, 2.5+.45*who.shape[1], 1+.4*len(who))
     colors = _cell_colors(who, share, len(fishers))
     ax.imshow(colors, origin='lower', aspect='auto')
     _mark_cells(ax, who, share, colors)
@@ -260,12 +259,10 @@ def score_table(
 
 # %% ../nbs/32_explorer.ipynb #501c7a4a
 def _draw_heads(figure, fishers, choice):
-    n, norm = len(fishers), shared_scale(fishers)
+    n = len(fishers)
     axes = figure.subplots(-(-n//3), min(n, 3), squeeze=False).flatten()
     for ax in axes[n:]: ax.remove()
-    for ax,(task,fisher) in zip(axes, fishers.items()): plot_heads(fisher, task, ax, norm, bar=False)
-    bar = figure.colorbar(axes[0].collections[0], ax=list(axes[:n]), label='Fisher information')
-    bar.ax.minorticks_off()
+    compare_heads(axes[:n], fishers)
 
 def _draw_winners(figure, fishers, choice): plot_winners(fishers, choice.λ, choice.scheme, figure.subplots())
 
@@ -283,14 +280,7 @@ def panel_size(
     if panel=='rows': return 7, 1.2+.14*layers*(1+n)
     return 2+across*(.8+.42*heads), down*(1.2+.4*layers)
 
-# %% ../nbs/32_explorer.ipynb #2a8ce130
-def _new_figure(width, height): # one that `pyplot` does not know
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width,height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
-
+# %% ../nbs/32_explorer.ipynb #ec49bb6e
 def draw_panel(
     panel:str, # a name in `PANELS`
     fishers:Mapping[str,MaskFisher], # task -> Fisher, of all tasks
@@ -298,7 +288,7 @@ def draw_panel(
 )->Any: # a `matplotlib` figure
     "A panel as a figure of its own."
     fishers = _chosen(fishers, choice)
-    figure = _new_figure(*panel_size(panel, fishers))
+    figure = new_figure(*panel_size(panel, fishers))
     PANELS[panel](figure, fishers, choice)
     return figure
 
@@ -309,7 +299,7 @@ def draw(
     "All panels, heads above the others: the explorer as a still picture."
     fishers = _chosen(fishers, choice)
     (w1,h1), (w2,h2), (w3,h3) = (panel_size(o, fishers) for o in ('heads','winners','rows'))
-    figure = _new_figure(max(w1, w2+w3), h1+max(h2, h3))
+    figure = new_figure(max(w1, w2+w3), h1+max(h2, h3))
     above, below = figure.subfigures(2, 1, height_ratios=(h1, max(h2, h3)))
     for part,panel in zip((above, *below.subfigures(1, 2, width_ratios=(w2, w3))), ('heads','winners','rows')): PANELS[panel](part, fishers, choice)
     return figure

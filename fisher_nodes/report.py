@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .output import whole_folder
-from .plots import plot_errors, plot_gains, plot_pairs, plot_samples, plot_scores
+from .plots import new_figure, plot_errors, plot_gains, plot_pairs, plot_samples, plot_scores
 from .results import (
     ERRORS, list_settings, load_errors, load_results, markdown, provenance, summarise, with_intervals)
 
@@ -51,12 +51,9 @@ def save_plot(
     path:str|Path, # a `.png` to write
 ):
     "Draw into a file, without touching the caller's figures."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=size, layout='constrained')
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     draw(ax=figure.subplots())
-    canvas.print_png(str(path))
+    figure.savefig(path, format='png')
 
 def report(
     folder:str|Path, # that `fisher-nodes reproduce` wrote

@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'ERRORS', 'NUMBER', 'MAYBE', 'RESULT', 'SETTING', 'GAINS', 'NAMES', 'TABLE1_COLUMNS', 'PAPER_TABLE1', 'ERROR',
            'STEP', 'read_json', 'check_keys', 'share', 'read_own', 'is_flagged', 'check_result', 'group_name',
            'check_groups', 'task_row', 'result_rows', 'check_once', 'result_files', 'load_results', 'per_seed',
-           'setting_label', 'choose', 'list_settings', 'median', 'statistic_of', 'bootstrap', 'verdict',
+           'setting_label', 'choose', 'list_settings', 'median', 'statistic_of', 'bootstrap', 'verdict', 'at_samples',
            'baseline_rows', 'paired_scores', 'compare', 'summarise', 'hub_command', 'table1', 'as_text',
            'interval_text', 'with_intervals', 'markdown', 'load_errors', 'load_bench', 'distinct', 'provenance',
            'commands', 'shell_block']
@@ -265,6 +265,13 @@ def _by_seed(rows): # one line per seed, one column per group and task; seed -1 
     wide = rows.assign(seed=rows.seed.fillna(-1).astype(int)).pivot(index='seed', columns=['group','task'], values='normalised')
     return wide.dropna(axis=1)
 
+def at_samples(
+    results:Any, # of `load_results` or `summarise`
+    num_samples:int|None, # N
+)->Any: # the rows of that N, and those without N
+    "What can be compared at one N: methods measured on so many examples, and methods that measure nothing."
+    return results[results.num_samples.isna() | results.num_samples.isin([num_samples])]
+
 def baseline_rows(
     results:Any, # of `load_results`
     setting:tuple, # group size, name and N that are compared
@@ -272,8 +279,7 @@ def baseline_rows(
 )->Any: # rows of the baseline, perhaps none
     "What a setting is compared with: the baseline's rows of that group size and that N, or without N."
     size, name, n = setting
-    rows = results[(results.group_size==size) & (results.name==baseline)]
-    return rows[rows.num_samples.isna() | (rows.num_samples.fillna(-1)==(-1 if n is None else n))]
+    return at_samples(results[(results.group_size==size) & (results.name==baseline)], n)
 
 def paired_scores(
     rows:Any, # of `load_results`, one setting
@@ -411,9 +417,9 @@ def markdown(
     digits:int=1, # after the decimal point
 )->str:
     "A table in Markdown; underscores in headers become spaces."
+    from fisher_nodes.card import table as table_lines
     head = [' '.join(filter(None, o)) if isinstance(o, tuple) else str(o).replace('_', ' ') for o in table.columns]
-    rows = [head, ['---']*len(head), *as_text(table, digits).values.tolist()]
-    return '\n'.join('| '+' | '.join(row)+' |' for row in rows)
+    return table_lines(head, as_text(table, digits).values.tolist())
 
 # %% ../nbs/19_results.ipynb #efa932ff
 ERROR = dict(task=str, name=str, variant=str, num_samples=int, seed=int, reference=int,

@@ -3,7 +3,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, chromium
 from explorer_case import case, fisher
 from reference import ragged_batches, tiny
 
@@ -231,8 +231,6 @@ def test_layers_of_different_width_are_drawn():
 # --- a browser ------------------------------------------------------------------------------
 
 PATIENCE = int(os.environ.get('FISHER_NODES_BROWSER_SECONDS', 120)) # for any one step in a browser
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
 MISSING = [o for o in ('voila', 'ipykernel', 'playwright') if importlib.util.find_spec(o) is None] + ['chromium']*(CHROMIUM is None)
 NOTEBOOK = '''import sys
 sys.path.insert(0, {tests!r})
@@ -274,19 +272,15 @@ def voila(tmp_path):
 @pytest.fixture
 def page(voila):
     "The explorer in Chromium; errors of the page fail the test."
-    from playwright.sync_api import sync_playwright
     errors = []
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        try:
-            page = browser.new_page(viewport=dict(width=1200, height=1500))
-            page.set_default_timeout(1000*PATIENCE)
-            page.on('pageerror', lambda e: errors.append(str(e)))
-            page.route('**/*', lambda o: o.continue_() if o.request.url.startswith((voila, 'data:')) else o.abort())
-            page.goto(voila, wait_until='commit')
-            yield page
-            assert errors==[]
-        finally: browser.close()
+    with chromium() as browser:
+        page = browser.new_page(viewport=dict(width=1200, height=1500))
+        page.set_default_timeout(1000*PATIENCE)
+        page.on('pageerror', lambda e: errors.append(str(e)))
+        page.route('**/*', lambda o: o.continue_() if o.request.url.startswith((voila, 'data:')) else o.abort())
+        page.goto(voila, wait_until='commit')
+        yield page
+        assert errors==[]
 
 def percent(scores): return [f'{100*scores[t]:.1f}' for t in scores]
 

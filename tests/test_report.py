@@ -322,7 +322,8 @@ def test_paper_numbers_are_the_papers():
 def test_as_text_and_markdown():
     o = pd.DataFrame(dict(a_b=[1.25, np.nan], n=pd.array([2048, None], 'Int64'), s=['x', None], i=[3, 4], b=[True, False]))
     assert as_text(o, 2).values.tolist() == [['1.25', '2,048', 'x', '3', 'True'], ['–', '–', '–', '4', 'False']]
-    assert markdown(o).splitlines()[:2] == ['| a b | n | s | i | b |', '| --- | --- | --- | --- | --- |']
+    assert markdown(o).splitlines()[:2] == ['| a b | n | s | i | b |', '|---|---|---|---|---|']
+    assert markdown(o.assign(s='x|y')).splitlines()[2] == '| 1.2 | 2,048 | x\\|y | 3 | True |'
     assert len({line.count('|') for line in markdown(o).splitlines()}) == 1
 
 

@@ -2,7 +2,6 @@
 import ast
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html import unescape
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import CHROMIUM, NO_CHROMIUM, chromium
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT/'_site'
 BUILT = SITE/'searchindex.js' # written last
 TOOLS = ('sphinx', 'myst_nb', 'furo', 'sphinx_copybutton', 'sphinxcontrib.bibtex', 'playwright', 'nbdev')
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 DESK, PHONE = dict(width=1280, height=900), dict(width=390, height=844)
 
 def is_there(module):
@@ -26,7 +25,7 @@ def is_there(module):
 
 needs_tools = pytest.mark.skipif(not all(map(is_there, TOOLS)),
     reason=f'the site needs {", ".join(o for o in TOOLS if not is_there(o))} (Python 3.11 or newer); `make docs` installs them')
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on the PATH; CI installs it, on Debian it is `apt-get install chromium`')
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 def sources():
     patterns = ('nbs/*.*', 'nbs/images/*', 'docs/*.*', '_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'fisher_nodes/*.py')
@@ -44,11 +43,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-        yield chromium
-        chromium.close()
+    with chromium() as one: yield one
 
 # What a page may not have, as a function of the page: a list of complaints.
 FAULTS = r"""() => {

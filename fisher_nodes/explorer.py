@@ -25,23 +25,29 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architectures import Layer, find_layers, hash_weights
+from .architectures import find_layers, hash_weights
 from .batches import is_dataset, is_raw, sample_rows
 from .evaluation import default_task, evaluate, load_model, load_tokenizer
 from .fisher import MaskFisher
 from .mapping import KINDS, SCHEMES, Scheme, check_fisher, get_scheme, node_shares
 from .merger import Merged, check_models, merge
-from .plots import MARKERS, PALETTE, compare_heads, new_axis, new_figure, plot_rows
+from .plots import MARKERS, PALETTE, check_fishers, compare_heads, new_axis, new_figure, plot_rows
 
-# %% ../nbs/32_explorer.ipynb #551a518f
+# %% ../nbs/32_explorer.ipynb #74f59da8
+def _weights(tasks, given): # λ of each task, 1 where none is given
+    if odd := [t for t in given if t not in tasks]: raise ValueError(f'no Fisher of {odd}; there are {tasks}')
+    λ = {t: float(given.get(t, 1)) for t in tasks}
+    if any(not isfinite(o) or o<0 for o in λ.values()) or not any(λ.values()):
+        raise ValueError(f'λ must be finite, not negative and not zero for all tasks, got {λ}')
+    return λ
+
 def head_shares(
     fishers:Mapping[str,MaskFisher], # task -> Fisher, of models of one shape
     weights:Mapping[str,float]|None=None, # task -> λ; None is 1 for all
     scheme:str|Scheme='paper', # which parameters a mask weights
 )->list[Tensor]: # for each layer, shape `(tasks, heads)`, columns adding up to 1
     "Share of every task in the query of every head (the weights in Equation 5)."
-    λ = torch.tensor([float((weights or {}).get(t, 1)) for t in fishers], dtype=torch.float64)
-    if not (λ>0).any(): raise ValueError(f'`weights` must not be zero for all of {list(fishers)}')
+    λ = torch.tensor([*_weights(list(fishers), weights or {}).values()], dtype=torch.float64)
     kind = KINDS[get_scheme(scheme).get('query', 'one')]
     def layer(i): return node_shares(torch.stack([kind(f, i) for f in fishers.values()]), λ)[0]
     heads = [len(o) for o in next(iter(fishers.values())).heads]
@@ -52,6 +58,7 @@ def winners(
     shares:Sequence[Tensor], # of `head_shares`
 )->tuple[np.ndarray,np.ndarray]: # two arrays `(layers, most heads of a layer)`, NaN where a layer has fewer
     "Number of the task that wins each head, -1 in a tie, and its share."
+    if len(shares[0])<2: raise ValueError('a head is won among at least two tasks, got one')
     size = len(shares), max(o.shape[1] for o in shares)
     who, share = np.full(size, np.nan), np.full(size, np.nan)
     for i,layer in enumerate(shares):
@@ -84,6 +91,7 @@ def plot_winners(
     ax:Any=None, # a `matplotlib` axis
 )->Any: # the axis
     "Heatmap of the task that wins each head, with its share in percent; the first layer at the bottom."
+    check_fishers(fishers, same=True)
     who, share = winners(head_shares(fishers, weights, scheme))
     ax = new_axis(ax, 2.5+.45*who.shape[1], 1+.4*len(who))
     colors = _cell_colors(who, share, len(fishers))
@@ -117,9 +125,7 @@ def make_choice(
     if odd := [t for t in (*tasks, *weights) if t not in known]: raise ValueError(f'no Fisher of {odd}; there are {list(known)}')
     chosen = tuple(t for t in known if t in tasks)
     if len(chosen)<2: raise ValueError(f'choose at least two tasks, got {list(chosen)}')
-    λ = {t: float(weights.get(t, 1)) for t in chosen}
-    if any(not isfinite(o) or o<0 for o in λ.values()) or not any(λ.values()):
-        raise ValueError(f'λ must be finite, not negative and not zero for all tasks, got {λ}')
+    λ = _weights(chosen, {t: o for t,o in weights.items() if t in chosen})
     if scheme not in SCHEMES: raise ValueError(f'`scheme` is {scheme!r}; expected one of {list(SCHEMES)}')
     return Choice(chosen, tuple(λ.values()), scheme)
 
@@ -138,9 +144,7 @@ def load_fishers(
     if not isinstance(fishers, Mapping): raise TypeError(f'`fishers` must be a mapping from task, got {type(fishers).__name__}')
     if len(fishers)<2: raise ValueError(f'`fishers` must be of at least two tasks, got {list(fishers)}')
     out = {t: MaskFisher.load(f) if isinstance(f, (str, Path)) else f for t,f in fishers.items()}
-    first = next(iter(out.values()))
-    if not isinstance(first, MaskFisher): raise TypeError(f'Fisher of {next(iter(out))!r} must be a MaskFisher, got {type(first).__name__}')
-    for t,f in out.items(): check_fisher(t, f, [Layer(len(h), 0, len(r)) for h,r in zip(first.heads, first.rows)])
+    check_fishers(out, same=True)
     return out
 
 def load_models(
@@ -187,9 +191,13 @@ class Explorer:
         self._how = {t: dict(device=device, progress=False, tokenizer=load_tokenizer(models[t], tokenizer, is_raw(o)),
             task=default_task(self.models[t], (tasks or {}).get(t))) for t,o in self.rows.items()}
 
-    def choice(self, *args, **kwargs)->Choice:
-        "See `make_choice`."
-        return make_choice(list(self.fishers), *args, **kwargs)
+    def choice(self,
+        tasks:Sequence[str]|None=None, # tasks to merge; None is all
+        weights:Mapping[str,float]|None=None, # task -> λ; a task that is not named has 1
+        scheme:str='paper', # a name in `SCHEMES`
+    )->Choice:
+        "A choice among these Fishers, or a `ValueError`."
+        return make_choice(list(self.fishers), tasks, weights, scheme)
 
     def metric(self, task)->str:
         "Name of the metric that is shown."

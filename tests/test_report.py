@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose
 
 from fisher_nodes import plots, report as module, results as reading
+from fisher_nodes.explorer import plot_winners
 from fisher_nodes.fisher import MaskFisher
 from fisher_nodes.output import OutputExistsError
 from fisher_nodes.plots import pair_matrix, plot_cost, plot_errors, plot_gains, plot_heads, plot_pairs, plot_rows, plot_samples, plot_scores
@@ -505,6 +506,89 @@ def test_row_plot_is_of_every_row(ragged):
     assert [o.get_text() for o in ax.get_yticklabels()] == ['0', '1', '2'] and ax.get_ylim()[0] < ax.get_ylim()[1]
     zero = MaskFisher(torch.ones(2, 4), torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"every row Fisher of \['a'\] is zero"): plot_rows(dict(a=zero))
+
+
+# what cannot be drawn
+
+FISHERS = {  # what is given, what is said
+    'list': ([], TypeError, 'must be a mapping from task, got list'), 'empty': ({}, ValueError, '`fishers` is empty'),
+    'number': (dict(a=fisher(2), b=3), TypeError, "Fisher of 'b' must be a MaskFisher, got int"),
+    'nan': (dict(b=MaskFisher(torch.tensor([[1., torch.nan]]), torch.ones(1, 3)), a=fisher(2)), ValueError, "'b', heads of layer 0: node 1 is nan"),
+    'nan row': (dict(a=MaskFisher(torch.ones(1, 2), torch.tensor([[1., torch.nan]]))), ValueError, "'a', rows of layer 0: node 1 is nan"),
+    'infinite': (dict(a=MaskFisher(torch.ones(1, 2), torch.tensor([[1., torch.inf]]))), ValueError, 'node 1 is inf'),
+    'negative': (dict(a=MaskFisher(-torch.ones(1, 2), torch.ones(1, 3))), ValueError, 'node 0 is -1.0'),
+    'no layers': (dict(a=MaskFisher(torch.ones(0, 2), torch.ones(0, 3))), ValueError, "'a' has no layers"),
+}
+
+
+@pytest.mark.parametrize('draw', [plot_rows, plot_winners, lambda o: plots.compare_heads(range(len(o)), o)], ids=['rows', 'winners', 'heads'])
+@pytest.mark.parametrize('case', FISHERS)
+def test_fishers_that_cannot_be_drawn_are_refused(case, draw):
+    given, kind, message = FISHERS[case]
+    with pytest.raises(kind) as e: draw(given)
+    assert message in str(e.value) and not plt.get_fignums()
+
+
+def test_one_fisher_that_cannot_be_drawn_is_refused():
+    for o, kind in ((3, TypeError), (FISHERS['nan'][0]['b'], ValueError)):
+        with pytest.raises(kind, match="of 'b'"): plot_heads(o, 'b')
+        with pytest.raises(kind, match="of 'b'"): plot_heads(o, 'b', norm=plots.shared_scale(dict(a=fisher(2))))
+    with pytest.raises(ValueError, match='3 axes for the 1 Fishers'): plots.compare_heads(plt.subplots(1, 3)[1], dict(a=fisher(2)))
+    with pytest.raises(ValueError, match='among at least two tasks, got one'): plot_winners(dict(a=fisher(2)))
+    with pytest.raises(ValueError, match="'b', heads of layer 0: shape"): plot_winners(dict(a=fisher(2), b=MaskFisher(torch.ones(2, 3), torch.ones(2, 50))))
+    for weights, message in ((dict(a=np.nan), 'must be finite'), (dict(a=-1), 'not negative'), (dict(c=1), r"no Fisher of \['c'\]")):
+        with pytest.raises(ValueError, match=message): plot_winners(dict(a=fisher(2), b=fisher(2)), weights)
+
+
+def test_an_axis_is_one_axis():
+    for ax in (plt.subplots(1, 2)[1], plt.figure(), 3):
+        with pytest.raises(TypeError, match='`ax` must be one `matplotlib` axis'): plot_heads(fisher(2), ax=ax)
+
+
+DRAWN = {  # a column that each needs with numbers, and how it is called
+    'choose': (None, lambda o: choose(o, 'average')), 'pairs': ('normalised', lambda o: plot_pairs(o, 'average')),
+    'scores': ('normalised', lambda o: plot_scores(o, [('average', None)])), 'samples': ('normalised', lambda o: plot_samples(o, ['average'])),
+    'gains': (None, plot_gains), 'errors': ('heads', plot_errors), 'cost': ('ms', plot_cost)}
+
+
+def whole(name, table, folder):
+    if name == 'cost': return pd.DataFrame([step(ms=1., batching='one at a time')])
+    return dict(gains=summarise(table, resamples=10), errors=load_errors(folder)).get(name, table)
+
+
+@pytest.mark.parametrize('name', DRAWN)
+def test_tables_that_cannot_be_drawn_are_refused(name, table, folder):
+    column, draw = DRAWN[name]
+    good = whole(name, table, folder)
+    draw(good)
+    plt.close('all')
+    for bad in ([], None, 'average', {}):
+        with pytest.raises(TypeError, match=f'expected a table of `.*`, got {type(bad).__name__}'): draw(bad)
+    with pytest.raises(ValueError, match='has no rows'): draw(good[:0])
+    needed = column or dict(choose='group_size', gains='gain_low')[name]
+    with pytest.raises(ValueError, match=f"has a column '{needed}', this one has"): draw(good.drop(columns=needed))
+    if column:
+        with pytest.raises(ValueError, match=f"column '{column}' of this table of `load_.*` holds NaN"): draw(good.assign(**{column: np.nan}))
+    assert not plt.get_fignums()
+
+
+def test_choices_that_cannot_be_drawn_are_refused(table, folder):
+    for call, kind, message in (
+            (lambda: choose(table, 'average', '128'), TypeError, "`num_samples` must be an int or None, got '128'"),
+            (lambda: choose(table, 'ties'), ValueError, 'no results of ties in groups of 2; there are average; '),
+            (lambda: choose(table, 'average', group_size=7), ValueError, 'there are groups of 2; groups of 3; groups of 4'),
+            (lambda: plot_pairs(table[table.group_size == 3], 'average'), ValueError, 'in groups of 2; there are groups of 3'),
+            (lambda: plot_scores(table, []), ValueError, '`settings` is empty'), (lambda: plot_samples(table, []), ValueError, '`names` is empty'),
+            (lambda: plot_samples(table, 'average'), TypeError, "must be a list of methods, got 'average'"),
+            (lambda: plot_scores(table, 'average'), TypeError, 'must be a list of pairs of a method and N'),
+            (lambda: plot_scores(table, ['average']), ValueError, "'average' is no pair of a method and N"),
+            (lambda: plot_samples(table, ['average'], 'sd'), ValueError, "`statistic` is 'sd'; expected one of median, mean, min"),
+            (lambda: plot_gains(summarise(table, resamples=10), 'min'), ValueError, "`statistic` is 'min'; expected one of median, mean"),
+            (lambda: plot_errors(load_errors(folder), 'tails'), ValueError, "`part` is 'tails'; expected one of heads, rows"),
+            (lambda: plot_gains(summarise(table, 'nothing', resamples=10), baseline='nothing'), ValueError, 'has a gain over nothing')):
+        with pytest.raises(kind) as e: call()
+        assert message in str(e.value), str(e.value)
+    assert not plt.get_fignums()
 
 
 # report

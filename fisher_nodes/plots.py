@@ -104,7 +104,7 @@ def compare_heads(
     norm = shared_scale(fishers)
     if len(axes)!=len(fishers): raise ValueError(f'{len(axes)} axes for the {len(fishers)} Fishers of {list(fishers)}')
     for ax,(task,fisher) in zip(axes, fishers.items()): plot_heads(fisher, task, ax, norm, bar=False)
-    bar = axes[0].figure.colorbar(axes[0].collections[0], ax=list(axes), label=FISHER)
+    bar = axes[0].figure.colorbar(axes[0].collections[0], ax=list(axes), label='Fisher information')
     bar.ax.minorticks_off()
 
 # %% ../nbs/20_plots.ipynb #56083aed

@@ -231,7 +231,8 @@ def test_layers_of_different_width_are_drawn():
 # --- a browser ------------------------------------------------------------------------------
 
 PATIENCE = int(os.environ.get('FISHER_NODES_BROWSER_SECONDS', 120)) # for any one step in a browser
-MISSING = [o for o in ('voila', 'ipykernel', 'playwright') if importlib.util.find_spec(o) is None] + ['chromium']*(CHROMIUM is None)
+SERVERS = dict(voila=('app.ipynb',), jupyterlab=('--ServerApp.root_dir=.', '--IdentityProvider.token=', '--allow-root', '--LabApp.news_url=None'))
+PATHS = dict(voila='', jupyterlab='/lab/tree/app.ipynb') # where the notebook is
 NOTEBOOK = '''import sys
 sys.path.insert(0, {tests!r})
 from explorer_case import case
@@ -251,46 +252,58 @@ def answers(url):
     try: return urllib.request.urlopen(url, timeout=5).status==200
     except OSError: return False
 
-@pytest.fixture
-def voila(tmp_path):
-    "The address of a Voilà that serves the notebook."
+def skip_without(*modules):
+    missing = [o for o in (*modules, 'ipykernel', 'playwright') if importlib.util.find_spec(o) is None] + ['chromium']*(CHROMIUM is None)
+    if missing: pytest.skip(f'not installed: {", ".join(missing)} (pip install {" ".join(modules)} ipykernel playwright; apt install chromium)')
+
+@pytest.fixture(params=SERVERS)
+def server(request, tmp_path):
+    "The name and the address of a Voilà, then of a JupyterLab, that serves the notebook."
+    skip_without(name := request.param)
     notebook(tmp_path/'app.ipynb')
     url, log = f'http://127.0.0.1:{(port:=free_port())}', open(tmp_path/'log', 'w')
-    server = subprocess.Popen([sys.executable, '-m', 'voila', str(tmp_path/'app.ipynb'), '--no-browser', f'--port={port}'],
-        stdout=log, stderr=log, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    homes = {o: str(tmp_path/o) for o in ('JUPYTER_CONFIG_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_SETTINGS_DIR', 'JUPYTERLAB_WORKSPACES_DIR')}
+    process = subprocess.Popen([sys.executable, '-m', name, *SERVERS[name], '--no-browser', f'--port={port}'],
+        stdout=log, stderr=log, cwd=tmp_path, env=os.environ | homes | dict(OMP_NUM_THREADS='1'))
     try:
         until = time.time()+PATIENCE
-        while not answers(f'{url}/voila/static/voila.js'):
-            if server.poll() is not None or time.time()>until: raise RuntimeError((tmp_path/'log').read_text()[-2000:])
+        while not answers(url+('/voila/static/voila.js' if name=='voila' else '/api')):
+            if process.poll() is not None or time.time()>until: raise RuntimeError((tmp_path/'log').read_text()[-2000:])
             time.sleep(.2)
-        yield url
+        yield name, url
     finally:
-        server.terminate()
-        server.wait(60)
+        process.terminate()
+        process.wait(60)
         log.close()
 
 @pytest.fixture
-def page(voila):
+def page(server):
     "The explorer in Chromium; errors of the page fail the test."
-    errors = []
+    (name, url), errors = server, []
     with chromium() as browser:
         page = browser.new_page(viewport=dict(width=1200, height=1500))
         page.set_default_timeout(1000*PATIENCE)
         page.on('pageerror', lambda e: errors.append(str(e)))
-        page.route('**/*', lambda o: o.continue_() if o.request.url.startswith((voila, 'data:')) else o.abort())
-        page.goto(voila, wait_until='commit')
+        page.route('**/*', lambda o: o.continue_() if o.request.url.startswith((url, 'data:')) else o.abort())
+        page.goto(url+PATHS[name], wait_until='commit')
+        if name=='jupyterlab': run_cell(page)
         yield page
         assert errors==[]
 
+def run_cell(page):
+    "Run the one cell of a notebook in JupyterLab, as soon as its kernel is there."
+    page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
+    page.locator('.jp-Notebook .jp-Cell').click()
+    page.keyboard.press('Shift+Enter')
+
 def percent(scores): return [f'{100*scores[t]:.1f}' for t in scores]
 
-@pytest.mark.skipif(MISSING!=[], reason=f'not installed: {", ".join(MISSING)} (pip install voila ipykernel playwright; apt install chromium)')
 def test_in_a_browser(page):
     "Press the button, move λ, change the scheme: pictures, table and status follow, with the numbers of `merge` and `evaluate`."
     fishers, models, validation = case()
-    table, button, won = page.locator('table'), page.get_by_role('button', name='Score this merge'), page.locator('img[alt^="Heads won"]')
+    table, button, won = page.locator('table.fisher-scores'), page.get_by_role('button', name='Score this merge'), page.locator('img[alt^="Heads won"]')
     def row(i): return table.locator('tbody tr').nth(i).locator('td').all_inner_texts()[:2]
-    def say(text): page.get_by_role('status').filter(has_text=text).wait_for()
+    def say(text): page.locator('span[role=status]').filter(has_text=text).wait_for()
     def expected(**kw): return percent(accuracy(merge(models, None if 'method' in kw else fishers, **kw), validation))
 
     say('not scored yet')
@@ -304,16 +317,16 @@ def test_in_a_browser(page):
     for _ in range(8): handle.press('ArrowLeft')
     λ = float(page.locator('.widget-readout').first.inner_text())
     assert 0<λ<1
-    page.locator('code').filter(has_text=f"'red': {λ}").wait_for()
+    page.locator('.widget-html code').filter(has_text=f"'red': {λ}").wait_for()
     say('not scored yet')
     second = won.get_attribute('alt')
     assert second!=first and row(1)!=['–', '–']==row(2)
-    page.locator('select').select_option('rows')
+    page.locator('.widget-dropdown select').select_option('rows')
     page.locator('img[alt="Heads won: red 0, blue 8; ties 0"]').wait_for()
     button.click()
     say('Scored on up to 60 rows')
     assert row(2)==expected(weights=dict(red=λ, blue=1.), scheme='rows')
 
-    page.locator('input[type=checkbox]').first.uncheck()
+    page.locator('.widget-checkbox input').first.uncheck()
     say('choose at least two tasks')
     assert button.is_disabled() and won.count()==0

@@ -286,7 +286,7 @@ def panel_size(
     layers, heads, n = len(next(iter(fishers.values()))), max(len(o) for o in next(iter(fishers.values())).heads), len(fishers)
     across, down = (min(n, 3), -(-n//3)) if panel=='heads' else (1, 1)
     if panel=='rows': return 7, 1.2+.14*layers*(1+n)
-    return 2+across*(.8+.42*heads), down*(1.2+.4*layers)
+    return 2+across*(.8+.42*heads), max(down*(1.2+.4*layers), (1+.25*n)*(panel=='winners')) # a legend of n tasks
 
 # %% ../nbs/32_explorer.ipynb #ec49bb6e
 def draw_panel(

@@ -210,7 +210,8 @@ def draw(
     path:str|Path, # a `.png` to write
 ):
     "Heatmaps of both models and scores of all methods, side by side."
-    figure = new_figure(15, 4.2)
+    figure = new_figure(13, 4)
+    figure.get_layout_engine().set(wspace=.06)
     axes = figure.subplots(1, 1+len(fishers))
     compare_heads(axes[:-1], fishers)
     draw_scores(axes[-1], scores)

@@ -537,4 +537,4 @@ def shell_block(
     lines:Sequence[str], # commands
 )->str: # Markdown
     "Commands as a block of code."
-    return '\n'.join(['```', *lines, '```'])
+    return '\n'.join(['```sh', *lines, '```'])

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
            'MaskFisher', 'open_saved', 'Variant', 'precision_context', 'check_losses', 'to_device', 'model_logits',
-           'weighted_losses', 'describe_data', 'versions', 'describe_run', 'check_choices', 'find_device',
-           'fisher_batches', 'resolve_model', 'mask_fisher']
+           'weighted_losses', 'run_batches', 'describe_data', 'versions', 'describe_run', 'check_choices',
+           'find_device', 'fisher_batches', 'resolve_model', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from . import __version__
 from .architectures import architecture, hash_weights, model_name
-from .batches import Batch, Batches, is_dataset, is_regression, make_batches
+from .batches import Batch, Batches, halves, is_dataset, is_regression, make_batches, padded_tokens
 from .masks import MaskGradients, untouched
 from .output import whole_file
 from .processes import check_placed, is_main, spread, together
@@ -226,6 +227,19 @@ class _Sums:
                 self.add((kind, i), self.reduce(g, w))
                 if kind in self.squares: self.add((kind[:-1]+'_matrices', i), (g.double().T*w.double()) @ g.double())
 
+    def fresh(self)->'_Sums':
+        "Empty sums of the same kind."
+        new = copy(self); new.sums = {}
+        return new
+
+    def absorb(self, other:'_Sums'):
+        "Add the sums of other examples, which are not used any more."
+        for k,v in other.sums.items(): self.add(k, v)
+
+    def tensors(self)->list[Tensor]:
+        "The sums, in an order that depends on the model alone."
+        return [v for _,v in sorted(self.sums.items())]
+
     def result(self, scale:float, dtype:torch.dtype)->dict[str,NodeTensors]:
         kinds = dict.fromkeys(k for k,_ in self.sums)
         layers = {k: [(v*scale).to('cpu', dtype) for (o,_),v in sorted(self.sums.items()) if o==k] for k in kinds}
@@ -233,9 +247,10 @@ class _Sums:
 
 # %% ../nbs/03_fisher.ipynb #6a3197e4
 def to_device(v:Any, device:torch.device)->Any:
-    "Move a tensor; a tensor made in inference mode is copied, since autograd cannot keep it."
+    "Move a tensor, to a GPU without waiting; one made in inference mode is copied, since autograd cannot keep it."
     if not isinstance(v, Tensor): return v
-    return (v.clone() if v.is_inference() else v).to(device, non_blocking=True)
+    if v.is_inference(): v = v.clone()
+    return (v.pin_memory() if v.is_cpu and device.type=='cuda' else v).to(device, non_blocking=True)
 
 def model_logits(
     model:PreTrainedModel, # with a task head
@@ -264,18 +279,52 @@ def weighted_losses(
         inputs = {k: v for k,v in batch.inputs.items() if k!='labels'}
         yield from ESTIMATORS[labels](model, model_logits(model, inputs), batch, seed)
 
+# %% ../nbs/03_fisher.ipynb #6f585217
+def _measure(model, masks:MaskGradients, sums:_Sums, labels, loss, seed, batch:Batch)->tuple[_Sums,list[Tensor]]:
+    "The sums of one batch by itself, and its losses."
+    part,seen = sums.fresh(),[]
+    masks.forget()
+    moved = batch._replace(inputs={k: to_device(v, model.device) for k,v in batch.inputs.items()})
+    for weights,losses in weighted_losses(model, moved, labels, loss, seed):
+        if model.device.type=='cpu': check_losses([losses.detach()], batch.rows)
+        heads,rows = masks.per_example(losses, retain_graph=labels=='exact')
+        part.update(weights, heads=heads, rows=rows)
+        seen.append(losses.detach())
+    return part,seen
+
+# %% ../nbs/03_fisher.ipynb #b62cd5fd
+def _attempt(run:Callable, batch:Batch, divide:bool)->Any:
+    "`run(batch)`, or None where memory did not suffice and the batch can be cut."
+    try: return run(batch)
+    except torch.cuda.OutOfMemoryError:
+        if not divide or len(batch.rows)==1: raise
+
+def run_batches(
+    batches:Iterable[Batch],
+    run:Callable[[Batch],Any], # leaves nothing behind when it fails; never gives None
+    divide:bool=True, # whether the halves of a batch give the same as the batch
+)->Iterator[tuple[Batch,Any]]: # batch, or a part of one, and what `run` gave
+    "Run every batch; one that does not fit into memory is cut in two, and so are later ones of its size."
+    limit = torch.inf
+    for batch in batches:
+        todo = [batch]
+        while todo:
+            now = todo.pop(0)
+            fits = padded_tokens(now)<limit or len(now.rows)==1
+            done = _attempt(run, now, divide) if fits else None
+            if done is not None: yield now,done
+            else:
+                if fits: limit = min(limit, padded_tokens(now)); torch.cuda.empty_cache()
+                todo[:0] = halves(now)
+
 # %% ../nbs/03_fisher.ipynb #98124430
 def _accumulate(model, batches, masks:MaskGradients, sums:_Sums, labels, loss, seed)->int:
     "Go through the batches; returns the number of examples."
-    n,seen,rows,device = 0,[],[],model.device
-    for batch in batches:
-        batch = batch._replace(inputs={k: to_device(v, device) for k,v in batch.inputs.items()})
-        for weights,losses in weighted_losses(model, batch, labels, loss, seed):
-            if device.type=='cpu': check_losses([losses.detach()], batch.rows)
-            heads,ffn = masks.per_example(losses, retain_graph=labels=='exact')
-            sums.update(weights, heads=heads, rows=ffn)
-            seen.append(losses.detach()); rows += batch.rows
-        n += len(batch.rows)
+    n,seen,rows = 0,[],[]
+    run = partial(_measure, model, masks, sums, labels, loss, seed)
+    for batch,(part,losses) in run_batches(batches, run, divide=sums.reduce is square_each):
+        sums.absorb(part)
+        seen += losses; rows += batch.rows*len(losses); n += len(batch.rows)
     if n==0: raise ValueError('`data` is empty: no examples')
     check_losses(seen, rows)
     return n

@@ -147,7 +147,7 @@ class MaskGradients:
 
     def __exit__(self, *_):
         for h in self.handles: h.remove()
-        self.handles,self.leaves,self.grads = [],[],[]
+        self.handles = []; self.forget()
 
     def _attach(self, k, site):
         if site.side=='output': return site.module.register_forward_hook(lambda m,args,z: self._watch(k, z, m.bias))
@@ -187,6 +187,12 @@ def per_example(self:MaskGradients,
     return self._checked(len(losses))
 
 # %% ../nbs/01_masks.ipynb #0c104b6e
+@patch
+def forget(self:MaskGradients):
+    "Drop what an unfinished pass left behind."
+    self.leaves,self.grads,self.used = [],[],False
+
+# %% ../nbs/01_masks.ipynb #881045f6
 @patch
 def _checked(self:MaskGradients, n:int)->tuple[list[Tensor], list[Tensor]]:
     "The collected gradients by layer; `ValueError` unless every site saw `n` rows."

@@ -1,5 +1,7 @@
 """`mask_fisher` against one example at a time, and the identities that tie masks to weights."""
 import copy
+import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
-from fisher_nodes import mask_fisher
+from fisher_nodes import mask_fisher, masks
+from fisher_nodes.fisher import _Sums, square_each
 from reference import (FAMILIES, brute_grads, brute_head_matrices, brute_mask_fisher, collate, examples, logits,
                        ragged_batches, released_mask_fisher, split, task_loss, tiny)
 
@@ -287,3 +290,97 @@ def test_identity(family, fisher, name):
     want = weight_grads(model, batch, of).square()
     if name in IDENTITIES: assert_close(got, want, rtol=1e-9, atol=0)
     else: assert ((got-want).norm(dim=1) > .05*want.norm(dim=1)).all()
+
+
+# --- sums over tokens, and batches too large for the memory ------------------------------------
+
+SHAPES = [(1, 1, 1), (3, 17, 130), (2, 33, 256)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+def sums_are_right(sums, dtype, shape, bias):
+    "Against float64; the gradient comes transposed, as some attention code gives it."
+    torch.manual_seed(0)
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape[0], shape[2], shape[1]).to(dtype).mT
+    bias = torch.randn(shape[2]).to(dtype) if bias else None
+    terms = (x.double()-(0 if bias is None else bias.double()))*grad.double()
+    got, eps = sums(x, grad, bias), torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert ((got-terms.sum(1)).abs() <= 8*eps*(terms.abs().sum(1)+1)).all()
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('chunk', [1, 5000, 2**18])
+def test_sums_over_tokens(monkeypatch, chunk, dtype, shape, bias):
+    monkeypatch.setitem(masks.CHUNK, 'cpu', chunk)
+    sums_are_right(masks.plain_sums, dtype, shape, bias)
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_the_kernel(dtype, shape, bias):
+    "On a GPU, or in Triton's interpreter: `TRITON_INTERPRET=1 pytest -k kernel`."
+    pytest.importorskip('triton', reason='Triton is not installed; it comes with torch for CUDA')
+    cuda, interpreted = torch.cuda.is_available(), os.environ.get('TRITON_INTERPRET') == '1'
+    if not cuda and not interpreted: pytest.skip('no GPU, and TRITON_INTERPRET is not set')
+    def sums(*args):
+        return masks.fused_sums(*(o.cuda() if cuda and o is not None else o for o in args)).cpu()
+    sums_are_right(sums, dtype, shape, bias)
+
+def test_a_kernel_that_does_not_work_is_not_used(monkeypatch):
+    "Its reason is given once, and the plain sums do the work."
+    monkeypatch.setattr(masks, '_agrees', lambda device: 1/0)
+    masks.best_sums.cache_clear()
+    with pytest.warns(UserWarning, match='ZeroDivisionError: division by zero'):
+        assert masks.best_sums(torch.device('cuda')) is masks.plain_sums
+    masks.best_sums.cache_clear()
+
+@contextmanager
+def crowded(model, tokens, after=0):
+    "A module that runs out of memory, in the forward pass, or in the backward pass after `after` others."
+    seen, failed = [], []
+    def fail(size):
+        failed.append(size)
+        raise torch.cuda.OutOfMemoryError(f'{size} tokens')
+    def backward(size, grad):
+        seen.append(size)
+        if size > tokens and len(seen) % (after+1) == 0: fail(size)
+    def forward(module, args, out):
+        size = out.shape[0]*out.shape[1]
+        if after: out.register_hook(lambda grad: backward(size, grad))
+        elif size > tokens: fail(size)
+    handle = model.base_model.encoder.layer[1].register_forward_hook(
+        lambda m, args, out: forward(m, args, out if isinstance(out, torch.Tensor) else out[0]))
+    try: yield failed
+    finally: handle.remove()
+
+@pytest.mark.parametrize('sizes', [(3, 1, 4, 2), (10,), (1, 9)], ids=str)
+@pytest.mark.parametrize('estimator, after', [('empirical', 0), ('empirical', 1), ('exact', 0), ('exact', 1)])
+def test_too_large_for_the_memory_loses_nothing(family, estimator, after, sizes):
+    "Also when it fails at the second of three classes, the first one already measured."
+    model, batches = tiny(family), ragged_batches(family, sizes)
+    want = mask_fisher(model, batches, labels=estimator, matrices='all', **QUIET)
+    with crowded(model, 24, after) as failed:
+        got = mask_fisher(model, batches, labels=estimator, matrices='all', **QUIET)
+    assert bool(failed) or (after and estimator == 'empirical')
+    same(got, (want.heads, want.rows))
+    assert got.num_examples == 10
+    scale = want.row_matrices.abs().max()
+    assert_close(got.row_matrices, want.row_matrices, rtol=1e-9, atol=1e-12*scale)
+
+def test_one_example_that_does_not_fit_is_an_error(family):
+    model = tiny(family)
+    with crowded(model, 2), pytest.raises(torch.cuda.OutOfMemoryError): mask_fisher(model, ragged_batches(family), **QUIET)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+def test_a_batch_whose_mean_is_squared_is_never_cut():
+    model, batches = tiny('bert'), ragged_batches('bert', (10,))
+    with crowded(model, 24), pytest.raises(torch.cuda.OutOfMemoryError): mask_fisher(model, batches, variant='released', **QUIET)
+
+def test_sums_in_one_order():
+    "What several processes add up must mean the same in each."
+    def shapes(order):
+        sums = _Sums(square_each, 'all')
+        for kind in order: sums.add((kind, 1), torch.zeros(len(kind))), sums.add((kind, 0), torch.zeros(len(kind)))
+        return [o.shape for o in sums.tensors()]
+    assert shapes(['rows', 'heads']) == shapes(['heads', 'rows'])

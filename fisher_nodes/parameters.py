@@ -21,15 +21,20 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 from .architectures import architecture, find_roles
-from .batches import BATCH_TOKENS, Batch
+from .batches import Batch, batch_budget
 from .fisher import (
     check_choices, check_losses, describe_run, find_device, fisher_batches, open_saved, precision_context, resolve_model, to_device, weighted_losses)
 from .masks import untouched
 from .output import whole_file
 from .processes import check_placed, is_main, spread, together
 
-# %% ../nbs/12_parameters.ipynb #0bb2d766
-EXPAND = defaultdict(lambda: 2**26, cpu=2**20) # gradients made at once: 256 MB of float32, 4 MB on a CPU
+# %% ../nbs/12_parameters.ipynb #6cd82c83
+EXPAND = defaultdict(lambda: 2**26, cpu=2**17) # gradients made at once: 256 MB of float32, half a MB on a CPU
+
+def _add_squares(total:Tensor, grads:Tensor):
+    "Add the squares of gradients, shape `(B, out, in)`, which are not used any more."
+    if len(grads)==1: total.addcmul_(grads[0], grads[0])
+    else: total += grads.square_().sum(0)
 
 def linear_squares(
     module:nn.Linear, # tells the size of its weight
@@ -38,8 +43,8 @@ def linear_squares(
 )->dict[str,Tensor]: # weight `(out, in)` and bias `(out,)`
     "Sum over examples of the squared gradients of a linear layer."
     step = max(1, EXPAND[g.device.type]//module.weight.numel())
-    parts = zip(g.split(step), x.split(step))
-    weight = sum(torch.bmm(a.mT, b).square_().sum(0) for a,b in parts)
+    weight = g.new_zeros(g.shape[-1], x.shape[-1])
+    for a,b in zip(g.split(step), x.split(step)): _add_squares(weight, torch.bmm(a.mT, b))
     return dict(weight=weight, bias=g.sum(1).square().sum(0))
 
 # %% ../nbs/12_parameters.ipynb #b881a98c
@@ -304,10 +309,10 @@ def parameter_fisher(
     check_placed(model, device)
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
-    budget = 1 if one_at_a_time else batch_tokens or BATCH_TOKENS[where.type]//4
     Squared = SquaredAlone if one_at_a_time else SquaredGradients
     with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context,
           Squared(model) as squared):
+        budget = 1 if one_at_a_time else batch_tokens or max(1, batch_budget(model)//4)
         batches = fisher_batches(model, data, labels=labels, loss=loss, num_samples=num_samples,
             seed=seed, batch_tokens=budget, tokenizer=tokenizer, max_length=max_length)
         run = partial(_accumulate, model, squared=squared, labels=labels, loss=loss, seed=seed)

@@ -6,8 +6,14 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from fisher_nodes.bench import STEPS, bench, take_turns
+from torch.utils.flop_counter import FlopCounterMode
+
+from fisher_nodes.batches import Batch
+from fisher_nodes.bench import SHAPE_STEPS, STEPS, bare_pass, bench, bench_shapes, pass_flops, take_turns
+from fisher_nodes.bench import main as bench_main
 from fisher_nodes.cli import main
+from fisher_nodes.results import load_bench
+from reference import ragged_batches, tiny
 from test_cli import save_model, save_rows
 
 @pytest.fixture
@@ -46,3 +52,53 @@ def test_command_line(tmp_path, capsys):
     found = json.loads((tmp_path/'cost.json').read_text())
     assert {'steps', 'model', 'num_examples', 'device', 'precision', 'threads', 'versions', 'machine', 'commit', 'date'} <= found.keys()
     assert main(line) == 2 and '--overwrite' in capsys.readouterr().err
+
+def test_shares_and_work(toy):
+    "The floor's share of itself is one, and every step has its own."
+    found = bench(*toy, num_samples=12, rounds=2)
+    assert found['steps'][0]['what'] == 'floor' and found['steps'][0]['floor_share'] == 1
+    assert all(o['floor_share'] > 0 for o in found['steps'])
+    assert found['tokens'] == sum(range(3, 15)) <= found['padded_tokens'] and found['flops'] == pass_flops(toy[0], range(3, 15))
+    assert [o['what'] for o in found['steps'] if 'flops_per_second' in o] == ['floor', 'mask Fisher']
+
+def test_without_the_floor_there_is_no_share(toy):
+    (only,) = bench(*toy, num_samples=4, rounds=1, steps=['mask Fisher'])['steps']
+    assert only['floor_share'] is None and only['flops_per_second'] > 0
+
+@pytest.mark.parametrize('layers', [1, 3])
+@pytest.mark.parametrize('length', [1, 7])
+def test_counted_operations(family, layers, length):
+    "One more layer, and one more token, cost what torch counts; heads and poolers are the same in both."
+    def count(layers, length):
+        model = tiny(family, attn='eager', layers=layers)
+        batch = {k: v for k, v in ragged_batches(family, (3,), lengths=(length,))[0].items() if k != 'attention_mask'}
+        with FlopCounterMode(display=False) as counter: bare_pass(model, [Batch([0, 1, 2], batch)])
+        return counter.get_total_flops(), pass_flops(model, [length]*3)
+    (a, x), (b, y) = count(layers, length), count(layers+1, length+2)
+    assert b-a == y-x > 0
+
+def test_floor_takes_no_gradient_below_the_first_mask(family):
+    "Nor of any weight; and no hook stays."
+    model, seen = tiny(family), []
+    for name in ('query', 'key', 'value'):
+        at = model.base_model.encoder.layer[0].attention.self.get_submodule(name)
+        at.register_full_backward_hook(lambda *_: seen.append(name))
+    bare_pass(model, [Batch(list(range(len(b['labels']))), b) for b in ragged_batches(family)])
+    assert not seen and all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+def test_shapes(tmp_path, capsys):
+    "Every step at every precision, then the pair of floor and masks as one thing varies."
+    bench_main(['--shape', 'toy', '--num-samples', '33', '--rounds', '1', '--out', str(tmp_path/'deep'/'a.json')])
+    found = json.loads((tmp_path/'deep'/'a.json').read_text())
+    first = [o for o in found['steps'] if o['varies'] == 'precision']
+    assert [o['what'] for o in first] == list(SHAPE_STEPS) and [o['num_examples'] for o in first] == [33, 33, 33, 4, 1]
+    assert ['floor_share' in o for o in first] == [True]*3+[False]*2
+    assert 'mask Fisher' in capsys.readouterr().out and len(load_bench(tmp_path/'deep')) == len(found['steps'])
+    depths = [o['layers'] for o in found['steps'] if o['varies'] == 'depth']
+    assert depths == [1, 1, 2, 2]
+
+@pytest.mark.parametrize('say, kw', [("`shape` is 'cube'", dict(shape='cube')), ('no device', dict(shape='toy', device='nowhere')),
+                                     ('needs a CUDA device', dict(shape='toy', precisions=['tf32']))])
+def test_bad_shapes(say, kw):
+    with pytest.raises(ValueError, match=say): bench_shapes(num_samples=2, rounds=1, **kw)

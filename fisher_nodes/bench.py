@@ -23,11 +23,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 from .architectures import find_layers, model_name
-from .batches import Batch, batch_budget, collate, length_batches, padded_tokens
+from .batches import Batch, collate, length_batches
 from .fisher import (
     describe_run, find_device, fisher_batches, mask_fisher, model_logits, per_example_loss, precision_context, to_device)
 from .grams import linear_grams
 from .masks import mask_sites, untouched
+from .memory import batch_budget, padded_tokens
 from .output import write_record
 from .parameters import parameter_fisher
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from .batches import BATCH_TOKENS, Batch, Batches, is_raw, is_regression, make_batches
+from .batches import Batch, Batches, is_raw, is_regression, make_batches
 from .fisher import find_device, model_logits, precision_context, to_device
 from .masks import untouched
+from .memory import batch_budget
 from .processes import is_main
 from .tasks import GLUE, Task, as_task, score
 
@@ -117,9 +118,8 @@ def run_model(
 )->tuple[Tensor,Tensor]: # logits and labels of `gather`
     "Logits and labels of all rows, in the data's own order; the model comes back as it was."
     where = find_device(device or model.device)
-    budget = batch_tokens or BATCH_TOKENS[where.type]//4
     with torch.inference_mode(False), torch.no_grad(), untouched(model, device), precision_context(precision, model, where):
-        return gather(model, make_batches(model, data, need_labels=need_labels, batch_tokens=budget, **kwargs), progress)
+        return gather(model, make_batches(model, data, need_labels=need_labels, batch_tokens=batch_tokens or max(1, batch_budget(model)//4), **kwargs), progress)
 
 # %% ../nbs/07_evaluation.ipynb #21393606
 def predict(

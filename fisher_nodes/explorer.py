@@ -30,7 +30,7 @@ from .batches import is_dataset, is_raw, sample_rows
 from .evaluation import default_task, evaluate, load_model, load_tokenizer
 from .fisher import MaskFisher
 from .mapping import KINDS, SCHEMES, Scheme, check_fisher, get_scheme, node_shares
-from .merger import Merged, check_models, merge
+from .merger import Merged, check_models, match_tasks, merge
 from .plots import MARKERS, PALETTE, check_fishers, compare_heads, new_axis, new_figure, plot_rows
 
 # %% ../nbs/32_explorer.ipynb #74f59da8
@@ -129,14 +129,7 @@ def make_choice(
     if scheme not in SCHEMES: raise ValueError(f'`scheme` is {scheme!r}; expected one of {list(SCHEMES)}')
     return Choice(chosen, tuple(λ.values()), scheme)
 
-# %% ../nbs/32_explorer.ipynb #fba4c140
-def _same_tasks(given:Mapping[str,Any], tasks:Sequence[str], name:str)->dict[str,Any]:
-    "`given` in the order of `tasks`; `ValueError` naming what is missing or too much."
-    if not isinstance(given, Mapping): raise TypeError(f'`{name}` must be a mapping from task, got {type(given).__name__}')
-    missing, extra = [t for t in tasks if t not in given], [t for t in given if t not in tasks]
-    if missing or extra: raise ValueError(f'`{name}` must have an entry for each of {list(tasks)}; missing {missing}, without a Fisher {extra}')
-    return {t: given[t] for t in tasks}
-
+# %% ../nbs/32_explorer.ipynb #9e37e4be
 def load_fishers(
     fishers:Mapping[str,Any], # task -> `MaskFisher`, or a file that `MaskFisher.save` wrote
 )->dict[str,MaskFisher]:
@@ -152,7 +145,7 @@ def load_models(
     fishers:Mapping[str,MaskFisher],
 )->dict[str,PreTrainedModel]:
     "Models that can be merged and that the Fishers fit; `ValueError` naming the task that does not."
-    out = {t: load_model(o) for t,o in _same_tasks(models, list(fishers), 'models').items()}
+    out = {t: load_model(o) for t,o in match_tasks(models, list(fishers), 'models').items()}
     check_models(out)
     for t,f in fishers.items(): check_fisher(t, f, find_layers(out[t]), f.meta.get('weight_hash') and hash_weights(out[t]))
     return out
@@ -187,7 +180,7 @@ class Explorer:
         self.fishers, self.scores, self._busy = load_fishers(fishers), {}, Lock()
         self.models = None if models is None else load_models(models, self.fishers)
         names = list(self.fishers)
-        self.rows = {} if validation is None else {t: small_slice(o, num_samples, seed) for t,o in _same_tasks(validation, names, 'validation').items()}
+        self.rows = {} if validation is None else {t: small_slice(o, num_samples, seed) for t,o in match_tasks(validation, names, 'validation').items()}
         self._how = {t: dict(device=device, progress=False, tokenizer=load_tokenizer(models[t], tokenizer, is_raw(o)),
             task=default_task(self.models[t], (tasks or {}).get(t))) for t,o in self.rows.items()}
 

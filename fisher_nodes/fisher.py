@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
            'MaskFisher', 'open_saved', 'Variant', 'precision_context', 'check_losses', 'to_device', 'model_logits',
-           'weighted_losses', 'run_batches', 'describe_data', 'versions', 'describe_run', 'check_choices',
-           'find_device', 'fisher_batches', 'resolve_model', 'mask_fisher']
+           'weighted_losses', 'describe_data', 'versions', 'describe_run', 'check_choices', 'find_device',
+           'fisher_batches', 'resolve_model', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -28,10 +28,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from . import __version__
 from .architectures import architecture, hash_weights, model_name
-from .batches import Batch, Batches, halves, is_dataset, is_regression, make_batches, padded_tokens
+from .batches import Batch, Batches, is_dataset, is_regression, make_batches
 from .masks import MaskGradients, untouched
+from .memory import run_batches
 from .output import whole_file
-from .processes import check_placed, is_main, spread, together
+from .processes import check_placed, is_main, shared_budget, spread, together
 
 # %% ../nbs/03_fisher.ipynb #71da40bf
 def square_each(
@@ -236,10 +237,6 @@ class _Sums:
         "Add the sums of other examples, which are not used any more."
         for k,v in other.sums.items(): self.add(k, v)
 
-    def tensors(self)->list[Tensor]:
-        "The sums, in an order that depends on the model alone."
-        return [v for _,v in sorted(self.sums.items())]
-
     def result(self, scale:float, dtype:torch.dtype)->dict[str,NodeTensors]:
         kinds = dict.fromkeys(k for k,_ in self.sums)
         layers = {k: [(v*scale).to('cpu', dtype) for (o,_),v in sorted(self.sums.items()) if o==k] for k in kinds}
@@ -291,31 +288,6 @@ def _measure(model, masks:MaskGradients, sums:_Sums, labels, loss, seed, batch:B
         part.update(weights, heads=heads, rows=rows)
         seen.append(losses.detach())
     return part,seen
-
-# %% ../nbs/03_fisher.ipynb #b62cd5fd
-def _attempt(run:Callable, batch:Batch, divide:bool)->Any:
-    "`run(batch)`, or None where memory did not suffice and the batch can be cut."
-    try: return run(batch)
-    except torch.cuda.OutOfMemoryError:
-        if not divide or len(batch.rows)==1: raise
-
-def run_batches(
-    batches:Iterable[Batch],
-    run:Callable[[Batch],Any], # leaves nothing behind when it fails; never gives None
-    divide:bool=True, # whether the halves of a batch give the same as the batch
-)->Iterator[tuple[Batch,Any]]: # batch, or a part of one, and what `run` gave
-    "Run every batch; one that does not fit into memory is cut in two, and so are later ones of its size."
-    limit = torch.inf
-    for batch in batches:
-        todo = [batch]
-        while todo:
-            now = todo.pop(0)
-            fits = padded_tokens(now)<limit or len(now.rows)==1
-            done = _attempt(run, now, divide) if fits else None
-            if done is not None: yield now,done
-            else:
-                if fits: limit = min(limit, padded_tokens(now)); torch.cuda.empty_cache()
-                todo[:0] = halves(now)
 
 # %% ../nbs/03_fisher.ipynb #98124430
 def _accumulate(model, batches, masks:MaskGradients, sums:_Sums, labels, loss, seed)->int:
@@ -434,7 +406,7 @@ def mask_fisher(
     with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context,
           MaskGradients(model, how.ffn_mask) as masks):
         batches = fisher_batches(model, data, variant=variant, labels=labels, loss=loss, num_samples=num_samples,
-            seed=seed, batch_tokens=batch_tokens, tokenizer=tokenizer, max_length=max_length)
+            seed=seed, batch_tokens=batch_tokens or shared_budget(model), tokenizer=tokenizer, max_length=max_length)
         sums = _Sums(how.reduce, matrices)
         work = partial(_accumulate, model, masks=masks, sums=sums, labels=labels, loss=loss, seed=seed)
         n = spread(work, batches, sums.sums, 'mask Fisher', progress)

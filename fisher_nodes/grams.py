@@ -19,7 +19,7 @@ from .evaluation import batch_logits
 from .fisher import describe_run, resolve_model, find_device, precision_context
 from .masks import untouched
 from .parameters import Measured, mean_of_sums, widen
-from .processes import check_placed, spread, together
+from .processes import check_placed, shared_budget, spread, together
 
 # %% ../nbs/13_grams.ipynb #0bdd1375
 def token_positions(
@@ -122,7 +122,7 @@ def linear_grams(
     context = precision_context(precision, model, where)
     with (torch.inference_mode(False), torch.no_grad(), untouched(model, device), context,
           InputGrams(model) as grams):
-        batches = make_batches(model, data, num_samples=num_samples, seed=seed, batch_tokens=batch_tokens,
+        batches = make_batches(model, data, num_samples=num_samples, seed=seed, batch_tokens=batch_tokens or shared_budget(model),
             need_labels=False, tokenizer=tokenizer, max_length=max_length)
         n = spread(partial(_accumulate, model, grams=grams), batches, grams.sums, 'Gram matrices', progress)
         meta = describe_run(model, data, num_examples=n, seed=seed, precision=precision, device=where.type)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MUST_AGREE', 'METHODS', 'MEASURES', 'check_names', 'check_models', 'Shares', 'plan_shares', 'nodes_rule',
            'average_rule', 'combine_bodies', 'Method', 'check_known', 'Source', 'as_source', 'fetch', 'check_hash',
-           'load_source', 'class_names', 'load_rows', 'Measure', 'check_inputs', 'method_options', 'load_base', 'merge']
+           'load_source', 'match_tasks', 'class_names', 'load_rows', 'Measure', 'check_inputs', 'method_options',
+           'load_base', 'merge']
 
 # %% ../nbs/05_merger.ipynb #2860d18d
 import inspect
@@ -256,9 +257,13 @@ def _find_tokenizer(models:Mapping[str,Any], tokenizer:Any)->Any:
             raise ValueError(f'models cannot be merged: the tokenizers of {first} and {path} differ')
     return next(iter(found.values()), None)
 
-# %% ../nbs/05_merger.ipynb #35b0d540
-def _match_tasks(given:Any, tasks:Sequence[str], name:str)->dict[str,Any]:
-    "`given` in the order of `tasks`; `ValueError` naming what is missing or too much."
+# %% ../nbs/05_merger.ipynb #0f00955e
+def match_tasks(
+    given:Any, # task -> value; or a list, one for each task
+    tasks:Sequence[str],
+    name:str, # of the argument, for messages
+)->dict[str,Any]: # in the order of `tasks`
+    "What was given for every task; `ValueError` naming what is missing or too much."
     listed = isinstance(given, Sequence) and not isinstance(given, str)
     if listed and len(given)==len(tasks): return dict(zip(tasks, given))
     if not isinstance(given, Mapping):
@@ -266,12 +271,12 @@ def _match_tasks(given:Any, tasks:Sequence[str], name:str)->dict[str,Any]:
         raise ValueError(f'`{name}` must have one entry for each of the {len(tasks)} tasks {list(tasks)}, got {got}')
     missing,extra = [t for t in tasks if t not in given],[t for t in given if t not in tasks]
     if missing or extra:
-        raise ValueError(f'`{name}` must have an entry for each of {list(tasks)}; missing {missing}, not a model {extra}')
+        raise ValueError(f'`{name}` must have an entry for each of {list(tasks)}; missing {missing}, not among them {extra}')
     return {t: given[t] for t in tasks}
 
 def _lambdas(weights:Any, tasks:Sequence[str])->Tensor:
     "λ as a tensor, shape `(M,)`; `ValueError` unless finite, not negative and not all zero."
-    named = _match_tasks({t: 1. for t in tasks} if weights is None else weights, tasks, 'weights')
+    named = match_tasks({t: 1. for t in tasks} if weights is None else weights, tasks, 'weights')
     bad = {t: o for t,o in named.items() if not (isinstance(o, Real) and 0<=o<torch.inf)}
     if bad or not any(named.values()):
         raise ValueError(f'`weights` must be finite, not negative and not all zero, got {bad or named}')
@@ -536,7 +541,7 @@ def merge(
     check_inputs(method, fishers=fishers, data=data, base=base, labels=labels, precision=precision, loss=loss, max_length=max_length)
     sources = _name_models(models)
     λ = _lambdas(weights, list(sources))
-    asked = {k: None if o is None else _match_tasks(o, list(sources), k) for k,o in (('fishers', fishers), ('data', data))}
+    asked = {k: None if o is None else match_tasks(o, list(sources), k) for k,o in (('fishers', fishers), ('data', data))}
     measured = _read_measured(asked['fishers'], kind)
     loaded = _load_all(sources)
     first,words = next(iter(loaded.values())),_find_tokenizer(sources, tokenizer)

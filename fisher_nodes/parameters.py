@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 from .architectures import architecture, find_roles
-from .batches import Batch, batch_budget
+from .batches import Batch
 from .fisher import (
     check_choices, check_losses, describe_run, find_device, fisher_batches, open_saved, precision_context, resolve_model, to_device, weighted_losses)
 from .masks import untouched
 from .output import whole_file
-from .processes import check_placed, is_main, spread, together
+from .processes import check_placed, is_main, shared_budget, spread, together
 
 # %% ../nbs/12_parameters.ipynb #6cd82c83
 EXPAND = defaultdict(lambda: 2**26, cpu=2**17) # gradients made at once: 256 MB of float32, half a MB on a CPU
@@ -312,7 +312,7 @@ def parameter_fisher(
     Squared = SquaredAlone if one_at_a_time else SquaredGradients
     with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context,
           Squared(model) as squared):
-        budget = 1 if one_at_a_time else batch_tokens or max(1, batch_budget(model)//4)
+        budget = 1 if one_at_a_time else batch_tokens or max(1, shared_budget(model)//4)
         batches = fisher_batches(model, data, labels=labels, loss=loss, num_samples=num_samples,
             seed=seed, batch_tokens=budget, tokenizer=tokenizer, max_length=max_length)
         run = partial(_accumulate, model, squared=squared, labels=labels, loss=loss, seed=seed)

@@ -7,8 +7,9 @@ from torch.testing import assert_close
 from transformers import (BertConfig, BertForSequenceClassification, CamembertConfig, CamembertForSequenceClassification,
                           XLMRobertaConfig, XLMRobertaForSequenceClassification)
 
-from fisher_nodes import batches, mask_fisher, merge
-from fisher_nodes.batches import make_batches, max_positions, read_columns, row_lengths, text_columns, token_bytes
+from fisher_nodes import mask_fisher, memory, merge
+from fisher_nodes.batches import BATCH_TOKENS, make_batches, max_positions, read_columns, row_lengths, text_columns
+from fisher_nodes.memory import token_bytes
 from reference import brute_mask_fisher, ragged_batches
 
 SIZE = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, max_position_embeddings=40)
@@ -97,7 +98,7 @@ def test_memory_is_not_estimated_below_what_autograd_keeps(attn, autocast):
 def test_budget_follows_free_memory(monkeypatch):
     "Never more than the constant, never less than one token."
     model = BertForSequenceClassification(BertConfig(**SIZE))
-    monkeypatch.setattr(batches, 'free_memory', lambda device: free)
+    monkeypatch.setattr(memory, 'free_memory', lambda device: free)
     monkeypatch.setattr(BertForSequenceClassification, 'device', torch.device('cuda'))
-    for free, want in ((0, 1), (100*token_bytes(model), 100), (2**60, batches.BATCH_TOKENS['cuda'])):
-        assert batches.batch_budget(model) == want
+    for free, want in ((0, 1), (100*token_bytes(model), 100), (2**60, BATCH_TOKENS['cuda'])):
+        assert memory.batch_budget(model) == want

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_shown(given, tmp_path):
                      'node 0 is nan': (fishers | dict(red=nan),),
                      'is not a saved MaskFisher': (fishers | dict(red=tmp_path/'no.safetensors'),),
                      "at least two tasks, got ['red']": (dict(red=fishers['red']),),
-                     "missing ['green'], without a Fisher ['grey']": (fishers, {t: models[t] for t in ('red', 'blue')} | dict(grey=models['red'])),
+                     "missing ['green'], not among them ['grey']": (fishers, {t: models[t] for t in ('red', 'blue')} | dict(grey=models['red'])),
                      "`validation` must have an entry for each": (fishers, models, dict(red=validation['red'])),
                      'given without `models`': (fishers, None, validation),
                      'hidden_size is 16 in': (fishers, models | dict(green=tiny(hidden=32)))}.items():

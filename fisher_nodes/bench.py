@@ -218,7 +218,7 @@ def bench(
 # %% ../nbs/18_bench.ipynb #9d39286b
 def _shape(width, layers, heads): return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4*width)
 
-SHAPES = {'toy': _shape(16, 2, 4), 'minilm': _shape(384, 6, 12), 'bert-base': _shape(768, 12, 12), 'bert-large': _shape(1024, 24, 16)}
+SHAPES = {'toy': _shape(16, 2, 4), 'small': _shape(256, 4, 4), 'minilm': _shape(384, 6, 12), 'bert-base': _shape(768, 12, 12), 'bert-large': _shape(1024, 24, 16)}
 
 def random_lengths(
     n:int, # examples
@@ -329,20 +329,21 @@ def scaling(
 )->Iterator[tuple[str,int,dict]]: # what varies, its value, and arguments of `time_shape`
     "What to vary, one thing at a time."
     lengths,full = random_lengths(num_samples),batch_budget(model)
-    for k in (16,8,4,2,1): yield 'batch_tokens', full//k, dict(lengths=lengths, batch_tokens=full//k)
+    yield 'nothing', 48, dict(lengths=[48]*64, batch_tokens=32*48)
+    for k in (16,4,1): yield 'batch_tokens', full//k, dict(lengths=lengths, batch_tokens=full//k)
     for n in (16,64,256): yield 'length', n, dict(lengths=random_lengths(max(1, num_samples*41//n), n, 0))
     for n in (num_samples//4, num_samples, 4*num_samples): yield 'num_samples', n, dict(lengths=random_lengths(n))
 
 def bench_shapes(
     shape:str, # a key of `SHAPES`
     device:str|torch.device='cpu',
-    num_samples:int|None=None, # None is 2,048 on a GPU and 64 elsewhere
+    num_samples:int|None=None, # None is 2,048 on a GPU and 128 elsewhere
     rounds:int=3, # timed calls of each step
     precisions:Sequence[str]|None=None, # None is all three on a GPU, 'fp32' elsewhere
 )->dict[str,Any]: # `steps`, one entry each, and what they ran on
     "Time the Fisher step of a shape at every precision, and how it scales."
     where,gpu = find_device(device),find_device(device).type=='cuda'
-    n,precisions = num_samples or (2048 if gpu else 64), precisions or (('fp32','tf32','bf16') if gpu else ('fp32',))
+    n,precisions = num_samples or (2048 if gpu else 128), precisions or (('fp32','tf32','bf16') if gpu else ('fp32',))
     model,rows,pair = random_model(shape, where),[],('floor', 'mask Fisher')
     for p in precisions:
         error = fisher_error(model, random_lengths(n), p) if p!='fp32' else 0.
@@ -356,11 +357,11 @@ def bench_shapes(
 # %% ../nbs/18_bench.ipynb #b9aebdf3
 def summary(
     found:dict[str,Any], # of `bench_shapes`
-)->str: # one line a step, where only precision varies
+)->str: # one line a step, where at most precision varies
     "The main figures of a run, as text."
-    rows = [o for o in found['steps'] if o['varies']=='precision']
+    rows = [o for o in found['steps'] if o['varies'] in ('precision', 'nothing')]
     share = lambda o: f'{o["floor_share"]:8.3f}' if 'floor_share' in o else ' '*8
-    peak = lambda o: f'{o["flops_per_second"]/o["peak_flops_per_second"]:8.3f}' if 'flops_per_second' in o else ''
+    peak = lambda o: f'{o["flops_per_second"]/o["peak_flops_per_second"]:8.3f}' if {'flops_per_second','peak_flops_per_second'}<=o.keys() else ''
     head = f'{"step":36}{"":6}{"ex/s":>10}{"of floor":>9}{"of peak":>9}'
     return '\n'.join([head, *(f'{o["what"]:36}{o["precision"]:6}{o["examples_per_second"]:10.1f} {share(o)} {peak(o)}' for o in rows)])
 
@@ -369,13 +370,13 @@ def main(
 ):
     "Time a shape and write JSON."
     parser = argparse.ArgumentParser('python -m fisher_nodes.bench', description=main.__doc__)
-    parser.add_argument('--shape', choices=SHAPES, help='bert-large on a GPU, minilm elsewhere')
+    parser.add_argument('--shape', choices=SHAPES, help='bert-large on a GPU, small elsewhere')
     parser.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1, … (cpu)')
-    parser.add_argument('--num-samples', type=int, help='examples; 2,048 on a GPU, 64 elsewhere')
+    parser.add_argument('--num-samples', type=int, help='examples; 2,048 on a GPU, 128 elsewhere')
     parser.add_argument('--rounds', type=int, default=3, help='how often to time each step (3)')
     parser.add_argument('--out', required=True, help='JSON file to write')
     o = parser.parse_args(argv)
-    found = bench_shapes(o.shape or ('minilm' if o.device=='cpu' else 'bert-large'), o.device, o.num_samples, o.rounds)
+    found = bench_shapes(o.shape or ('bert-large' if o.device.startswith('cuda') else 'small'), o.device, o.num_samples, o.rounds)
     Path(o.out).parent.mkdir(parents=True, exist_ok=True)
     write_record(Path(o.out), **found)
     print(summary(found))

@@ -1,9 +1,9 @@
-# `make demo` merges two real models, `make test` runs everything that CI runs, `make docs` builds the site.
+# `make demo` merges two real models, `make test` runs everything that CI runs, `make docs` builds the site, `make bench` times the Fisher step.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test docs lint export notebooks readme clean
+.PHONY: demo test docs bench lint export notebooks readme clean
 
 demo: .venv/installed
 	$(BIN)/fisher-nodes demo --out _demo
@@ -14,6 +14,9 @@ test: .venv/installed lint
 
 docs: .venv/installed  ## the site, without Quarto, into _site/; needs Python 3.11 or newer
 	$(BIN)/python docs/build.py
+
+bench: .venv/installed  ## on random weights, minutes on a CPU; on a GPU: -m fisher_nodes.bench --device cuda --out FILE
+	$(BIN)/python -m fisher_nodes.bench --out _bench/cpu.json
 
 lint: .venv/installed
 	$(BIN)/ruff check
@@ -36,4 +39,4 @@ readme: .venv/installed  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
 clean:
-	rm -rf _demo _docs _proc _site _sphinx build *.egg-info
+	rm -rf _bench _demo _docs _proc _site _sphinx build *.egg-info

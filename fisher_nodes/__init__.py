@@ -17,6 +17,7 @@ _PLACES = {
     'parameters': ['ParameterFisher', 'parameter_fisher'],
     'recipe': ['read_recipe', 'run_recipe'],
     'saving': ['Merged'],
+    'streaming': ['merge_files'],
     'tasks': ['GLUE', 'Task', 'load_task'],
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

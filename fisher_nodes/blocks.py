@@ -7,7 +7,7 @@ __all__ = ['BLOCK', 'Block', 'rows_meant', 'Blocks', 'cut', 'row_shares', 'kth_s
 
 # %% ../nbs/30_blocks.ipynb #e469e97e
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ def cut(
 )->list[Block]: # in order
     "A parameter in blocks of rows."
     if not shape or not prod(shape): return [Block(name)]
-    n = max(1, BLOCK//models//prod(shape[1:]))
-    n -= n%64 if n>64 else 0
+    step = 64//gcd(64, prod(shape[1:]))
+    n = max(1, BLOCK//models//prod(shape[1:])//step)*step
     return [Block(name, slice(i, min(i+n, shape[0]))) for i in range(0, shape[0], n)]
 
 # %% ../nbs/30_blocks.ipynb #55830b5d

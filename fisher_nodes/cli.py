@@ -103,20 +103,22 @@ def run_merge(args:argparse.Namespace)->dict|None:
     recipe = len(args.models)==1 and '=' not in args.models[0]
     if args.accept_changes and not recipe: raise ValueError('--accept-changes is about a recipe; these are models')
     check_folder(args.out, args.overwrite)
-    merged = _merge_recipe(args) if recipe else _merge_models(args)
-    tasks = {t: dict(model=o['model'], λ=o['weight']) for t,o in merged.report['tasks'].items()}
-    return {'tasks': tasks, 'zero_fisher_nodes': merged.report['zero_fisher'], 'wrote': str(args.out)}
+    _merge_recipe(args) if recipe else _merge_models(args)
+    report = json.loads((Path(args.out)/'merge_report.json').read_text())
+    tasks = {t: dict(model=o['model'], λ=o['weight']) for t,o in report['tasks'].items()}
+    return {'tasks': tasks, 'zero_fisher_nodes': report['zero_fisher'], 'wrote': str(args.out)}
 
-def _merge_recipe(args:argparse.Namespace)->Any:
+def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
     from fisher_nodes.recipe import run_recipe
     kept = ('--out', '--overwrite', '--device', '--json', '--accept-changes')
     if own := [o for o in args.given if o not in kept]: raise ValueError(f'{own[0]} is for the recipe to say; write it into {args.models[0]}')
-    return run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device, accept_changes=args.accept_changes)
+    run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device, accept_changes=args.accept_changes)
 
-def _merge_models(args:argparse.Namespace)->Any:
-    "Merge the models that are named, and save."
-    from fisher_nodes.merger import METHODS, check_known, merge
+def _merge_models(args:argparse.Namespace):
+    "Merge the models that are named, and save; from file to file where nothing is measured."
+    from fisher_nodes.merger import METHODS, check_inputs, check_known, merge
+    from fisher_nodes.streaming import merge_files
     models = parse_pairs(args.models, 'models')
     check_apart(args.out, models)
     check_known('method', args.method, METHODS)
@@ -124,12 +126,14 @@ def _merge_models(args:argparse.Namespace)->Any:
     options,known = parse_pairs(args.options or [], '--options', 'option'),METHODS[args.method].options
     if unknown := [o for o in options if o not in known]:
         raise ValueError(f'--options: method {args.method!r} has no {unknown[0]!r}; it has {list(known)}')
-    merged = merge(models, for_tasks(args.fisher, models, '--fisher'), data=for_tasks(args.data, models, '--data'), method=args.method,
-        variant=args.variant, scheme=args.scheme, weights=for_tasks(args.weights, models, '--weights', float), num_samples=either(args.num_samples, 128),
-        seed=args.seed, labels=args.labels, precision=args.precision, device=args.device, max_length=args.max_length, base=args.base,
-        **{k: read_value(v) for k,v in options.items()})
-    merged.save_pretrained(args.out, overwrite=args.overwrite)
-    return merged
+    measure = dict(labels=args.labels, precision=args.precision, max_length=args.max_length)
+    check_inputs(args.method, fishers=args.fisher, data=args.data, base=args.base, **measure)
+    how = dict(method=args.method, variant=args.variant, scheme=args.scheme, weights=for_tasks(args.weights, models, '--weights', float),
+        seed=args.seed, base=args.base, **{k: read_value(v) for k,v in options.items()})
+    write = dict(overwrite=args.overwrite, max_shard_size=args.max_shard_size)
+    if args.data is None: return merge_files(models, for_tasks(args.fisher, models, '--fisher'), out=args.out, device=either(args.device, 'cpu'), **how, **write)
+    data = for_tasks(args.data, models, '--data')
+    merge(models, data=data, num_samples=either(args.num_samples, 128), device=args.device, **measure, **how).save_pretrained(args.out, **write)
 
 # %% ../nbs/09_cli.ipynb #b8031b25
 def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
@@ -329,6 +333,7 @@ OWN = dict(
            _option('--fisher', nargs='+', metavar='TASK=FILE', help='Fishers measured before'),
            _option('--weights', nargs='+', metavar='TASK=NUMBER', help='λ of Equation 5; 1 by default'),
            _option('--num-samples', type=count, metavar='N', help='rows of each training set (128)'),
+           _option('--max-shard-size', default='5GB', metavar='SIZE', help='of one file of the body (5GB)'),
            _option('--method', default='mask-fisher', help='mask-fisher (default), average, fisher, regmean, task-arithmetic, ties or dare'),
            _option('--scheme', help='which parameters a mask weights, see the mapping page'),
            _option('--base', metavar='MODEL', help='the model that all were fine-tuned from, for methods with task vectors'),

@@ -210,10 +210,10 @@ def fetch(
 def check_hash(
     what:str, # for the message
     wanted:str|None, # fingerprint; None accepts any
-    tensors:Mapping[str,Tensor], # name -> tensor
+    find:Callable[[],str], # gives that of the weights
 ):
     "`ValueError` unless the weights are those that were meant."
-    if wanted and (found:=hash_tensors(tensors))!=wanted:
+    if wanted and (found:=find())!=wanted:
         raise ValueError(f'{what} is not what it was: its fingerprint is {found}, expected {wanted}')
 
 def _note_commit(config:Any, source:Source, place:str):
@@ -232,8 +232,8 @@ def load_source(
     place = fetch(source)
     found = load_model(place)
     _note_commit(found.config, source, place)
-    check_hash(f'the body of {task!r}, {source.name},', source.weight_hash, dict(found.base_model.named_parameters()))
-    check_hash(f'the head of {task!r}, {source.name},', source.head_hash, head_tensors(found))
+    check_hash(f'the body of {task!r}, {source.name},', source.weight_hash, partial(hash_weights, found))
+    check_hash(f'the head of {task!r}, {source.name},', source.head_hash, lambda: hash_tensors(head_tensors(found)))
     return found
 
 def _load_all(sources:Mapping[str,Any])->dict[str,PreTrainedModel]:
@@ -445,7 +445,7 @@ def load_base(
         raise TypeError(f'`base` must be a model, a folder, a Hub id or a state, got {type(base).__name__}')
     state = body if isinstance(body, Mapping) else {n: t for n,t in _floats(body.base_model).items() if n not in missing}
     _check_base(state, model)
-    if source is not None: check_hash(f'the base {source.name}', source.weight_hash, state)
+    if source is not None: check_hash(f'the base {source.name}', source.weight_hash, partial(hash_tensors, state))
     if state is body: return state
     try: _check_configs('base', body, model_name(model), model)
     except ValueError as e: raise ValueError(f'`base` does not fit: {e}') from None

@@ -1,0 +1,88 @@
+"""Time and memory of `merge_files` against reading the inputs and writing the output once, in interleaved rounds.
+
+python tools/bench_streaming.py --make /tmp/large --models 6                  # random checkpoints of BERT-large's shape
+python tools/bench_streaming.py --models 2 6 --rounds 3 /tmp/large            # floor and merge, a fresh process each
+python tools/bench_streaming.py --models 2 --mergekit PYTHON /tmp/large       # and mergekit's `linear`, by its own Python
+python tools/bench_streaming.py --make /tmp/huge --models 1 --layers 196      # 10 GB
+python tools/bench_streaming.py --models 2 --rounds 1 /tmp/huge               # merged with itself: 20 GB read, 10 GB written
+"""
+import argparse, json, os, re, shutil, subprocess, sys, threading, time
+from importlib import import_module
+from pathlib import Path
+
+def make(folder, models, layers):
+    "Random float32 checkpoints; written tensor by tensor, so that they may be larger than memory."
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+    from fisher_nodes.streaming import make_file
+    config = BertConfig(hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096, num_labels=2)
+    with torch.device('meta'): model = BertForSequenceClassification(config)
+    for i in range(models):
+        place, gen = folder/f'm{i}', torch.Generator().manual_seed(i)
+        place.mkdir(parents=True)
+        config.architectures = ['BertForSequenceClassification']
+        config.save_pretrained(place)
+        spots = make_file(place/'model.safetensors', model.state_dict())
+        for o in spots.values(): o[...] = torch.randn(o.shape, generator=gen)*.02
+
+def floor(models, out):
+    "Read everything and write as much as a merge would."
+    room = bytearray(1 << 22)
+    out.mkdir()
+    def files(m): return sorted(m.glob('*.safetensors'))
+    for f in (f for m in models for f in files(m)):
+        with open(f, 'rb', buffering=0) as o:
+            while o.readinto(room): pass
+    for f in files(models[0]):
+        left = f.stat().st_size
+        with open(out/f.name, 'wb', buffering=0) as o:
+            while left: left -= o.write(memoryview(room)[:min(left, len(room))])
+
+def merge(models, out, method):
+    from fisher_nodes.streaming import merge_files
+    merge_files({f'm{i}': o for i, o in enumerate(models)}, method=method, out=out, progress=False)
+
+def mergekit(models, out):
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+    config = dict(merge_method='linear', dtype='float32', models=[dict(model=str(o), parameters=dict(weight=1.)) for o in models])
+    run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(copy_tokenizer=False, quiet=True))
+
+def private():
+    "Private and anonymous memory of this process, in bytes."
+    found = re.findall(r'^(Private_Clean|Private_Dirty|Anonymous):\s+(\d+)', Path('/proc/self/smaps_rollup').read_text(), re.M)
+    kb = {k: int(v) for k, v in found}
+    return (kb['Private_Clean']+kb['Private_Dirty'])*1024, kb['Anonymous']*1024
+
+def one(what, models, out, method):
+    "One run, its time and its peak memory."
+    for o in dict(merge=['fisher_nodes.streaming'], mergekit=['mergekit.merge']).get(what, []): import_module(o)
+    peak = [private()]
+    def watch():
+        while True: peak[0] = tuple(map(max, zip(peak[0], private()))); time.sleep(.02)
+    threading.Thread(target=watch, daemon=True).start()
+    start, cpu = time.perf_counter(), time.process_time()
+    dict(floor=floor, merge=lambda *a: merge(*a, method), mergekit=mergekit)[what](models, out)
+    return dict(what=what, models=len(models), seconds=time.perf_counter()-start, cpu_seconds=time.process_time()-cpu,
+                private_bytes=peak[0][0], anonymous_bytes=peak[0][1], load=os.getloadavg()[0])
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('folder', nargs='?', type=Path); p.add_argument('--make', type=Path); p.add_argument('--layers', type=int, default=24)
+    p.add_argument('--models', type=int, nargs='+', default=[2]); p.add_argument('--rounds', type=int, default=3)
+    p.add_argument('--method', default='average'); p.add_argument('--mergekit'); p.add_argument('--one')
+    a = p.parse_args()
+    if a.make: return make(a.make, a.models[0], a.layers)
+    found, out = sorted(a.folder.glob('m*')), a.folder/'out'
+    if a.one: return print(json.dumps(one(a.one, [found[i%len(found)] for i in range(a.models[0])], out, a.method)))
+    for n in a.models:
+        for _ in range(a.rounds):
+            for what in ('floor', 'merge', *['mergekit']*bool(a.mergekit)):
+                python = a.mergekit if what == 'mergekit' else sys.executable
+                os.sync()
+                done = subprocess.run([python, __file__, str(a.folder), '--models', str(n), '--method', a.method, '--one', what], capture_output=True, text=True)
+                print(done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr[-2000:], flush=True)
+                shutil.rmtree(out, ignore_errors=True)
+
+if __name__ == '__main__': main()

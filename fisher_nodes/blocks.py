@@ -54,7 +54,7 @@ def cut(
     "A parameter in blocks of rows."
     if not shape or not prod(shape): return [Block(name)]
     step = 64//gcd(64, prod(shape[1:]))
-    n = max(1, BLOCK//models//prod(shape[1:])//step)*step
+    n = max(1, BLOCK//max(models, 8)//prod(shape[1:])//step)*step
     return [Block(name, slice(i, min(i+n, shape[0]))) for i in range(0, shape[0], n)]
 
 # %% ../nbs/30_blocks.ipynb #55830b5d

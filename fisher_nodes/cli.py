@@ -430,8 +430,9 @@ def _run(args:argparse.Namespace)->dict:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f'fisher-nodes {args.command}: {" ".join(str(message).split())}', file=sys.stderr)
         if int(os.environ.get('WORLD_SIZE', 1))<2: return args.run(args)
-        from fisher_nodes.processes import together
-        return together(args.run)(args)
+        from fisher_nodes.processes import leave, together
+        try: return together(args.run)(args)
+        finally: leave()
 
 def main(
     argv:Sequence[str]|None=None, # words after the program's name; None: from the shell

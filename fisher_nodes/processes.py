@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['START', 'FOREVER', 'Place', 'find_place', 'alone', 'is_main', 'exchange', 'from_main', 'together', 'share',
-           'shared_budget', 'spread', 'check_placed']
+           'shared_budget', 'leave', 'spread', 'check_placed']
 
 # %% ../nbs/34_processes.ipynb #c5b39c09
 import builtins
@@ -180,6 +180,12 @@ def shared_budget(
 )->int: # tokens, the same in all processes
     "Tokens for a batch that the memory of every process holds."
     return min(exchange(batch_budget(model)))
+
+def leave():
+    "End the connection to the other processes, if there is one; a launched program does so last."
+    if dist.is_available() and dist.is_initialized():
+        _group.cache_clear()
+        dist.destroy_process_group()
 
 class _Share:
     "The batches of one process, and a fingerprint of all that went by."

@@ -75,6 +75,7 @@ def regression_mean(
     grams:Callable[[],Iterable[Tensor]], # gives XᵀX of its inputs in every model, shape `(in, in)`, each time
     weights:Tensor, # λ, shape `(M,)`
     off_diagonal:float=.9,
+    what:str='the weight', # for the message
 )->tuple[Tensor,int]: # shape `(out, in)`, and the number of inputs that no model used
     "The weight that does best what all models do, by least squares (RegMean)."
     total,right,dtype,λ = 0,0,None,weights.tolist()
@@ -85,7 +86,7 @@ def regression_mean(
         wide.diagonal().add_(unused.to(wide)*w)
         total,right = total+wide,right+wide @ t.detach().T.double()
     out = solve_positive(total, right, eps)
-    if out is None: raise ValueError(f'the sum of the grams cannot be inverted with off_diagonal={off_diagonal}; give a smaller one, or more samples')
+    if out is None: raise ValueError(f'{what}: the sum of the grams cannot be inverted with off_diagonal={off_diagonal}; give a smaller one, or more samples')
     return out.T.to(dtype), int(unused.sum())
 
 # %% ../nbs/14_rivals.ipynb #bcb878cf
@@ -207,8 +208,7 @@ def regmean_rule(
     kinds = {n: 'gram' if n in grams[0] else 'one' for n in next(iter(job.states.values()))}
     def combine(name, tensors):
         if kinds[name]=='one': return weighted_mean(tensors, _plain(job.weights))
-        try: out, unused = regression_mean(tensors, lambda: (g[name] for g in grams), job.weights, off_diagonal)
-        except ValueError as e: raise ValueError(f'{name}: {e}') from None
+        out, unused = regression_mean(tensors, lambda: (g[name] for g in grams), job.weights, off_diagonal, name)
         counts['unused_inputs'] += unused
         return out
     return Rule(combine, kinds, counts)

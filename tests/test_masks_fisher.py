@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from fisher_nodes import mask_fisher, masks
-from fisher_nodes.fisher import _Sums, square_each
 from reference import (FAMILIES, brute_grads, brute_head_matrices, brute_mask_fisher, collate, examples, logits,
                        ragged_batches, released_mask_fisher, split, task_loss, tiny)
 
@@ -376,11 +375,3 @@ def test_one_example_that_does_not_fit_is_an_error(family):
 def test_a_batch_whose_mean_is_squared_is_never_cut():
     model, batches = tiny('bert'), ragged_batches('bert', (10,))
     with crowded(model, 24), pytest.raises(torch.cuda.OutOfMemoryError): mask_fisher(model, batches, variant='released', **QUIET)
-
-def test_sums_in_one_order():
-    "What several processes add up must mean the same in each."
-    def shapes(order):
-        sums = _Sums(square_each, 'all')
-        for kind in order: sums.add((kind, 1), torch.zeros(len(kind))), sums.add((kind, 0), torch.zeros(len(kind)))
-        return [o.shape for o in sums.tensors()]
-    assert shapes(['rows', 'heads']) == shapes(['heads', 'rows'])

@@ -287,6 +287,9 @@ def own_batches(
 def _check_data(data:Any):
     "`ValueError` that says what to give instead of something that is not data."
     kind = type(data).__name__
+    if kind=='DataFrame': raise ValueError('`data` is a DataFrame; give `datasets.Dataset.from_pandas(data)`')
+    if isinstance(data, tuple) and len(data)==2 and is_dataset(data[0]):
+        raise ValueError('`data` is a pair of rows and a task, as `load_task` gives them; give the rows, `[0]`')
     if isinstance(data, Mapping):
         raise ValueError(f'`data` is a {kind} with keys {list(data)}; give one split, or a list of batches')
     if kind=='IterableDataset':

@@ -6,7 +6,7 @@
 __all__ = ['ONE', 'BATCHED', 'STEPS', 'SHAPES', 'SHAPE_STEPS', 'first_leaf', 'bare_pass', 'pass_flops', 'make_ready', 'floor',
            'no_model', 'step', 'timed', 'take_turns', 'floor_share', 'true_lengths', 'peak_flops', 'moved', 'bench',
            'random_lengths', 'random_columns', 'shape_batches', 'time_shape', 'fisher_error', 'random_model', 'scaling',
-           'bench_shapes', 'summary', 'main']
+           'bench_shapes', 'summary', 'run_bench_shapes']
 
 # %% ../nbs/18_bench.ipynb #4ec49151
 import argparse
@@ -365,11 +365,11 @@ def summary(
     head = f'{"step":36}{"":6}{"ex/s":>10}{"of floor":>9}{"of peak":>9}'
     return '\n'.join([head, *(f'{o["what"]:36}{o["precision"]:6}{o["examples_per_second"]:10.1f} {share(o)} {peak(o)}' for o in rows)])
 
-def main(
+def run_bench_shapes(
     argv:Sequence[str]|None=None, # words after the program's name; None: from the shell
 ):
     "Time a shape and write JSON."
-    parser = argparse.ArgumentParser('python -m fisher_nodes.bench', description=main.__doc__)
+    parser = argparse.ArgumentParser('python -m fisher_nodes.bench', description=run_bench_shapes.__doc__)
     parser.add_argument('--shape', choices=SHAPES, help='bert-large on a GPU, small elsewhere')
     parser.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1, … (cpu)')
     parser.add_argument('--num-samples', type=int, help='examples; 2,048 on a GPU, 128 elsewhere')
@@ -381,6 +381,6 @@ def main(
     write_record(Path(o.out), **found)
     print(summary(found))
 
-# %% ../nbs/18_bench.ipynb #050dd778
+# %% ../nbs/18_bench.ipynb #f175a695
 #| eval: false
-if __name__=='__main__': main()
+if __name__=='__main__': run_bench_shapes()

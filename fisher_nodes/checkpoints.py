@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .architectures import hash_weights, model_name
 from .batches import check_num_samples
 from .evaluation import load_tokenizer
-from .finetuning import RECORD, check_recipe, finetune, first_layers, load_body
+from .finetuning import TRAINED, check_recipe, finetune, first_layers, load_body
 from .fisher import describe_data
 from .output import OutputExistsError, check_folder, differences
 from .tasks import GLUE, PAPER_TASKS, load_task
@@ -92,12 +92,12 @@ def kept_record(
     wanted:Mapping[str,Any], # entries that its record must have
 )->dict|None: # the record, or None where nothing was made yet
     "The record of a finished checkpoint; `ValueError` naming the first entry that is not as wanted."
-    if not (folder/RECORD).is_file():
+    if not (folder/TRAINED).is_file():
         try: check_folder(folder)
-        except OutputExistsError: raise OutputExistsError(f'{folder} holds files but no {RECORD}; move it away') from None
+        except OutputExistsError: raise OutputExistsError(f'{folder} holds files but no {TRAINED}; move it away') from None
         return None
-    try: found = json.loads((folder/RECORD).read_text())
-    except ValueError as e: raise ValueError(f'{folder/RECORD} cannot be read: {e}') from None
+    try: found = json.loads((folder/TRAINED).read_text())
+    except ValueError as e: raise ValueError(f'{folder/TRAINED} cannot be read: {e}') from None
     for key,(there,asked) in differences(found, wanted).items():
         raise ValueError(f'{folder} was made with another {key}: expected {asked!r}, found {there!r}; give another folder, or move it away')
     return found
@@ -146,12 +146,12 @@ def check_base(
 def _start_hashes(base_hash:str, out:Path, tasks:Sequence[str])->dict[str,dict]:
     "What the records must say of the bodies that tasks start from, where those are there."
     starts = {RECIPES[task].start for task in tasks} - {None}
-    known = {None: base_hash} | {o: hash_weights(load_body(out/o)) for o in starts if (out/o/RECORD).is_file()}
+    known = {None: base_hash} | {o: hash_weights(load_body(out/o)) for o in starts if (out/o/TRAINED).is_file()}
     return {task: dict(base_hash=known[RECIPES[task].start]) for task in tasks if RECIPES[task].start in known}
 
 def _plan(base:Any, out:Path, tasks:Sequence[str], recipe:dict)->tuple[dict,dict,dict]:
     "Training rows, records wanted and records found of all tasks and their starts, everything checked."
-    check_starts(tasks, [o for o in PAPER_TASKS if (out/o/RECORD).is_file()])
+    check_starts(tasks, [o for o in PAPER_TASKS if (out/o/TRAINED).is_file()])
     needed = list(dict.fromkeys([o for task in tasks for o in (RECIPES[task].start, task) if o]))
     data = {task: load_task(f'glue:{task}')[0] for task in needed}
     wanted = wanted_records(base, data, **recipe)
@@ -188,5 +188,5 @@ def finetune_glue(
         start = RECIPES[task].start
         finetune(out/start if start else base, data[task], task, out=out/task, validation=validation[task],
             epochs=wanted[task]['epochs'], num_samples=num_samples, device=device, progress=progress, **same)
-        done[task] = json.loads((out/task/RECORD).read_text())
+        done[task] = json.loads((out/task/TRAINED).read_text())
     return {task: done[task] for task in tasks}

@@ -6,8 +6,8 @@
 __all__ = ['check_logits', 'batch_logits', 'gather', 'names_model', 'load_model', 'load_tokenizer', 'run_model', 'predict',
            'check_task', 'default_task', 'evaluate']
 
-# %% ../nbs/07_evaluation.ipynb #a0d8e296
-from collections.abc import Iterator, Sequence
+# %% ../nbs/07_evaluation.ipynb #25848117
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,9 @@ def names_model(
     except (OSError, RuntimeError, SafetensorError) as e:
         said = ' '.join(str(e).split())
         pickled = 'pytorch_model' in said or 'use_safetensors' in said
-        hint = f'{model} has no safetensors weights, and a pickle, which can run code, is not read; save it as safetensors first. '*pickled
+        here = isinstance(model, PreTrainedModel) or Path(model).exists()
+        hint = '' if here else 'it is not a folder here, and as a Hub id it was not found. '
+        hint += f'{model} has no safetensors weights, and a pickle, which can run code, is not read; save it as safetensors first. '*pickled
         raise ValueError(f'cannot load {model}: {hint}{said}') from None
 
 def load_model(
@@ -84,6 +86,8 @@ def load_model(
 )->PreTrainedModel: # the same object, or the loaded model
     "A model with its task head; `ValueError` for a checkpoint without one."
     if isinstance(model, PreTrainedModel): return model
+    if isinstance(model, Mapping): raise ValueError(f'{type(model).__name__} holds models of {list(model)}; give one of them')
+    if (Path(model)/'merge_report.json').is_file(): raise ValueError(f'{model} is a merged model; give one of its tasks, {model}/TASK')
     with names_model(model):
         found, info = AutoModelForSequenceClassification.from_pretrained(
             str(model), use_safetensors=True, output_loading_info=True)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'PANELS', 'TABLE', 'head_shares', 'winners', 'plot_winners', 'Choice', 'make_choice', 'load_fishers',
-           'load_models', 'small_slice', 'Explorer', 'merge_choice', 'known_scores', 'score_choice', 'score_table',
-           'panel_size', 'draw_panel', 'draw', 'as_png', 'describe_panel', 'panel_html', 'as_code', 'View', 'explore']
+           'load_models', 'small_slice', 'Explorer', 'merge_choice', 'known_scores', 'score_choice', 'choice_table',
+           'panel_size', 'draw_panel', 'draw_all', 'as_png', 'describe_panel', 'panel_html', 'as_code', 'View',
+           'explore']
 
 # %% ../nbs/32_explorer.ipynb #c3f14da1
 from base64 import b64encode
@@ -246,8 +247,8 @@ def score_choice(
             explorer.scores[_key(row, choice, task)] = metrics[explorer.metric(task)]
     return known_scores(explorer, choice)
 
-# %% ../nbs/32_explorer.ipynb #57f74e01
-def score_table(
+# %% ../nbs/32_explorer.ipynb #f176831b
+def choice_table(
     explorer:Explorer,
     choice:Choice,
 )->Any: # a `pandas.DataFrame` in percent, NaN where nothing was computed yet
@@ -293,7 +294,7 @@ def draw_panel(
     PANELS[panel](figure, fishers, choice)
     return figure
 
-def draw(
+def draw_all(
     fishers:Mapping[str,MaskFisher], # task -> Fisher, of all tasks
     choice:Choice,
 )->Any: # a `matplotlib` figure
@@ -399,7 +400,7 @@ def show(self:View, choice:Choice):
     for panel,o in self.panels.items(): o.value = self.html(panel, choice if panel=='winners' else plain)
     self.code.value = f'<code>{escape(as_code(choice, list(self.explorer.fishers)))}</code>'
     if not self.explorer.rows: return self.say('No scores: they need `models` and `validation`.')
-    table = score_table(self.explorer, choice)
+    table = choice_table(self.explorer, choice)
     self.table.value = TABLE + table.to_html(border=0, classes='fisher-scores', na_rep='–', float_format='{:.1f}'.format)
     self.say('This merge is not scored yet.' if table.isna().any(axis=None) else f'Scored on up to {max(map(len, self.explorer.rows.values()))} rows a task.')
 

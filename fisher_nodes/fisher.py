@@ -346,7 +346,8 @@ def find_device(
     "The device of that name; `ValueError` if torch knows none or has none."
     try: return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'no device {str(device)!r} here: {str(e).splitlines()[0]}') from None
+        why = 'expected cpu, cuda, cuda:1, mps, …' if 'Expected one of' in str(e) else str(e).splitlines()[0]
+        raise ValueError(f'no device {str(device)!r} here: {why}') from None
 
 def _chunks(size:int, lengths:Sequence[int])->list[list[int]]:
     "Positions in their own order, `size` per batch."

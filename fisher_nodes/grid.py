@@ -31,7 +31,7 @@ from .labels import check_alignment, reorder_labels
 from .mapping import PAPER, RELEASED
 from .merger import MEASURES, METHODS, Method, load_base, merge
 from .output import differences, write_record
-from .processes import alone, exchange, find_place, from_main, is_main, share, together
+from .processes import alone, exchange, find_rank, from_main, is_main, own_share, together
 from .tasks import PAPER_TASKS, Task, load_task
 
 # %% ../nbs/17_grid.ipynb #9ed76b3f
@@ -236,7 +236,7 @@ def own_scores(
     def one(c):
         return dict(model=model_name(c.model), weight_hash=c.fingerprint, scores=evaluate(c.model, c.validation, c.task, progress=False, **how),
                     majority=c.majority, rows=len(c.validation), train_rows=len(c.train))
-    with _bar(share(list(checkpoints)), desc='own scores', unit='model') as bar: found = exchange({t: one(checkpoints[t]) for t in bar})
+    with _bar(own_share(list(checkpoints)), desc='own scores', unit='model') as bar: found = exchange({t: one(checkpoints[t]) for t in bar})
     return {t: o[t] for t in checkpoints for o in found if t in o}
 
 def _bar(items:Any=None, **kwargs)->tqdm:
@@ -314,7 +314,7 @@ def measure_ahead(
     "Fill the cache, divided among the processes."
     places = {cache_path(k, c, cache, how.get('precision')): (t, c) for c in cells if c.method.evidence for t,k in checkpoints.items()}
     missing = from_main(lambda: [p for p in places if not p.is_file()])
-    with _bar(share(missing), desc='measuring', unit='model') as bar, alone():
+    with _bar(own_share(missing), desc='measuring', unit='model') as bar, alone():
         for t,cell in map(places.get, bar): measure_once(checkpoints[t], cell, cache, **how)
     exchange()
 
@@ -329,8 +329,8 @@ def run_cells(
     "Fill all result files, divided among the processes; what is there already is kept."
     records = from_main(lambda: {c.file: open_record(c, out, about) for c in cells})
     todo = [c for c in cells if open_groups(records[c.file], checkpoints)]
-    if find_place().count>1: measure_ahead(todo, checkpoints, out/'cache', **how)
-    mine = share(todo)
+    if find_rank().count>1: measure_ahead(todo, checkpoints, out/'cache', **how)
+    mine = own_share(todo)
     with _bar(total=sum(len(open_groups(records[c.file], checkpoints)) for c in mine), unit='merge', smoothing=.05) as bar, alone():
         for c in mine: run_cell(c, records[c.file], checkpoints, out, bar, base, **how)
     exchange()

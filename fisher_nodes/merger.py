@@ -10,6 +10,7 @@ __all__ = ['MUST_AGREE', 'METHODS', 'MEASURES', 'check_names', 'check_models', '
 
 # %% ../nbs/05_merger.ipynb #2860d18d
 import inspect
+from difflib import get_close_matches
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from .mapping import KINDS, assign_kinds, check_fisher, fill_zeros, get_scheme, 
 from .masks import keep_rng
 from .parameters import ParameterFisher, parameter_fisher
 from .rivals import (
-    Job, OPTIONS, Rule, check_options, check_values, dare_rule, fisher_rule, regmean_rule, task_arithmetic_rule, ties_rule)
+    Job, OPTION_CHECKS, Rule, check_options, check_values, dare_rule, fisher_rule, regmean_rule, task_arithmetic_rule, ties_rule)
 from .saving import FILES, Merged, TASK_NAME, hash_merged, head_tensors, is_merged, new_copy, with_body
 from .tasks import load_task
 
@@ -80,7 +81,7 @@ def check_models(
     for task,m in models.items():
         try: architecture(m)
         except (TypeError, ValueError) as e: raise type(e)(f'model of {task!r}: {e}') from None
-        if bad := [n for n,p in head_tensors(m).items() if not _finite(p)]: raise ValueError(f'model of {task!r}: {bad[0]} is not finite')
+        if bad := [n for n,p in m.named_parameters() if not (p.is_meta or _finite(p))]: raise ValueError(f'model of {task!r}: {bad[0]} is not finite')
     first,*others = models
     for task in others: _check_pair(first, models[first], task, models[task])
 
@@ -418,8 +419,9 @@ def method_options(
     known = METHODS[method].options
     given = options | ({} if scheme is None else dict(scheme=scheme)) | (dict(variant=variant) if 'variant' in known else {})
     if unknown := [k for k in given if k not in known]:
-        raise ValueError(f'method {method!r} takes no {unknown}; its options are {list(known)}')
-    check_options(**{k: v for k,v in given.items() if k in OPTIONS})
+        near = ''.join(f'; did you mean {o!r}?' for o in get_close_matches(unknown[0], [*known, *inspect.signature(merge).parameters], 1))
+        raise ValueError(f'method {method!r} takes no {unknown}; its options are {list(known)}{near}')
+    check_options(**{k: v for k,v in given.items() if k in OPTION_CHECKS})
     if 'scheme' in known: get_scheme(variant if scheme is None else scheme)
     elif variant!='paper': raise ValueError(f'method {method!r} has no variant {variant!r}')
     return known | given

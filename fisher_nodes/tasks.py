@@ -190,6 +190,7 @@ def file_task(
 )->tuple[Any,Task]: # the table with integer or float labels, and its `Task`
     "Read a `Task` off the columns of a file and turn string labels into integers."
     import pyarrow as pa
+    if not len(table): raise ValueError(f'{source}: no rows')
     if 'label' not in table.column_names:
         raise ValueError(f"{source}: no column 'label' among {table.column_names}")
     names = label_names(table, source) if labels is None else tuple(labels)

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fisher_nodes import grid
-from fisher_nodes.processes import find_place
+from fisher_nodes.processes import find_rank
 
 out, logs, (kwargs, *fault) = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-rank = find_place().rank
+rank = find_rank().rank
 log = (logs/f'{rank}.jsonl').open('a', buffering=1)
 
 def noted(kind, f, key):

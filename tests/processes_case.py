@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from fisher_nodes import linear_grams, mask_fisher, parameter_fisher, processes
-from fisher_nodes.processes import alone, exchange, find_place, from_main, is_main, share
+from fisher_nodes.processes import alone, exchange, find_rank, from_main, is_main, own_share
 from reference import collate, examples, ragged_batches, tiny
 
 QUIET = dict(progress=False)
@@ -74,7 +74,7 @@ def one_fails(rank, error):
     "An exception before any batch, in the last process only."
     def loss(m, b): raise error
     good = lambda m, b: m(b['input_ids']).logits.square().sum(1)
-    mask_fisher(tiny(), ragged_batches(), loss=loss if rank == find_place().count-1 else good, **QUIET)
+    mask_fisher(tiny(), ragged_batches(), loss=loss if rank == find_rank().count-1 else good, **QUIET)
 
 class Prepared(DataLoader): __module__ = 'accelerate.data_loader'
 
@@ -102,7 +102,7 @@ def caught(f, rank):
     except Exception as e: return [type(e).__name__, str(e)]
 
 def main(out):
-    rank, count = find_place()
+    rank, count = find_rank()
     torch.set_num_threads(1) # more threads add up in another order
     found = {f'{d}/{k}': f(tiny(dtype=t)) for d, t in DTYPES.items() for k, f in MEASURED.items() if d != 'bfloat16' or k == 'data set'}
     torch.save({k: dict(tensors=tensors(v), num_examples=v.num_examples, meta=v.meta) for k, v in found.items()}, out/f'found-{rank}.pt')
@@ -113,14 +113,14 @@ def main(out):
     with alone():
         found['float64/data set'].save(out/f'alone-{rank}.safetensors')
         said['alone'] = [is_main(), mask_fisher(tiny(), dataset(rank+1), **QUIET).num_examples]
-    said |= dict(share=share(list(range(7))), from_main=from_main(lambda: f'from {rank}'), exchange=exchange(rank))
+    said |= dict(share=own_share(list(range(7))), from_main=from_main(lambda: f'from {rank}'), exchange=exchange(rank))
     said['faults'] = {k: caught(f, rank) for k, f in FAULTS.items()}
     said['afterwards'] = mask_fisher(tiny(), dataset(), **QUIET).num_examples
     (out/f'said-{rank}.json').write_text(json.dumps(said))
 
 def one_ends(out):
     "The last process is killed in the middle of the work."
-    rank, count = find_place()
+    rank, count = find_rank()
     def loss(m, b):
         if rank == count-1: os._exit(3)
         return m(b['input_ids']).logits.square().sum(1)
@@ -128,7 +128,7 @@ def one_ends(out):
 
 def only_main(out):
     "What a script under `if is_main` runs into."
-    rank, _ = find_place()
+    rank, _ = find_rank()
     processes.START = timedelta(seconds=2)
     exchange()
     said = caught(lambda r: mask_fisher(tiny(), dataset(), **QUIET), rank) if is_main() else time.sleep(6)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fisher_nodes.batches import Batch
 from fisher_nodes.bench import SHAPE_STEPS, STEPS, bare_pass, bench, bench_shapes, pass_flops, take_turns
-from fisher_nodes.bench import main as bench_main
+from fisher_nodes.bench import run_bench_shapes
 from fisher_nodes.cli import main
 from fisher_nodes.results import load_bench
 from reference import ragged_batches, tiny
@@ -89,7 +89,7 @@ def test_floor_takes_no_gradient_below_the_first_mask(family):
 
 def test_shapes(tmp_path, capsys):
     "Every step at every precision, then the pair of floor and masks as one thing varies."
-    bench_main(['--shape', 'toy', '--num-samples', '33', '--rounds', '1', '--out', str(tmp_path/'deep'/'a.json')])
+    run_bench_shapes(['--shape', 'toy', '--num-samples', '33', '--rounds', '1', '--out', str(tmp_path/'deep'/'a.json')])
     found = json.loads((tmp_path/'deep'/'a.json').read_text())
     first = [o for o in found['steps'] if o['varies'] == 'precision']
     assert [o['what'] for o in first] == list(SHAPE_STEPS) and [o['num_examples'] for o in first] == [33, 33, 33, 4, 1]

@@ -21,7 +21,7 @@ from reference import ragged_batches, tiny
 from fisher_nodes import SCHEMES, MaskFisher, evaluate, merge
 from fisher_nodes.architectures import hash_weights
 from fisher_nodes.explorer import (ROWS, Explorer, View, as_code, draw_panel, explore, head_shares, known_scores,
-                                   merge_choice, score_choice, score_table, winners)
+                                   merge_choice, score_choice, choice_table, winners)
 
 TESTS = Path(__file__).resolve().parent
 
@@ -121,7 +121,7 @@ def test_batches_and_slices(given):
 
 def test_table(explorer):
     score_choice(explorer, explorer.choice(['red', 'blue']))
-    table = score_table(explorer, explorer.choice(['red', 'blue']))
+    table = choice_table(explorer, explorer.choice(['red', 'blue']))
     assert list(table)==['red, accuracy', 'blue, accuracy', 'mean, % of own'] and list(table.index)==list(ROWS)
     np.testing.assert_allclose(table.iloc[:,2], table.iloc[:,:2].mean(axis=1), rtol=1e-12) # own scores are 100
 

@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import fisher_nodes
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -60,3 +63,10 @@ def test_readme_is_the_index_page():
     sys.path.insert(0, str(ROOT/'tools'))
     from make_readme import readme
     assert (ROOT/'README.md').read_text(encoding='utf-8')==readme(), 'run `make readme`'
+
+def test_every_public_name_has_one_home():
+    "Links in the pages find a name by itself."
+    homes = {}
+    for path in sorted(Path(fisher_nodes.__file__).parent.glob('[!_]*.py')):
+        for name in import_module(f'fisher_nodes.{path.stem}').__all__: homes.setdefault(name, []).append(path.stem)
+    assert {k: v for k, v in homes.items() if len(v) > 1} == {}

@@ -1,7 +1,8 @@
 """Time and memory of `merge_files` against reading the inputs and writing the output once, in interleaved rounds.
 
 python tools/bench_streaming.py --make /tmp/large --models 6                  # random checkpoints of BERT-large's shape
-python tools/bench_streaming.py --models 2 6 --rounds 3 /tmp/large            # floor and merge, a fresh process each
+python tools/bench_streaming.py --models 2 6 --rounds 3 /tmp/large --out nbs/results/merging/bert-large.json
+                                                                              # floor and merge, a fresh process each
 python tools/bench_streaming.py --models 2 --mergekit PYTHON /tmp/large       # and mergekit's `linear`, by its own Python
 python tools/bench_streaming.py --make /tmp/huge --models 1 --layers 196      # 10 GB
 python tools/bench_streaming.py --models 2 --rounds 1 /tmp/huge               # merged with itself: 20 GB read, 10 GB written
@@ -71,11 +72,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', nargs='?', type=Path); p.add_argument('--make', type=Path); p.add_argument('--layers', type=int, default=24)
     p.add_argument('--models', type=int, nargs='+', default=[2]); p.add_argument('--rounds', type=int, default=3)
-    p.add_argument('--method', default='average'); p.add_argument('--mergekit'); p.add_argument('--one')
+    p.add_argument('--method', default='average'); p.add_argument('--mergekit'); p.add_argument('--one'); p.add_argument('--out', type=Path)
     a = p.parse_args()
     if a.make: return make(a.make, a.models[0], a.layers)
     found, out = sorted(a.folder.glob('m*')), a.folder/'out'
     if a.one: return print(json.dumps(one(a.one, [found[i%len(found)] for i in range(a.models[0])], out, a.method)))
+    runs = []
     for n in a.models:
         for _ in range(a.rounds):
             for what in ('floor', 'merge', *['mergekit']*bool(a.mergekit)):
@@ -83,6 +85,10 @@ def main():
                 os.sync()
                 done = subprocess.run([python, __file__, str(a.folder), '--models', str(n), '--method', a.method, '--one', what], capture_output=True, text=True)
                 print(done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr[-2000:], flush=True)
+                if done.returncode == 0: runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
                 shutil.rmtree(out, ignore_errors=True)
+    if a.out:
+        from fisher_nodes.output import write_record
+        write_record(a.out, runs=runs, method=a.method, layers=a.layers, input_bytes=sum(o.stat().st_size for o in (found[0]).glob('*.safetensors')))
 
 if __name__ == '__main__': main()

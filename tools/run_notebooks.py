@@ -2,7 +2,7 @@
 
 python tools/run_notebooks.py [--slow] [nbs/01_masks.ipynb ...]     # no name: all of them
 
-Cells that carry a flag of `tst_flags` in settings.ini are left as they are, unless --slow lifts `slow`.
+Cells that carry a flag of `tst_flags` in settings.ini are left as they are, unless --slow lifts `slow`. Progress bars are not stored.
 """
 import argparse
 import copy
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+os.environ['TQDM_DISABLE'] = '1' # tqdm reads it when it is imported
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
@@ -28,6 +30,8 @@ def is_left_out(cell, skip:set)->bool:
 def run(path:Path, skip:set):
     "Run one notebook in its own folder; nothing is written if a cell fails."
     nb = read_nb(path)
+    for c in nb.cells:
+        if not is_left_out(c, skip): c.outputs = [] # what prints nothing has none
     with working_directory(path.parent): CaptureShell(path).run_all(nb, exc_stop=True, preproc=lambda c: is_left_out(c, skip))
     write_nb(nb, path)
 

@@ -135,8 +135,8 @@ def checksum(
     start:int=0, # place of its first element in the whole
 )->Tensor: # int64 with wrap-around, shape `(2,)`, on its device
     "Sum of the bits of `t`, and their sum weighted by $2i+1$ at place $i$."
-    t = torch.view_as_real(t) if t.is_complex() else t
-    bits = t.detach().contiguous().view(_BITS[t.element_size()]).flatten()
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    bits = t.detach().resolve_neg().contiguous().view(_BITS[t.element_size()]).flatten()
     add,rows,whole = _wide_sums if t.element_size()==8 else _sums, 128 if t.is_cpu else 1024, len(bits)//_COLUMNS*_COLUMNS
     total = torch.zeros(2, dtype=torch.int64, device=t.device)
     for part in (*bits[:whole].view(-1, _COLUMNS).split(rows), bits[whole:][None]):
@@ -157,7 +157,7 @@ def hash_sums(
 def hash_tensors(
     tensors:Mapping[str,Tensor], # name -> tensor, any dtypes and devices
 )->str: # 16 hexadecimal digits
-    "A fingerprint of names, shapes, dtypes and every bit of the values; the order of names is irrelevant."
+    "A fingerprint of names, shapes, dtypes and values against mistakes, not against malice; the order of names is irrelevant."
     if not tensors: return hash_sums({})
     home = next(iter(tensors.values())).device
     totals = torch.stack([checksum(t).to(home, non_blocking=True) for t in tensors.values()]).tolist() # waits once

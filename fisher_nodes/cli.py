@@ -100,11 +100,12 @@ def read_value(
 
 def run_merge(args:argparse.Namespace)->dict|None:
     "Merge models of several tasks into one body with a head for each, or repeat a recipe."
+    from fisher_nodes.processes import from_main
     recipe = len(args.models)==1 and '=' not in args.models[0]
     if args.accept_changes and not recipe: raise ValueError('--accept-changes is about a recipe; these are models')
     check_folder(args.out, args.overwrite)
     _merge_recipe(args) if recipe else _merge_models(args)
-    report = json.loads((Path(args.out)/'merge_report.json').read_text())
+    report = from_main(lambda: json.loads((Path(args.out)/'merge_report.json').read_text()))
     tasks = {t: dict(model=o['model'], λ=o['weight']) for t,o in report['tasks'].items()}
     return {'tasks': tasks, 'zero_fisher_nodes': report['zero_fisher'], 'wrote': str(args.out)}
 
@@ -118,9 +119,10 @@ def _merge_recipe(args:argparse.Namespace):
 def _merge_models(args:argparse.Namespace):
     "Merge the models that are named, and save; from file to file where nothing is measured."
     from fisher_nodes.merger import METHODS, check_inputs, check_known, merge
+    from fisher_nodes.saving import check_shard_size
     from fisher_nodes.streaming import merge_files
     models = parse_pairs(args.models, 'models')
-    check_apart(args.out, models)
+    check_apart(args.out, models | ({'base': args.base} if args.base else {}))
     check_known('method', args.method, METHODS)
     if args.data is None and args.num_samples: raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     options,known = parse_pairs(args.options or [], '--options', 'option'),METHODS[args.method].options
@@ -130,6 +132,7 @@ def _merge_models(args:argparse.Namespace):
     check_inputs(args.method, fishers=args.fisher, data=args.data, base=args.base, **measure)
     how = dict(method=args.method, variant=args.variant, scheme=args.scheme, weights=for_tasks(args.weights, models, '--weights', float),
         seed=args.seed, base=args.base, **{k: read_value(v) for k,v in options.items()})
+    check_shard_size(args.max_shard_size)
     write = dict(overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if args.data is None: return merge_files(models, for_tasks(args.fisher, models, '--fisher'), out=args.out, device=either(args.device, 'cpu'), **how, **write)
     data = for_tasks(args.data, models, '--data')
@@ -442,14 +445,17 @@ def main(
         if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace') # λ where the terminal has none
     args,main_process = make_parser().parse_args(argv),os.environ.get('RANK', '0')=='0'
     if not main_process: sys.stdout = sys.stderr = open(os.devnull, 'w')
-    try: result = _run(args)
-    except (ValueError, TypeError, OSError, SafetensorError) as e:
+    try:
+        result = _run(args)
+        print(json.dumps(result, indent=1), flush=True) if args.json else show(result)
+    except (ValueError, TypeError, NotImplementedError, OSError, SafetensorError) as e:
         if os.environ.get('FISHER_NODES_DEBUG'): raise
         print(f'fisher-nodes {args.command}: {" ".join(str(e).split())}', file=sys.stderr)
         return 2 if main_process or not getattr(e, 'told', False) else 0 # else the launcher ends the main process before it can say so
+    except BrokenPipeError: # whoever read it has stopped
+        sys.stdout = open(os.devnull, 'w')
+        return 1
     except KeyboardInterrupt:
         print(f'fisher-nodes {args.command}: interrupted', file=sys.stderr)
         return 130
-    if args.json: print(json.dumps(result, indent=1))
-    else: show(result)
     return 0

@@ -25,7 +25,7 @@ class Spot:
     path:Path
     start:int # its first byte
     shape:tuple[int,...]
-    stored:torch.dtype # in the file
+    stored:torch.dtype|None # in the file; None if it is not known
     dtype:torch.dtype # of what is read
 
     def _bytes(self, rows)->tuple[int,tuple[int,...]]:
@@ -38,6 +38,7 @@ class Spot:
         rows:slice, # or `...` for all
     )->Tensor: # a new tensor
         "Read some rows."
+        if self.stored is None: raise ValueError(f'{self.path} has a tensor of a type that is not known; known are {list(DTYPES)}')
         start,shape = self._bytes(rows)
         data = torch.empty(prod(shape)*self.stored.itemsize, dtype=torch.uint8)
         left = memoryview(data.numpy())
@@ -64,13 +65,12 @@ class Spot:
 def read_spots(
     path:str|Path, # a safetensors file
 )->dict[str,Spot]: # in the order of the file
-    "Where the tensors of a file are; `ValueError` if it is not whole, or of a type that is not known."
+    "Where the tensors of a file are; `ValueError` if it is not whole."
     with open_saved(path, 'model'), open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
         table = json.loads(f.read(size))
     table.pop('__metadata__', None)
-    if odd := {o['dtype'] for o in table.values()}-set(DTYPES): raise ValueError(f'{path} has tensors of type {min(odd)}; known are {list(DTYPES)}')
-    return {n: Spot(Path(path), 8+size+o['data_offsets'][0], tuple(o['shape']), *[DTYPES[o['dtype']]]*2) for n,o in table.items()}
+    return {n: Spot(Path(path), 8+size+o['data_offsets'][0], tuple(o['shape']), *[DTYPES.get(o['dtype'])]*2) for n,o in table.items()}
 
 def folder_spots(
     folder:Path, # of a saved model

@@ -144,7 +144,7 @@ def combine_bodies(
         out[name] = rule.combine(name, [o[name] for o in states])
         if not _finite(out[name]):
             bad = [task for task,o in zip(models, states) if not _finite(o[name])]
-            raise ValueError(f'{name} is not finite after merging; not finite in the models {bad}')
+            raise ValueError(f'{name} is not finite after merging; not finite in the models {bad or "(none of them: look at the base)"}')
     return out
 
 # %% ../nbs/05_merger.ipynb #e41338ca

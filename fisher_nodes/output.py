@@ -10,6 +10,7 @@ __all__ = ['RECORDS', 'whole_file', 'OutputExistsError', 'check_apart', 'check_f
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -36,13 +37,13 @@ def whole_file(
 class OutputExistsError(FileExistsError, ValueError):
     "What should be written is there already."
 
-_PART = '.partial-'
+_PART = re.compile(r'\.partial-(\d+)-.*') # with the number of the process
 RECORDS = ('finetune.json', 'merge_report.json') # where one of these is, a folder holds that result, complete
 
 def _is_written(entry:Path)->bool:
     "Whether it is the unfinished result of a process that is still there."
-    pid = entry.name.removeprefix(_PART).partition('-')[0] if entry.name.startswith(_PART) else ''
-    if not pid.isdigit(): return False
+    if not (found := _PART.fullmatch(entry.name)): return False
+    pid = found[1]
     try: os.kill(int(pid), 0)
     except ProcessLookupError: return False
     except PermissionError: return True
@@ -68,7 +69,7 @@ def check_folder(
     if out.exists() and not out.is_dir(): raise OutputExistsError(f'output {out} is a file, not a folder')
     entries = sorted(out.iterdir()) if out.exists() else []
     if any(_is_written(o) for o in entries): raise OutputExistsError(f'another process is writing to {out}')
-    found = [o.name for o in entries if not o.name.startswith(_PART)]
+    found = [o.name for o in entries if not _PART.fullmatch(o.name)]
     if found and not overwrite:
         raise OutputExistsError(f'output folder {out} is not empty, it has {", ".join(found[:3])}; '
                                 'pass overwrite=True (--overwrite) to replace it')
@@ -102,8 +103,9 @@ def whole_folder(
     out = check_folder(out, overwrite)
     made,moved = not out.exists(),[]
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob(f'{_PART}*'): _remove(old)
-    part = Path(tempfile.mkdtemp(prefix=f'{_PART}{os.getpid()}-', dir=out))
+    for old in list(out.iterdir()):
+        if _PART.fullmatch(old.name): _remove(old)
+    part = Path(tempfile.mkdtemp(prefix=f'.partial-{os.getpid()}-', dir=out))
     try:
         yield part
         _move_in(part, out, record, stale, moved)

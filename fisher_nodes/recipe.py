@@ -153,7 +153,7 @@ def run_recipe(
     try: args = recipe_arguments(recipe, accept_changes)
     except ValueError as e: raise ValueError(f'{Path(path).name}: {e}') from None
     check_folder(out, overwrite)
-    check_apart(out, model_names(recipe))
+    check_apart(out, model_names(recipe) | {'base': entry_name(recipe.get('base'))})
     merged = merge(**args, device=device, progress=progress)
     if not accept_changes and recipe.get('result', merged.recipe['result'])!=merged.recipe['result']:
         warnings.warn(f'the merged weights differ from those of {Path(path).name}; made with {recipe.get("versions")}, now {merged.recipe["versions"]}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'DTYPE', 'TASK_NAME', 'FILES', 'new_copy', 'with_body', 'Merged', 'head_tensors', 'hash_merged', 'is_merged',
-           'plan_files', 'check_target', 'save_rest']
+           'check_shard_size', 'plan_files', 'check_target', 'save_rest']
 
 # %% ../nbs/28_saving.ipynb #7f9b6b08
 import copy
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import Layer, find_layers, hash_tensors
-from .card import RECIPE, check_scores, load_recipe, model_card, model_names, public_recipe, recipe_text
+from .card import RECIPE, check_scores, entry_name, load_recipe, model_card, model_names, public_recipe, recipe_text
 from .evaluation import load_tokenizer, names_model
 from .output import OutputExistsError, check_apart, whole_folder
 from .processes import is_main
@@ -128,7 +128,15 @@ def _link(source:Path, target:Path):
     try: os.link(source, target)
     except OSError: shutil.copyfile(source, target)
 
-# %% ../nbs/28_saving.ipynb #51572fff
+# %% ../nbs/28_saving.ipynb #84fe00ac
+def check_shard_size(
+    size:Any, # as in `save_pretrained`
+):
+    "`ValueError` unless it is a size that files can have."
+    if isinstance(size, int) and not isinstance(size, bool) and size>0: return
+    if isinstance(size, str) and re.fullmatch(r'[1-9][0-9]*[KMG]B', size): return
+    raise ValueError(f'`max_shard_size` is {size!r}; expected a number of bytes, or words such as 500MB or 5GB')
+
 def plan_files(
     body:PreTrainedModel,
     folder:Path, # where its files will be; gets their index, if there are several
@@ -185,19 +193,20 @@ def _check_place(path:Path, tasks:list[str])->list[str]:
     stale = list(_read_report(path)['tasks']) if is_merged(path) else []
     for t in tasks:
         if (path/t).exists() and t not in stale: raise OutputExistsError(f'{path/t} is there and not from an earlier merge')
-    return stale and [*stale, RECIPE, 'modules.json', '[0-9]*_Pooling', 'model*.safetensors*']
+    return [*stale, RECIPE, 'modules.json', '[0-9]*_Pooling', 'model*.safetensors*']
 
 def check_target(
     path:Path, # folder to write
     body:PreTrainedModel, # merged
     report:Mapping[str,Any], # what sentence-transformers reads
-    sources:Mapping[str,Any], # task -> folder or Hub id of a model that was merged
-)->list[str]: # patterns of what an earlier merge left there
+    sources:Mapping[str,Any], # task, or `base` -> folder or Hub id of a model that was read
+    tasks:Sequence[str],
+)->list[str]: # patterns of what an earlier model left there
     "An error unless a merged model can be written to a folder, and loaded from there."
     _check_widths(body)
-    if taken := sorted({o.split('/')[0] for o in _modules(report)}&set(sources)): raise ValueError(f'task names {taken} are files of sentence-transformers')
+    if taken := sorted({o.split('/')[0] for o in _modules(report)}&set(tasks)): raise ValueError(f'task names {taken} are files of sentence-transformers')
     check_apart(path, sources)
-    return _check_place(path, list(sources))
+    return _check_place(path, list(tasks))
 
 # %% ../nbs/28_saving.ipynb #1244b0f0
 def _modules(report:Mapping)->dict[str,Any]:
@@ -249,8 +258,10 @@ def save_pretrained(self:Merged,
     "Write the body once and a folder for each task; `OutputExistsError` if the folder is not empty."
     if not is_main(): return
     path = Path(path).resolve()
+    check_shard_size(max_shard_size)
     if scores is not None: self.report['scores'] = check_scores(scores, list(self))
-    stale = check_target(path, self.body, self.report, dict.fromkeys(self) | model_names(self.recipe))
+    sources = model_names(self.recipe) | {'base': entry_name((self.recipe or {}).get('base'))}
+    stale = check_target(path, self.body, self.report, sources, list(self))
     with whole_folder(path, RECORD, overwrite, stale) as out:
         files = _save_body(self.body, out, max_shard_size)
         changed = bool(self.recipe) and self.recipe.get('result')!=hash_merged(self.body, self.models)

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from .architectures import checksum, hash_sums, hash_tensors, model_name
 from .blocks import Block, Blocks, cut, rows_meant
 from .card import agreed_modules
-from .disk import Spot, folder_spots, make_file, read_spots
+from .disk import DTYPES, Spot, folder_spots, make_file, read_spots
 from .evaluation import names_model
 from .fisher import MaskFisher, VARIANTS, find_device, open_saved
 from .grams import Grams
@@ -34,9 +34,9 @@ from fisher_nodes.merger import (
     _recipe, _report)
 from .output import check_folder, whole_folder
 from .parameters import Measured
-from .processes import is_main
+from .processes import once
 from .rivals import Job, Rule, check_values
-from .saving import FILES, RECORD, Merged, check_target, head_tensors, is_merged, plan_files, save_rest
+from .saving import FILES, RECORD, Merged, check_shard_size, check_target, head_tensors, is_merged, plan_files, save_rest
 
 # %% ../nbs/33_streaming.ipynb #a61d7a60
 @dataclass
@@ -71,8 +71,11 @@ def find_spot(
 )->Spot:
     "Where a parameter of a body is, whatever a file calls it; `ValueError` if it is nowhere."
     old = next((name.removesuffix(k)+v for k,v in OLD_NAMES.items() if name.endswith(k)), name)
-    names = [o for n in (name, old) for o in (f'{prefix}.{n}', n) if o in spots]
-    if not names: raise ValueError(f'{name} is not in {next(iter(spots.values())).path.parent}')
+    names = [o for n in dict.fromkeys((name, old)) for o in (f'{prefix}.{n}', n) if o in spots]
+    where = next(iter(spots.values())).path.parent
+    if not names: raise ValueError(f'{name} is not in {where}')
+    if len({o.removeprefix(f'{prefix}.') for o in names})>1: raise ValueError(f'{where} has both {names[0]} and {names[-1]}; which is meant?')
+    if spots[names[0]].stored is None: raise ValueError(f'{names[0]} in {where} is of a type that is not known; known are {list(DTYPES)}')
     return replace(spots[names[0]], dtype=dtype)
 
 @dataclass(frozen=True)
@@ -234,9 +237,10 @@ class Stream:
         self.out[name][name.rows] = rows
 
     def name_culprit(self, name:Block):
-        "`ValueError` naming the models that are not finite."
-        bad = [t for t,o in self.stored.items() if not _finite(o.body[str(name)])]
-        raise ValueError(f'{name} is not finite after merging; not finite in the models {bad}')
+        "`ValueError` naming the model that is not finite."
+        for t,o in self.stored.items():
+            if not _finite(o.body[str(name)]): raise ValueError(f'model of {t!r}: {o.model.base_model_prefix}.{name} is not finite')
+        raise ValueError(f'{name} is not finite after merging, though all models are; look at the base')
 
     def merge_one(self,
         name:str,
@@ -334,7 +338,8 @@ def _describe(merged:Merged, stream:Stream, method:str, options:dict, sources:Ma
     if start: merged.recipe['base']['weight_hash'] = start
     merged.recipe['result'] = _hash_result(stream, merged)
 
-# %% ../nbs/33_streaming.ipynb #f7fb9376
+# %% ../nbs/33_streaming.ipynb #3fb220c9
+@once
 def merge_files(
     models:Mapping[str,Any]|Sequence[Any], # task -> folder, Hub id or `Source`; or a list of them
     fishers:Mapping[str,Any]|None=None, # task -> what the method needs of that very model, or its file
@@ -358,6 +363,7 @@ def merge_files(
     for name,value,known in (('method', method, METHODS), ('variant', variant, VARIANTS)): check_known(name, value, known)
     kind,options = METHODS[method].evidence,method_options(method, variant, scheme, options)
     check_inputs(method, fishers=fishers, data=None, base=base, labels='empirical')
+    check_shard_size(max_shard_size)
     sources,device = _name_models(models),find_device(device)
     λ,path = _lambdas(weights, list(sources)),check_folder(Path(out).resolve(), overwrite)
     asked = dict(fishers=None if fishers is None else match_tasks(fishers, list(sources), 'fishers'), data=None, max_length=None,
@@ -367,8 +373,8 @@ def merge_files(
     start = None if base is None else open_base(base, next(iter(stored.values())).model)
     check_evidence(measured, {t: o.model for t,o in stored.items()}, kind, variant if scheme is None else None)
     merged = _outline(stored, _find_tokenizer(sources, tokenizer))
-    stale = check_target(path, merged.body, merged.report, {t: o.source.name for t,o in stored.items()})
-    if not is_main(): return path
+    names = {t: o.source.name for t,o in stored.items()} | {'base': getattr(as_source(base), 'name', None)}
+    stale = check_target(path, merged.body, merged.report, names, list(merged))
     job = Job(_floating(stored), λ, measured, start, seed, next(iter(stored.values())).model)
     with whole_folder(path, RECORD, overwrite, stale) as folder:
         spots,files = make_files(merged.body, folder, max_shard_size)

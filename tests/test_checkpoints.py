@@ -205,7 +205,7 @@ def test_finished_tasks_are_kept(six, base, tmp_path, monkeypatch):
         return finetune(model, *args, **kwargs)
     monkeypatch.setattr(fisher_nodes.checkpoints, 'finetune', noted)
     out = copy(six, tmp_path, 'mnli', 'qnli')
-    (out/'sst2'/'.partial-x').mkdir(parents=True)
+    (out/'sst2'/'.partial-4999999-x').mkdir(parents=True)
     records = finetune_glue(base, out, tasks=['rte', 'sst2', 'qnli', 'mnli'], **FAST)
     assert made == ['sst2', 'rte'] and list(records) == ['rte', 'sst2', 'qnli', 'mnli']
     assert records['qnli'] == six[1]['qnli'] and records['rte']['losses'] == six[1]['rte']['losses']

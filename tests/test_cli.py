@@ -125,6 +125,7 @@ MISTAKES = {
     'merge x=nowhere X=x --method average --out {o}': 'differ in capitals only',
     'merge x=nowhere y=x --method ties --base x --options density=0 --out {o}': '`density` is 0',
     'merge x=x y=y --method average --over --out {o}': 'unrecognized arguments: --over',
+    'merge x=x y=y --method average --max-shard-size abc --out {o}': "`max_shard_size` is 'abc'",
     'evaluate x --data x.csv --split test': '--split is about glue:TASK',
     'fisher x --data nowhere.csv --out {o}': 'nowhere.csv',
     'fisher x --data glue:nope --out {o}': 'nope',

@@ -140,6 +140,8 @@ def test_the_command_line(tmp_path):
     one, two = (MaskFisher.load(tmp_path/f'{n}.safetensors') for n in ('one', 'two'))
     assert one.meta == two.meta
     assert_close(two.heads, one.heads, rtol=1e-5, atol=0)
+    code, text = torchrun(2, *COMMAND, 'merge', f'a={tmp_path/"model"}', f'b={tmp_path/"model"}', '--method', 'average', '--json', '--out', tmp_path/'both')
+    assert code == 0 and text.count('"wrote"') == 1 and (tmp_path/'both'/'merge_report.json').is_file(), text[-2000:]
     code, text = torchrun(2, *COMMAND, *words, tmp_path/'two.safetensors')
     assert code and text.count('exists; give --overwrite') == 1, text[-2000:]
 

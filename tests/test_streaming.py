@@ -360,6 +360,32 @@ def test_sources_stay_as_they_are(tmp_path):
     assert contents(tmp_path/'in') == before
 
 
+def test_the_base_is_not_overwritten(tmp_path):
+    folders, base = make(tmp_path), tmp_path/'in'/'base'
+    before = contents(base)
+    for run in (lambda: merge_files(folders, method='ties', base=base, out=base, overwrite=True),
+                lambda: merge(folders, method='ties', base=base).save_pretrained(base, overwrite=True)):
+        with pytest.raises(OutputExistsError, match="model of 'base'"): run()
+    assert contents(base) == before
+
+def test_shards_replace_the_weights_of_a_plain_model(tmp_path):
+    folders, out = make(tmp_path), tmp_path/'out'
+    load(folders['t2']).save_pretrained(out)
+    merge_files(folders, method='average', out=out, overwrite=True, max_shard_size='20KB')
+    want = Merged.from_pretrained(out).body.state_dict()
+    for n, t in BertModel.from_pretrained(out).state_dict().items(): assert_close(t, want[n], rtol=0, atol=0)
+
+@pytest.mark.parametrize('size', ['abc', 0, -1, True, 1.5, None, '-5GB', '5GiB'])
+def test_a_shard_size_is_a_size(tmp_path, size):
+    with pytest.raises(ValueError, match='`max_shard_size` is'): merge_files({'a': 'nowhere'}, method='average', out=tmp_path/'o', max_shard_size=size)
+
+def test_two_names_for_one_weight(tmp_path):
+    folders = make(tmp_path)
+    old = load_file(folders['t1']/'model.safetensors')
+    old |= {n.replace('LayerNorm.weight', 'LayerNorm.gamma'): torch.zeros_like(t) for n, t in old.items() if 'LayerNorm.weight' in n}
+    save_file(old, folders['t1']/'model.safetensors', dict(format='pt'))
+    with pytest.raises(ValueError, match='has both'): merge_files(folders, method='average', out=tmp_path/'o')
+
 # --- memory -----------------------------------------------------------------------------------
 
 PEAK = '''import re, sys, threading, time

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -118,11 +119,15 @@ def find_layers(
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 1024
 
+@lru_cache(256)
+def _places(rows:int, columns:int, device:torch.device)->tuple[Tensor,Tensor]: # ones and row numbers; 1, 3, 5, …
+    numbers = torch.arange(rows, device=device)
+    return torch.stack([torch.ones_like(numbers), numbers]).double(), 2*torch.arange(columns, device=device)+1
+
 def _sums(bits:Tensor)->Tensor:
     "Sum and position-weighted sum of integers of at most 32 bits, shape `(rows, columns)`."
-    ones,rows = torch.ones(len(bits), device=bits.device).double(),torch.arange(len(bits), device=bits.device).double()
-    plain,by_row = (torch.stack([ones, rows]) @ bits.double()).long()
-    odd = 2*torch.arange(bits.shape[1], device=bits.device)+1
+    left,odd = _places(*bits.shape, bits.device)
+    plain,by_row = (left @ bits.double()).long()
     return torch.stack([plain.sum(), (plain*odd).sum() + 2*bits.shape[1]*by_row.sum()])
 
 def _wide_sums(bits:Tensor)->Tensor:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from fisher_nodes import linear_grams, mask_fisher, parameter_fisher, processes
+from fisher_nodes.output import whole_file
 from fisher_nodes.processes import alone, exchange, find_rank, from_main, is_main, own_share
 from reference import collate, examples, ragged_batches, tiny
 
@@ -124,7 +125,8 @@ def one_ends(out):
     def loss(m, b):
         if rank == count-1: os._exit(3)
         return m(b['input_ids']).logits.square().sum(1)
-    (out/f'ends-{rank}.json').write_text(json.dumps(caught(lambda r: mask_fisher(tiny(), ragged_batches(), loss=loss, **QUIET), rank)))
+    said = caught(lambda r: mask_fisher(tiny(), ragged_batches(), loss=loss, **QUIET), rank)
+    with whole_file(out/f'ends-{rank}.json') as part: part.write_text(json.dumps(said)) # the launcher may end it meanwhile
 
 def only_main(out):
     "What a script under `if is_main` runs into."

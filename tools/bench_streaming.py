@@ -1,11 +1,11 @@
 """Time and memory of `merge_files` against reading the inputs and writing the output once, in interleaved rounds.
 
-python tools/bench_streaming.py --make /tmp/large --models 6                  # random checkpoints of BERT-large's shape
-python tools/bench_streaming.py --models 2 6 --rounds 3 /tmp/large --out nbs/results/merging/bert-large.json
+python tools/bench_streaming.py --make _large --models 6                  # random checkpoints of BERT-large's shape
+python tools/bench_streaming.py --models 2 6 --rounds 3 _large --out nbs/results/merging/bert-large.json
                                                                               # floor and merge, a fresh process each
-python tools/bench_streaming.py --models 2 --mergekit PYTHON /tmp/large       # and mergekit's `linear`, by its own Python
-python tools/bench_streaming.py --make /tmp/huge --models 1 --layers 196      # 10 GB
-python tools/bench_streaming.py --models 2 --rounds 1 /tmp/huge               # merged with itself: 20 GB read, 10 GB written
+python tools/bench_streaming.py --models 2 --mergekit PYTHON _large       # and mergekit's `linear`, by its own Python
+python tools/bench_streaming.py --make _huge --models 1 --layers 196      # 10 GB
+python tools/bench_streaming.py --models 2 --rounds 1 _huge               # merged with itself: 20 GB read, 10 GB written
 """
 import argparse, json, os, re, shutil, subprocess, sys, threading, time
 from importlib import import_module

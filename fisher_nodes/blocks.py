@@ -43,8 +43,8 @@ class Blocks(Mapping):
     def __iter__(self): return iter(self.tensors)
     def __len__(self): return len(self.tensors)
 
-# %% ../nbs/30_blocks.ipynb #c3d4c070
-BLOCK = 1<<21 # numbers of all models together
+# %% ../nbs/30_blocks.ipynb #05e21ca0
+BLOCK = 1<<22 # numbers of all models together
 
 def cut(
     name:str,
@@ -53,7 +53,7 @@ def cut(
 )->list[Block]: # in order
     "A parameter in blocks of rows."
     if not shape or not prod(shape): return [Block(name)]
-    step = 64//gcd(64, prod(shape[1:]))
+    step = 512//gcd(512, prod(shape[1:]))
     n = max(1, BLOCK//max(models, 8)//prod(shape[1:])//step)*step
     return [Block(name, slice(i, min(i+n, shape[0]))) for i in range(0, shape[0], n)]
 

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from .architectures import hash_weights, model_name
 from .batches import check_num_samples
 from .evaluation import load_tokenizer
-from .finetuning import TRAINED, check_recipe, finetune, first_layers, load_body
+from .finetuning import check_recipe, finetune, first_layers, load_body
 from .fisher import describe_data
-from .output import OutputExistsError, check_folder, differences
+from .output import TRAINED, OutputExistsError, check_folder, differences
 from .tasks import GLUE, PAPER_TASKS, load_task
 
 # %% ../nbs/16_checkpoints.ipynb #219b0069

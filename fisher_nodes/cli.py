@@ -142,7 +142,8 @@ def _merge_models(args:argparse.Namespace):
 def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
     "Models, data specs, tokenizer and origin of a merged model (by task), or of one model (by data spec)."
     from fisher_nodes.architectures import model_name
-    from fisher_nodes.merger import Merged, is_merged
+    from fisher_nodes.output import is_merged
+    from fisher_nodes.merger import Merged
     if is_merged(name):
         merged = Merged.from_pretrained(name)
         return dict(merged), for_tasks(specs, merged, '--data'), merged.tokenizer, merged.report

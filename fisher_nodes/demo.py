@@ -25,8 +25,8 @@ from .batches import check_num_samples, sample_rows
 from .evaluation import evaluate, load_model, predict
 from .finetuning import finetune, load_body
 from .fisher import describe_data, mask_fisher, versions
-from .merger import Merged, is_merged, merge
-from .output import OutputExistsError, differences
+from .merger import Merged, merge
+from .output import OutputExistsError, differences, is_merged
 from .plots import compare_heads, new_figure
 from .tasks import Task, as_dataset
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
-           'MaskFisher', 'open_saved', 'Variant', 'precision_context', 'check_losses', 'to_device', 'model_logits',
-           'weighted_losses', 'describe_data', 'versions', 'describe_run', 'check_choices', 'find_device',
-           'fisher_batches', 'resolve_model', 'mask_fisher']
+           'MaskFisher', 'open_saved', 'read_meta', 'Variant', 'precision_context', 'check_losses', 'to_device',
+           'model_logits', 'weighted_losses', 'describe_data', 'versions', 'describe_run', 'check_choices',
+           'find_device', 'fisher_batches', 'resolve_model', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
@@ -138,6 +138,15 @@ def open_saved(
     try: return safe_open(path, 'pt')
     except SafetensorError as e: raise ValueError(f'{path} is not a saved {kind}: {e}') from None
 
+def read_meta(
+    path:str|Path, # of the file, for the message
+    about:Mapping[str,str], # its metadata
+    kind:str, # what it should be, for the message
+)->dict[str,Any]: # `num_examples` and `meta`
+    "What a saved Fisher says beside its numbers; `ValueError` if it does not."
+    try: return dict(num_examples=int(about['num_examples']), meta=json.loads(about['meta']))
+    except (KeyError, ValueError) as e: raise ValueError(f'{path} is not a saved {kind}: its metadata lacks or garbles {e}') from None
+
 @patch(cls_method=True)
 def load(cls:MaskFisher,
     path:str|Path, # a file that `save` wrote
@@ -145,11 +154,10 @@ def load(cls:MaskFisher,
     "Read a saved `MaskFisher`; `ValueError` for a file that is not one."
     with open_saved(path, 'MaskFisher') as f:
         about,keys = f.metadata() or {},list(f.keys())
-        if not {'num_examples','meta'}<=about.keys() or 'heads.0' not in keys:
-            raise ValueError(f'{path} is not a saved MaskFisher')
+        if 'heads.0' not in keys: raise ValueError(f'{path} is not a saved MaskFisher')
         count = lambda k: sum(o.startswith(f'{k}.') for o in keys)
         fields = {k: _pack([f.get_tensor(f'{k}.{i}') for i in range(count(k))]) for k in _FIELDS if count(k)}
-    return cls(**fields, num_examples=int(about['num_examples']), meta=json.loads(about['meta']))
+    return cls(**fields, **read_meta(path, about, 'MaskFisher'))
 
 # %% ../nbs/03_fisher.ipynb #29dd2795
 @dataclass(frozen=True)

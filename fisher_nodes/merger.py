@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from .architectures import architecture, find_layers, find_roles, hash_tensors, hash_weights, model_name
-from .batches import make_batches
+from .batches import check_seed, make_batches
 from .blocks import row_shares
 from .card import agreed_modules, hub_commit, read_card
 from .evaluation import load_model, load_tokenizer, names_model
@@ -34,7 +34,7 @@ from .masks import keep_rng
 from .parameters import ParameterFisher, parameter_fisher
 from .rivals import (
     Job, OPTION_CHECKS, Rule, check_options, check_values, dare_rule, fisher_rule, regmean_rule, task_arithmetic_rule, ties_rule)
-from .saving import FILES, Merged, TASK_NAME, hash_merged, head_tensors, is_merged, new_copy, with_body
+from .saving import FILES, Merged, TASK_NAME, hash_merged, head_tensors, new_copy, with_body
 from .tasks import load_task
 
 # %% ../nbs/05_merger.ipynb #236fcb76
@@ -229,7 +229,6 @@ def load_source(
     "A model in memory as it is, a named one loaded and compared with its fingerprints."
     source = as_source(model)
     if source is None: return model
-    if is_merged(source.name): raise ValueError(f'{source.name} is a merged model; name one of its tasks, {source.name}/TASK')
     place = fetch(source)
     found = load_model(place)
     _note_commit(found.config, source, place)
@@ -306,7 +305,7 @@ def _read_specs(data:Mapping, models:Mapping, max_length:Any)->tuple[dict,dict]:
     for t,o in data.items():
         if not isinstance(o, (str, Path)): continue
         try: loaded[t] = load_rows(o, models[t])
-        except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
+        except (ValueError, FileNotFoundError) as e: raise ValueError(f'data of {t!r}: {e}') from None
     lengths = dict(max_length) if isinstance(max_length, Mapping) else dict.fromkeys(models, max_length)
     default = {t: task.max_length for t,(_,task) in loaded.items() if lengths.get(t) is None}
     return data | {t: rows for t,(rows,_) in loaded.items()}, lengths | default
@@ -333,20 +332,23 @@ def _measure(kind:type, models:Mapping, data:Mapping, lengths:Mapping, choices:d
     bar = tqdm(models.items(), desc='measure', unit='model', delay=2, disable=not how['progress'] or len(models)<3)
     return {t: m.measure(model, data[t], max_length=lengths.get(t), **what, **how) for t,model in bar}
 
-# %% ../nbs/05_merger.ipynb #a17df0c1
+# %% ../nbs/05_merger.ipynb #18d12e90
+def _wanted_shapes(kind:type, model:PreTrainedModel)->dict[str,tuple]:
+    "What a `ParameterFisher` or `Grams` of a model must have: name within the body -> shape."
+    body = model.base_model
+    if kind is Grams: return {f'{n}.weight': (m.in_features,)*2 for n,m in body.named_modules() if isinstance(m, nn.Linear)}
+    return {n: tuple(p.shape) for n,p in body.named_parameters()}
+
 def _check_one(task:str, measured:Any, model:PreTrainedModel, kind:type):
     "An error unless it was measured on this model."
     known = getattr(measured, 'meta', {}).get('weight_hash')
     weight_hash = known and hash_weights(model)
     if kind is MaskFisher: return check_fisher(task, measured, find_layers(model), weight_hash)
     if not isinstance(measured, kind): raise TypeError(f'expected {kind.__name__} of {task!r}, got {type(measured).__name__}')
-    body = model.base_model
-    grams = {f'{n}.weight': (m.in_features,)*2 for n,m in body.named_modules() if isinstance(m, nn.Linear)}
-    check_values(task, measured, grams if kind is Grams else {n: p.shape for n,p in body.named_parameters()}, weight_hash)
+    check_values(task, measured, _wanted_shapes(kind, model), weight_hash)
 
-def _check_measured(measured:Mapping, models:Mapping, kind:type|None, variant:str|None):
-    "An error unless all fit their models and all were computed alike."
-    for task,f in measured.items(): _check_one(task, f, models[task], kind)
+def _check_alike(measured:Mapping, variant:str|None):
+    "`ValueError` unless all were computed alike, and as the merge assumes."
     for key in ('variant', 'estimator'):
         found = {t: f.meta[key] for t,f in measured.items() if key in f.meta}
         if len(set(found.values()))>1: raise ValueError(f'the Fishers differ in {key}: {found}')
@@ -426,12 +428,15 @@ def method_options(
     elif variant!='paper': raise ValueError(f'method {method!r} has no variant {variant!r}')
     return known | given
 
-# %% ../nbs/05_merger.ipynb #dc10bd67
-def _check_base(base:Mapping[str,Tensor], model:PreTrainedModel):
-    "`ValueError` unless every parameter of `model` is in the base."
+# %% ../nbs/05_merger.ipynb #eed5b503
+def _check_base(base:Mapping[str,Tensor], given:Any, model:PreTrainedModel):
+    "`ValueError` unless every parameter of `model` is in the base, and their configurations agree if it has one."
     for name,t in _floats(model.base_model).items():
         found = tuple(base[name].shape) if name in base else 'missing'
         if found!=tuple(t.shape): raise ValueError(f'`base` does not fit the models: {name} is {found}, expected {tuple(t.shape)}')
+    if not isinstance(given, PreTrainedModel): return
+    try: _check_configs('base', given, model_name(model), model)
+    except ValueError as e: raise ValueError(f'`base` does not fit: {e}') from None
 
 def load_base(
     base:Any, # a `PreTrainedModel`, a folder, Hub id or `Source`, or a body's state
@@ -446,11 +451,8 @@ def load_base(
     if not isinstance(body, (PreTrainedModel, Mapping)):
         raise TypeError(f'`base` must be a model, a folder, a Hub id or a state, got {type(base).__name__}')
     state = body if isinstance(body, Mapping) else {n: t for n,t in _floats(body.base_model).items() if n not in missing}
-    _check_base(state, model)
+    _check_base(state, body, model)
     if source is not None: check_hash(f'the base {source.name}', source.weight_hash, partial(hash_tensors, state))
-    if state is body: return state
-    try: _check_configs('base', body, model_name(model), model)
-    except ValueError as e: raise ValueError(f'`base` does not fit: {e}') from None
     return state
 
 def _assemble(models:Mapping, state:Mapping[str,Tensor], report:dict, tokenizer:Any)->Merged:
@@ -474,17 +476,17 @@ def _named(o:Any)->str|None:
     if not isinstance(o, (str, Path)): return None
     return str(Path(o).resolve()) if Path(o).exists() else str(o)
 
-def _model_entry(given:Any, model:PreTrainedModel, measured:Any)->dict[str,Any]:
-    "A source by name, with fingerprints of its weights."
+def _model_entry(given:Any, model:PreTrainedModel, weight_hash:str)->dict[str,Any]:
+    "A source by name, with fingerprints of its body and head."
     name = _named(getattr(as_source(given), 'name', None))
     on_hub = name is not None and not Path(name).is_absolute()
     head,commit = head_tensors(model),getattr(model.config, '_commit_hash', None)
     return dict(model=name, **(dict(revision=commit) if on_hub and commit else {}),
-                weight_hash=getattr(measured, 'meta', {}).get('weight_hash') or hash_weights(model), **(dict(head_hash=hash_tensors(head)) if head else {}))
+                weight_hash=weight_hash, **(dict(head_hash=hash_tensors(head)) if head else {}))
 
-def _base_entry(base:Any, state:Mapping[str,Tensor], origin:dict|None)->dict[str,Any]:
+def _base_entry(base:Any, weight_hash:str, origin:dict|None)->dict[str,Any]:
     "The base by name, with its fingerprint."
-    entry = dict(model=_named(getattr(as_source(base), 'name', None)), weight_hash=hash_tensors(state))
+    entry = dict(model=_named(getattr(as_source(base), 'name', None)), weight_hash=weight_hash)
     on_hub = entry['model'] is not None and not Path(entry['model']).is_absolute()
     return entry | (dict(revision=origin['revision']) if on_hub and origin['revision'] else {})
 
@@ -498,10 +500,11 @@ def _about_base(base:Any)->dict[str,Any]:
     _note_commit(config, source, place)
     return dict(base=model_name(source.name), base_source=_origin(config))
 
-def _recipe(sources:Mapping, models:Mapping, job:Job, method:str, options:dict, asked:dict, origin:dict|None)->dict[str,Any]:
+def _recipe(sources:Mapping, models:Mapping, job:Job, method:str, options:dict, asked:dict, origin:dict|None,
+            hashes:Mapping[str|None,str])->dict[str,Any]: # fingerprints of bodies; that of the base under None
     "What was asked of `merge`, in names; None stands for what has no name."
-    out = dict(models={t: _model_entry(o, models[t], job.measured.get(t)) for t,o in sources.items()})
-    if job.base is not None: out['base'] = _base_entry(asked['base'], job.base, origin)
+    out = dict(models={t: _model_entry(o, models[t], hashes[t]) for t,o in sources.items()})
+    if job.base is not None: out['base'] = _base_entry(asked['base'], hashes[None], origin)
     out |= dict(method=method, weights=dict(zip(sources, job.weights.tolist())), seed=job.seed)
     if 'variant' in options: out |= {k: asked[k] for k in ('variant', 'scheme') if asked[k] is not None}
     for k in ('data', 'fishers'):
@@ -510,6 +513,21 @@ def _recipe(sources:Mapping, models:Mapping, job:Job, method:str, options:dict, 
     if asked['data']: out |= {k: asked[k] for k in ('num_samples', 'labels', 'precision')} | ({'max_length': lengths} if lengths else {})
     if rest := {k: v for k,v in options.items() if k not in ('variant', 'scheme')}: out['options'] = rest
     return out | {k: None for k in ('loss', 'tokenizer') if asked[k] is not None} | dict(versions=versions())
+
+def _hashes(models:Mapping, job:Job)->dict[str|None,str]:
+    "Fingerprints of all bodies, that of the base under None; a Fisher's own is not worked out again."
+    known = {t: o.meta['weight_hash'] for t,o in job.measured.items() if o.meta.get('weight_hash')}
+    return {t: known.get(t) or hash_weights(m) for t,m in models.items()} | ({} if job.base is None else {None: hash_tensors(job.base)})
+
+def _read_call(models:Any, method:str, variant:str, scheme:Any, weights:Any, seed:int, options:dict, **asked)->tuple[dict,Tensor,dict,dict]:
+    "What `merge` was asked, checked: models by task, λ, options of the method, and all else, that of single tasks by task."
+    for name,value,known in (('method', method, METHODS), ('variant', variant, VARIANTS), ('labels', asked['labels'], ESTIMATORS)): check_known(name, value, known)
+    options = method_options(method, variant, scheme, options)
+    check_inputs(method, **asked)
+    check_seed(seed)
+    sources = _name_models(models)
+    λ,named = _lambdas(weights, list(sources)),{k: None if asked[k] is None else match_tasks(asked[k], list(sources), k) for k in ('fishers', 'data')}
+    return sources,λ,options,asked | named | dict(variant=variant, scheme=scheme)
 
 def _read_measured(asked:Mapping[str,Any]|None, kind:type|None)->dict[str,Any]:
     "What was measured before, read where it is a file."
@@ -538,12 +556,9 @@ def merge(
     **options, # of the method, see `METHODS`
 )->Merged:
     "Merge fine-tuned models (Equation 5); the given models stay as they are. `ValueError` for bad input."
-    for name,value,known in (('method', method, METHODS), ('variant', variant, VARIANTS), ('labels', labels, ESTIMATORS)): check_known(name, value, known)
-    kind,options = METHODS[method].evidence,method_options(method, variant, scheme, options)
-    check_inputs(method, fishers=fishers, data=data, base=base, labels=labels, precision=precision, loss=loss, max_length=max_length)
-    sources = _name_models(models)
-    λ = _lambdas(weights, list(sources))
-    asked = {k: None if o is None else match_tasks(o, list(sources), k) for k,o in (('fishers', fishers), ('data', data))}
+    sources,λ,options,asked = _read_call(models, method, variant, scheme, weights, seed, options, fishers=fishers, data=data, base=base,
+                                         labels=labels, precision=precision, loss=loss, max_length=max_length)
+    kind = METHODS[method].evidence
     measured = _read_measured(asked['fishers'], kind)
     loaded = _load_all(sources)
     first,words = next(iter(loaded.values())),_find_tokenizer(sources, tokenizer)
@@ -554,9 +569,10 @@ def merge(
         what = dict(num_samples=num_samples, seed=seed, tokenizer=words)
         measured = _measure(kind, loaded, rows, max_length, dict(variant=variant, labels=labels, loss=loss), what,
                             precision=precision, device=device, progress=progress)
-    _check_measured(measured, loaded, kind, variant if scheme is None else None)
+    for t,o in measured.items(): _check_one(t, o, loaded[t], kind)
+    _check_alike(measured, variant if scheme is None else None)
     job = Job({t: _floats(m.base_model) for t,m in loaded.items()}, λ, measured, start, seed, first)
     merged = _merge_loaded(job, loaded, method, options, words, progress, **about)
-    asked |= dict(variant=variant, num_samples=num_samples, labels=labels, precision=precision, max_length=max_length, scheme=scheme, loss=loss, tokenizer=tokenizer, base=base)
-    merged.recipe = _recipe(sources, loaded, job, method, options, asked, about['base_source']) | dict(result=hash_merged(merged.body, merged))
+    asked |= dict(num_samples=num_samples, max_length=max_length, tokenizer=tokenizer)
+    merged.recipe = _recipe(sources, loaded, job, method, options, asked, about['base_source'], _hashes(loaded, job)) | dict(result=hash_merged(merged.body, merged))
     return merged

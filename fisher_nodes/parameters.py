@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPAND', 'SQUARES', 'linear_squares', 'norm_squares', 'embedding_squares', 'parameter_modules', 'SquaredGradients',
-           'widen', 'SquaredAlone', 'split_batches', 'Measured', 'ParameterFisher', 'mean_of_sums', 'parameter_fisher']
+           'widen', 'SquaredAlone', 'split_batches', 'Measured', 'ParameterFisher', 'read_about', 'mean_of_sums',
+           'parameter_fisher']
 
 # %% ../nbs/12_parameters.ipynb #79a3aefc
 import json
@@ -22,9 +23,11 @@ from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 from .architectures import architecture, find_roles
 from .batches import Batch
-from .fisher import (
-    check_choices, check_losses, describe_run, find_device, fisher_batches, open_saved, precision_context, resolve_model, to_device, weighted_losses)
+from fisher_nodes.fisher import (
+    check_choices, check_losses, describe_run, find_device, fisher_batches, open_saved, precision_context, read_meta, resolve_model, to_device,
+    weighted_losses)
 from .masks import untouched
+from .memory import part
 from .output import whole_file
 from .processes import check_placed, is_main, shared_budget, spread, together
 
@@ -223,9 +226,8 @@ def split_batches(
     batches:Iterable[Batch],
 )->Iterator[Batch]: # batches of one example
     "Every example by itself, as it stands in its batch."
-    for rows,inputs in batches:
-        alone = lambda v,i: v[i:i+1] if isinstance(v, Tensor) and len(v)==len(rows) else v
-        for i,row in enumerate(rows): yield Batch([row], {k: alone(v, i) for k,v in inputs.items()})
+    for batch in batches:
+        for i in range(len(batch.rows)): yield part(batch, slice(i, i+1))
 
 # %% ../nbs/12_parameters.ipynb #66e574d5
 @dataclass(eq=False)
@@ -250,18 +252,23 @@ class Measured:
 class ParameterFisher(Measured):
     "Fisher information of every parameter of a model's body, and its origin."
 
-# %% ../nbs/12_parameters.ipynb #43b3aacf
+# %% ../nbs/12_parameters.ipynb #1a4c175c
+def read_about(
+    path:str|Path, # a file that `save` wrote
+    kind:type, # `ParameterFisher` or `Grams`
+)->dict[str,Any]: # `num_examples` and `meta`
+    "What a file says beside its numbers; `ValueError` for a file that is something else."
+    with open_saved(path, kind.__name__) as f: about = f.metadata() or {}
+    if about.get('kind')!=kind.__name__: raise ValueError(f'{path} is not a saved {kind.__name__}; its kind is {about.get("kind", "unknown")}')
+    return read_meta(path, about, kind.__name__)
+
 @patch(cls_method=True)
 def load(cls:Measured,
     path:str|Path, # a file that `save` wrote
 )->Measured:
     "Read what `save` wrote; `ValueError` for a file that is something else."
-    with open_saved(path, cls.__name__) as f:
-        about = f.metadata() or {}
-        if about.get('kind')!=cls.__name__ or not {'num_examples','meta'}<=about.keys():
-            raise ValueError(f'{path} is not a saved {cls.__name__}; its kind is {about.get("kind", "unknown")}')
-        values = {k: f.get_tensor(k) for k in f.keys()}
-    return cls(values, num_examples=int(about['num_examples']), meta=json.loads(about['meta']))
+    with open_saved(path, cls.__name__) as f: values = {k: f.get_tensor(k) for k in f.keys()}
+    return cls(values, **read_about(path, cls))
 
 # %% ../nbs/12_parameters.ipynb #694ac012
 def _accumulate(model, batches:Iterable[Batch], squared, labels, loss, seed)->int:

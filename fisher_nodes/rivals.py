@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPTION_CHECKS', 'element_mean', 'fisher_norm', 'shrink', 'solve_positive', 'regression_mean', 'add_task_vectors',
            'trim_threshold', 'elect_and_mean', 'seeded', 'drop_elements', 'Job', 'Rule', 'check_options', 'fisher_rule',
-           'regmean_rule', 'task_arithmetic_rule', 'ties_rule', 'dare_rule', 'check_values']
+           'regmean_rule', 'task_arithmetic_rule', 'ties_rule', 'dare_rule', 'check_shapes', 'check_numbers',
+           'check_values']
 
 # %% ../nbs/14_rivals.ipynb #0a37d14d
 import hashlib
@@ -262,7 +263,28 @@ def dare_rule(
         return add_task_vectors(base, thin, job.weights, scale).to(widest(tensors))
     return _vector_rule(job, combine)
 
-# %% ../nbs/14_rivals.ipynb #e2071ca3
+# %% ../nbs/14_rivals.ipynb #ecb96fda
+def check_shapes(
+    what:str, # for the message
+    tensors:Mapping[str,Any], # name -> what has a shape
+    shapes:Mapping[str,tuple], # wanted: name -> shape
+):
+    "`ValueError` unless there is one of the right shape for every name."
+    missing, extra = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
+    if missing or extra: raise ValueError(f'{what} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}')
+    for name,o in tensors.items():
+        if tuple(o.shape)!=tuple(shapes[name]): raise ValueError(f'{what}, {name}: shape {tuple(o.shape)}, expected {tuple(shapes[name])}')
+
+def check_numbers(
+    what:str, # for the message
+    v:Tensor, # squares, or a gram
+    squares:Tensor, # those of its entries that are squares: all, or a diagonal
+):
+    "`ValueError` unless all are finite, squares at least 0, and a gram symmetric."
+    bad = torch.cat([v[~torch.isfinite(v)], squares[squares<0]])
+    if len(bad): raise ValueError(f'{what}: {bad[0].item()} is among the numbers; expected finite ones, and squares of at least 0')
+    if squares is not v and (v-v.T).abs().max()>1e-3*squares.max(): raise ValueError(f'{what}: not symmetric')
+
 def check_values(
     task:str, # for the message
     measured:Any, # a `ParameterFisher` or `Grams`
@@ -271,12 +293,6 @@ def check_values(
 ):
     "`ValueError` unless there are finite numbers for every name; names task and parameter."
     what = f'{type(measured).__name__} of {task!r}'
-    missing, extra = [n for n in shapes if n not in measured.values], [n for n in measured.values if n not in shapes]
-    if missing or extra: raise ValueError(f'{what} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}')
-    for name,v in measured.values.items():
-        if tuple(v.shape)!=tuple(shapes[name]): raise ValueError(f'{what}, {name}: shape {tuple(v.shape)}, expected {tuple(shapes[name])}')
-        squares = v if isinstance(measured, ParameterFisher) else v.diagonal()
-        bad = torch.cat([v[~torch.isfinite(v)], squares[squares<0]])
-        if len(bad): raise ValueError(f'{what}, {name}: {bad[0].item()} is among the numbers; expected finite ones, and squares of at least 0')
-        if squares is not v and (v-v.T).abs().max()>1e-3*squares.max(): raise ValueError(f'{what}, {name}: not symmetric')
+    check_shapes(what, measured.values, shapes)
+    for name,v in measured.values.items(): check_numbers(f'{what}, {name}', v, v if isinstance(measured, ParameterFisher) else v.diagonal())
     check_measured_on(what, measured.meta, weight_hash)

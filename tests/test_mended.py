@@ -4,11 +4,15 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-from fisher_nodes import MaskFisher, Merged, finetune, mask_fisher, merge
+from fisher_nodes import MaskFisher, Merged, ParameterFisher, finetune, mask_fisher, merge
+from fisher_nodes.batches import Batch, text_columns
 from fisher_nodes.mapping import node_shares
+from fisher_nodes.memory import halves
+from fisher_nodes.tasks import load_task
 from reference import brute_mask_fisher, examples, ragged_batches, task_loss, tiny
 from test_roundtrip import inputs_of
 
@@ -120,3 +124,41 @@ def test_fishers_compare_by_identity_and_missing_folders_are_named(tmp_path):
     assert f==f and f!=MaskFisher(f.heads, f.rows)
     with pytest.raises(FileNotFoundError, match='folder does not exist'): f.save(tmp_path/'no'/'f.safetensors')
     with pytest.raises(FileNotFoundError, match='is not a file'): MaskFisher.load(tmp_path)
+
+@pytest.mark.parametrize('seed', ['x', 1.5, -1, True, 2**32, None])
+def test_a_seed_is_a_whole_number(seed):
+    said = 'must be a whole number from 0'
+    with pytest.raises(ValueError, match=said): merge(pair(), method='dare', base=tiny(), seed=seed)
+    with pytest.raises(ValueError, match=said): mask_fisher(tiny(), Dataset.from_list(examples()), num_samples=4, seed=seed)
+
+@pytest.mark.parametrize('length', ['x', 1.5, 0])
+def test_a_length_is_a_whole_number(length):
+    rows = Dataset.from_dict(dict(text=['a', 'b'], label=[0, 1]))
+    with pytest.raises(ValueError, match='`max_length` must be a whole number of at least 1'): mask_fisher(tiny(), rows, tokenizer=lambda *a, **k: 0, max_length=length)
+
+@pytest.mark.parametrize('name', ['id', 'guid', 'IDX'])
+def test_what_numbers_rows_is_no_text(tmp_path, name):
+    rows = {name: ['a1', 'a2'], 'text': ['good', 'bad'], 'label': [1, 0]}
+    assert text_columns(Dataset.from_dict(rows)) == ['text']
+    Dataset.from_dict(rows).to_csv(tmp_path/'x.csv')
+    assert load_task(tmp_path/'x.csv')[1].text == ('text',)
+
+def test_positions_that_all_rows_share_stay_whole():
+    batch = Batch([0, 1, 2], dict(input_ids=torch.ones(3, 5), position_ids=torch.arange(5)[None], labels=torch.tensor([0, 1, 0]), scale=torch.tensor(2.)))
+    a, b = halves(batch)
+    assert a.inputs['position_ids'].shape == b.inputs['position_ids'].shape == (1, 5) and b.inputs['labels'].shape == (1,) and a.inputs['scale'] == 2
+
+@pytest.mark.parametrize('about', [{}, dict(num_examples='x', meta='{}'), dict(num_examples='3', meta='{'), dict(num_examples='3')])
+@pytest.mark.parametrize('kind', [MaskFisher, ParameterFisher])
+def test_a_fisher_with_bad_metadata_is_named(tmp_path, kind, about):
+    save_file({'heads.0': torch.ones(1, 2), 'rows.0': torch.ones(1, 2)}, tmp_path/'f.safetensors', about | dict(kind='ParameterFisher'))
+    with pytest.raises(ValueError, match=f'f.safetensors is not a saved {kind.__name__}: its metadata'): kind.load(tmp_path/'f.safetensors')
+
+def test_a_junk_index_is_named(tmp_path):
+    for t, m in pair().items(): m.save_pretrained(tmp_path/t, max_shard_size='5KB')
+    (tmp_path/'b'/'model.safetensors.index.json').write_text('not json')
+    with pytest.raises(ValueError, match=f'cannot load {tmp_path}/b'): merge({t: tmp_path/t for t in 'ab'}, method='average')
+
+def test_a_file_that_is_missing_is_named_with_its_task(tmp_path):
+    with pytest.raises(ValueError, match="data of 'b': .*no.csv is not a file"):
+        merge(pair(), data=dict(a=Dataset.from_list(examples()), b=str(tmp_path/'no.csv')))

@@ -1,5 +1,5 @@
 """`merge_files` against `merge(...).save_pretrained(...)`: the same files, the same refusals, less memory."""
-import json, os, subprocess, sys
+import json, os, subprocess, sys, threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from fisher_nodes.rivals import elect_and_mean
 from fisher_nodes.streaming import merge_files
 from reference import tiny
 
-SIZE = dict(hidden=24, heads=4, intermediate=28, vocab=131)
+SIZE = dict(hidden=64, heads=4, intermediate=96, vocab=131) # blocks of eight rows, with many_blocks
 BASED = 'task-arithmetic', 'ties', 'dare'
 METHODS = 'average', 'mask-fisher', 'fisher', 'regmean', *BASED
 OPTIONS = {'average': [{}], 'regmean': [{}, dict(off_diagonal=.5)], 'fisher': [{}, dict(normalise=True, floor=0)],
@@ -50,7 +50,7 @@ def measure(method, folders, folder, meta=True):
     for t, place in folders.items():
         model = load(place)
         about = dict(num_examples=5, meta=dict(weight_hash=hash_weights(model), estimator='empirical', variant='paper') if meta else {})
-        if method == 'mask-fisher': found = MaskFisher(rand(2, 4), rand(2, 28), **about)
+        if method == 'mask-fisher': found = MaskFisher(rand(2, 4), rand(2, 96), **about)
         elif method == 'fisher': found = ParameterFisher({n: rand(*p.shape)*1e-5 for n, p in model.base_model.named_parameters()}, **about)
         elif method == 'regmean': found = Grams({n: (x := rand(60, d)).T @ x for n, d in linear(model.base_model).items()}, **about)
         else: return None
@@ -205,29 +205,47 @@ def test_files_are_those_that_safetensors_writes(tmp_path):
     assert (tmp_path/'ours').read_bytes() == (tmp_path/'theirs').read_bytes()
 
 
+@pytest.mark.parametrize('threads', [0, -1, 1.5, 'x'])
+def test_threads_are_counted(tmp_path, threads):
+    with pytest.raises(ValueError, match='`threads` must be at least 1'): merge_files(make(tmp_path), method='average', out=tmp_path/'out', threads=threads)
+    assert not (tmp_path/'out').exists()
+
+def test_a_merge_leaves_the_number_of_threads_of_torch_alone(tmp_path):
+    "A thread started later works with as many as before."
+    counts, look = [torch.get_num_threads()], lambda: counts.append(torch.get_num_threads())
+    merge_files(make(tmp_path), method='average', out=tmp_path/'out', threads=3)
+    look(); t = threading.Thread(target=look); t.start(); t.join()
+    assert len(set(counts)) == 1
+
 # --- pieces -----------------------------------------------------------------------------------
 
 def by_integers(t):
-    "The two sums of a fingerprint, as they are defined."
-    bits = t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).long()
-    return [bits.sum().item(), ((2*torch.arange(len(bits))+1)*bits).sum().item()]
+    "A fingerprint's sums in Python's own integers."
+    data = t.contiguous().view(torch.uint8).numpy().tobytes()
+    table = [[int.from_bytes(data[i:i+8].ljust(8, b'\0'), 'little') for i in range(r, r+512, 8)] for r in range(0, len(data), 512)]
+    wrap = lambda o: (o+2**63)%2**64-2**63
+    def scramble(x, place):
+        x = wrap(x+(place+1)*0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): x = wrap((x ^ x>>shift)*factor)
+        return x ^ x>>31
+    return [wrap(sum(scramble(sum(row), i) for i, row in enumerate(table))), *(wrap(sum(row[j] for row in table)) for j in range(64))]
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize('n', [0, 1, 1023, 1024, 128*1024, 128*1024+1, 300_001])
-def test_checksums_are_those_of_fingerprints(dtype, n):
+def test_checksums_are_those_of_their_definition(dtype, n):
     bits = torch.randint(-2**62, 2**62, (n,), generator=torch.Generator().manual_seed(n))
     t = bits.view(torch.int8)[:n*dtype.itemsize].view(dtype) if dtype != torch.bool else bits > 0
     assert checksum(t).tolist() == by_integers(t)
-    assert (checksum(t[:n//3])+checksum(t[n//3:], n//3)).tolist() == by_integers(t)
+    i = n//3//512*512
+    assert (checksum(t[:i])+checksum(t[i:], i)).tolist() == by_integers(t)
 
-@pytest.mark.parametrize('worst', [-2**31, 2**31-1])
-def test_checksums_do_not_round(worst):
-    "Every bit pattern at its largest: sums as doubles must stay exact."
-    t = torch.full((1 << 18,), worst, dtype=torch.int32)
-    assert checksum(t).tolist() == by_integers(t)
+@pytest.mark.parametrize('t', [torch.randn(40, 60).T, torch.randn(999)[3:], torch.randn(33, dtype=torch.complex64).conj(), torch.randn(70, 90)[:, ::2]],
+                         ids=['transposed', 'odd place', 'conjugate', 'every other'])
+def test_checksums_are_those_of_the_values_wherever_they_lie(t):
+    assert torch.equal(checksum(t), checksum(t.resolve_conj().clone(memory_format=torch.contiguous_format)))
 
 @pytest.mark.parametrize('models', [3, 5, 17])
-@pytest.mark.parametrize('shape', [(301, 7), (997,), (65, 64), (40, 36)], ids=str)
+@pytest.mark.parametrize('shape', [(1301, 7), (1997,), (65, 64), (400, 36)], ids=str)
 def test_blocks_end_where_vectors_do(models, shape, monkeypatch):
     "Of many numbers, torch adds those that its vectors leave over in another order; blocks must leave over the same."
     vectors, λ = [torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(models)], torch.ones(models)
@@ -389,8 +407,10 @@ def test_two_names_for_one_weight(tmp_path):
 # --- memory -----------------------------------------------------------------------------------
 
 PEAK = '''import re, sys, threading, time
+from fisher_nodes import blocks
 from fisher_nodes.streaming import merge_files
 from pathlib import Path
+blocks.BLOCK = 1 << 20
 def now(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
 peak, models = [0], {f't{i}': sys.argv[1] for i in range(int(sys.argv[2]))}
 merge_files(models, method='average', out=sys.argv[3], progress=False)
@@ -403,7 +423,7 @@ print(max(0, peak[0]-start)//1024)'''
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is read from /proc, which only Linux has')
 def test_memory_does_not_grow_with_the_number_of_models(tmp_path):
-    "The file has 40 MB; ten of them must not take even one more than two do."
+    "The file has 40 MB and a block 4; ten files must not take even one more than two do."
     tiny(hidden=256, intermediate=1024, vocab=30_000, dtype=torch.float32).save_pretrained(tmp_path/'in')
     size = (tmp_path/'in'/'model.safetensors').stat().st_size >> 20
     peaks = [int(subprocess.run([sys.executable, '-c', PEAK, str(tmp_path/'in'), str(n), str(tmp_path/f'out{n}')],

@@ -131,8 +131,8 @@ def _table(t:Tensor)->list[Tensor]:
     data = t.detach().resolve_neg().contiguous().flatten().view(torch.uint8)
     if data.storage_offset()%8: data = data.clone()
     whole = len(data)//ROW_BYTES*ROW_BYTES
-    rest = [nn.functional.pad(data[whole:], (0, whole+ROW_BYTES-len(data)))]*(whole<len(data))
-    return [o.view(torch.int64).view(-1, ROW_BYTES//8) for o in (data[:whole], *rest)]
+    parts = [data[:whole]] if whole==len(data) else [data[:whole], nn.functional.pad(data[whole:], (0, whole+ROW_BYTES-len(data)))]
+    return [o.view(torch.int64).view(-1, ROW_BYTES//8) for o in parts]
 
 def checksum(
     t:Tensor,

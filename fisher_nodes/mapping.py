@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'Scheme', 'PAPER', 'RELEASED', 'SCHEMES', 'get_scheme', 'assign_kinds', 'node_shares', 'weighted_mean',
            'widest', 'check_measured_on', 'check_fisher', 'fill_zeros']
 
-# %% ../nbs/04_mapping.ipynb #93e0e899
-from collections.abc import Mapping, Sequence
+# %% ../nbs/04_mapping.ipynb #c21c63fa
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 import torch
 from torch import Tensor
@@ -85,16 +85,17 @@ def node_shares(
 
 # %% ../nbs/04_mapping.ipynb #036ffd15
 def weighted_mean(
-    tensors:Sequence[Tensor], # the same parameter of every model, M of them
+    tensors:Iterable[Tensor], # the same parameter of every model, M of them; gone through once if `dtype` is given
     shares:Tensor, # shape `(M, nodes)`; `nodes` divides the number of rows
-)->Tensor: # same shape, the widest dtype among them
+    dtype:torch.dtype|None=None, # of the result; None is the widest among them
+)->Tensor: # same shape
     "Mean of one parameter over models, a share for each block of rows."
-    dtype = widest(tensors)
+    dtype,out = dtype or widest(tensors),None
     wide,nodes = torch.promote_types(dtype, torch.float32),shares.shape[1]
-    out = torch.zeros(nodes, tensors[0].numel()//nodes, dtype=wide, device=tensors[0].device)
     for t,w in zip(tensors, shares):
-        out.addcmul_(t.detach().to(out).reshape(nodes, -1), w.to(out)[:,None])
-    return out.view(tensors[0].shape).to(dtype)
+        rows = t.detach().to(out.device if out is not None else t.device, wide).reshape(nodes, -1)
+        out = rows*w.to(rows)[:,None] if out is None else out.addcmul_(rows, w.to(rows)[:,None])
+    return out.view(t.shape).to(dtype)
 
 def widest(
     tensors:Sequence[Tensor], # at least one

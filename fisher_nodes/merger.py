@@ -124,8 +124,8 @@ def nodes_rule(
     if VARIANTS[variant].fill_zeros: fishers = fill_zeros(fishers)
     plan = plan_shares(job.model, get_scheme(variant if scheme is None else scheme), fishers, job.weights)
     rows = {n: len(t) for n,t in job.model.base_model.state_dict().items() if t.ndim}
-    combine = lambda name,tensors: weighted_mean(tensors, row_shares(plan[name].shares, name, rows.get(name, 1)))
-    return Rule(combine, {n: o.kind for n,o in plan.items()})
+    combine = lambda name,tensors: weighted_mean(tensors, row_shares(plan[name].shares, name, rows.get(name, 1)), job.dtype(name))
+    return Rule(combine, {n: o.kind for n,o in plan.items()}, once=True)
 
 def average_rule(job:Job)->Rule:
     "Equation 5 with equal Fishers."

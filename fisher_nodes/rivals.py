@@ -151,12 +151,19 @@ class Job:
     seed:int=0 # of random choices
     model:PreTrainedModel|None=None # any of the models; tells roles and layers
 
+    def dtype(self,
+        name:str, # may be a `Block`
+    )->torch.dtype:
+        "The widest type that a parameter has in any of the models."
+        return widest([(o.tensors if isinstance(o, Blocks) else o)[name] for o in self.states.values()])
+
 @dataclass(frozen=True)
 class Rule:
     "How to merge any parameter of a job."
     combine:Callable[[str,Sequence[Tensor]],Tensor] # name and tensors -> merged tensor
     kinds:Mapping[str,str] # name -> what weights it
     counts:dict[str,int]=field(default_factory=dict) # what was averaged, while combining
+    once:bool=False # whether `combine` goes through the tensors once, so that they need not be there all at a time
 
 # %% ../nbs/14_rivals.ipynb #70295cec
 def _check_number(name:str, value:Any, low:float=-torch.inf, high:float=torch.inf):
@@ -208,11 +215,11 @@ def regmean_rule(
     grams, counts = [g.values for g in job.measured.values()], dict(unused_inputs=0)
     kinds = {n: 'gram' if n in grams[0] else 'one' for n in next(iter(job.states.values()))}
     def combine(name, tensors):
-        if kinds[name]=='one': return weighted_mean(tensors, _plain(job.weights))
+        if kinds[name]=='one': return weighted_mean(tensors, _plain(job.weights), job.dtype(name))
         out, unused = regression_mean(tensors, lambda: (g[name] for g in grams), job.weights, off_diagonal, name)
         counts['unused_inputs'] += unused
         return out
-    return Rule(combine, kinds, counts)
+    return Rule(combine, kinds, counts, once=True)
 
 # %% ../nbs/14_rivals.ipynb #1e38215d
 def _vector_rule(job:Job, combine:Callable)->Rule:

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from threading import Lock
 from typing import Any
 import torch
 from huggingface_hub import snapshot_download
@@ -44,7 +43,7 @@ class Print:
     "What a fingerprint knows of one tensor."
     shape:tuple[int,...]
     dtype:torch.dtype
-    total:Tensor=field(default_factory=lambda: checksum(torch.empty(0))) # of `checksum`
+    total:Tensor|int=0 # of `checksum`
 
     def add(self,
         rows:Tensor, # some of its rows, on the CPU
@@ -200,7 +199,6 @@ class Stream:
     out:Mapping[str,Spot] # name within the body -> where to write it
     device:torch.device # where blocks are combined
     prints:dict[str|None,dict[str,Print]]=field(default_factory=dict) # task, or None for the result -> fingerprints
-    lock:Lock=field(default_factory=Lock) # one thread writes at a time; the system would let the others wait at work
 
     def note(self,
         task:str|None, # None is the result
@@ -208,7 +206,8 @@ class Stream:
         rows:Tensor, # on the CPU
     )->Tensor: # the same
         "Add some rows to a fingerprint."
-        self.prints[task].setdefault(str(name), Print(self.out[name].shape, rows.dtype)).add(rows, name)
+        if name not in self.prints[task]: self.prints[task][str(name)] = Print(self.out[name].shape, rows.dtype)
+        self.prints[task][name].add(rows, name)
         return rows
 
     def read(self,
@@ -223,11 +222,11 @@ class Stream:
     ):
         "Merge some rows and write them."
         tensors = (self.read(t, name) for t in self.stored)
-        if self.rule.kinds.get(name)!='gram': tensors = list(tensors)
-        rows = (self.rule.combine(name, tensors) if name in self.rule.kinds else tensors[0]).to('cpu', self.out[name].dtype)
+        if not self.rule.once: tensors = list(tensors)
+        rows = (self.rule.combine(name, tensors) if name in self.rule.kinds else next(iter(tensors))).to('cpu', self.out[name].dtype)
         if name in self.rule.kinds and not _finite(rows): self.name_culprit(name)
         self.note(None, name, rows)
-        with self.lock: self.out[name][name.rows] = rows
+        self.out[name][name.rows] = rows
 
     def name_culprit(self, name:Block):
         "`ValueError` naming the model that is not finite."
@@ -261,8 +260,9 @@ def run_stream(
     pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
     try:
         with bar:
-            for n in pool.map(stream.merge_one, stream.out): bar.update(n)
+            for n in pool.map(stream.merge_one, sorted(stream.out, key=lambda n: (stream.out[n].path, stream.out[n].start))): bar.update(n)
     finally:
+        for o in stream.out.values(): o.file.raw.close()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(torch.get_num_threads()) # for threads to come; this one's number never changed
 

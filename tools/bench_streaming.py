@@ -56,35 +56,43 @@ def private():
     kb = {k: int(v) for k, v in found}
     return (kb['Private_Clean']+kb['Private_Dirty'])*1024, kb['Anonymous']*1024
 
-def one(what, models, out, method, watched):
-    "One run: its time, or its peak memory, since looking at memory takes time."
+def forget(models):
+    "Take what is read out of the page cache, so that it comes from the disk."
+    for f in (f for m in models for f in m.glob('*.safetensors')):
+        with open(f, 'rb') as o: os.posix_fadvise(o.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+def one(what, models, out, method, state):
+    "One run: its time, or its peak memory, since looking at memory takes time. As much as it writes was just freed, so that no run pays for pages that another had."
     for o in dict(merge=['fisher_nodes.streaming'], mergekit=['mergekit.merge']).get(what, []): import_module(o)
     peak = [private()]
     def watch():
         while True: peak[0] = tuple(map(max, zip(peak[0], private()))); time.sleep(.02)
-    if watched: threading.Thread(target=watch, daemon=True).start()
+    floor(models, out); shutil.rmtree(out)
+    if state == 'disk': forget(models)
+    if state == 'watched': threading.Thread(target=watch, daemon=True).start()
     start, cpu = time.perf_counter(), time.process_time()
     dict(floor=floor, merge=lambda *a: merge(*a, method), mergekit=mergekit)[what](models, out)
-    if watched: return dict(what=what, models=len(models), private_bytes=peak[0][0], anonymous_bytes=peak[0][1])
-    return dict(what=what, models=len(models), seconds=time.perf_counter()-start, cpu_seconds=time.process_time()-cpu, load=os.getloadavg()[0])
+    if state == 'watched': return dict(what=what, models=len(models), private_bytes=peak[0][0], anonymous_bytes=peak[0][1])
+    return dict(what=what, models=len(models), inputs=state, seconds=time.perf_counter()-start, cpu_seconds=time.process_time()-cpu, load=os.getloadavg()[0])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', nargs='?', type=Path); p.add_argument('--make', type=Path); p.add_argument('--layers', type=int, default=24)
     p.add_argument('--models', type=int, nargs='+', default=[2]); p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--method', default='average'); p.add_argument('--mergekit'); p.add_argument('--one'); p.add_argument('--out', type=Path)
-    p.add_argument('--watch', action='store_true', help='memory of one run')
+    p.add_argument('--state', default='page cache', choices=['page cache', 'disk', 'watched'], help='where inputs are; or what a run shows')
     a = p.parse_args()
     if a.make: return make(a.make, a.models[0], a.layers)
+    a.folder = a.folder.resolve()
     found, out = sorted(a.folder.glob('m*')), a.folder/'out'
-    if a.one: return print(json.dumps(one(a.one, [found[i%len(found)] for i in range(a.models[0])], out, a.method, a.watch)))
+    if a.one: return print(json.dumps(one(a.one, [found[i%len(found)] for i in range(a.models[0])], out, a.method, a.state)))
     runs = []
     for n in a.models:
-        for watch in [[]]*a.rounds+[['--watch']]:
+        for state in ['page cache', 'disk']*a.rounds+['watched']:
             for what in ('floor', 'merge', *['mergekit']*bool(a.mergekit)):
                 python = a.mergekit if what == 'mergekit' else sys.executable
                 os.sync()
-                done = subprocess.run([python, __file__, str(a.folder), '--models', str(n), '--method', a.method, '--one', what, *watch], capture_output=True, text=True)
+                done = subprocess.run([python, __file__, str(a.folder), '--models', str(n), '--method', a.method, '--one', what, '--state', state], capture_output=True, text=True)
                 print(done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr[-2000:], flush=True)
                 if done.returncode == 0: runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
                 shutil.rmtree(out, ignore_errors=True)

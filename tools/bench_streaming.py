@@ -4,8 +4,8 @@ python tools/bench_streaming.py --make _large --models 6                  # rand
 python tools/bench_streaming.py --models 2 6 --rounds 3 _large --out nbs/results/merging/bert-large.json
                                                                               # floor and merge, a fresh process each
 python tools/bench_streaming.py --models 2 --mergekit PYTHON _large       # and mergekit's `linear`, by its own Python
-python tools/bench_streaming.py --make _huge --models 1 --layers 196      # 10 GB
-python tools/bench_streaming.py --models 2 --rounds 1 _huge               # merged with itself: 20 GB read, 10 GB written
+python tools/bench_streaming.py --make _huge --models 2 --layers 196      # 20 GB
+python tools/bench_streaming.py --models 2 --rounds 1 --states disk watched _huge --out nbs/results/merging/huge.json
 """
 import argparse, json, os, re, shutil, subprocess, sys, threading, time
 from importlib import import_module
@@ -80,7 +80,8 @@ def main():
     p.add_argument('folder', nargs='?', type=Path); p.add_argument('--make', type=Path); p.add_argument('--layers', type=int, default=24)
     p.add_argument('--models', type=int, nargs='+', default=[2]); p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--method', default='average'); p.add_argument('--mergekit'); p.add_argument('--one'); p.add_argument('--out', type=Path)
-    p.add_argument('--state', default='page cache', choices=['page cache', 'disk', 'watched'], help='where inputs are; or what a run shows')
+    p.add_argument('--states', nargs='+', default=['page cache', 'disk', 'watched'], choices=['page cache', 'disk', 'watched'], help='of the runs')
+    p.add_argument('--state', default='page cache', choices=['page cache', 'disk', 'watched'], help='of the run of --one: where its inputs are, or that its memory is watched')
     a = p.parse_args()
     if a.make: return make(a.make, a.models[0], a.layers)
     a.folder = a.folder.resolve()
@@ -88,7 +89,7 @@ def main():
     if a.one: return print(json.dumps(one(a.one, [found[i%len(found)] for i in range(a.models[0])], out, a.method, a.state)))
     runs = []
     for n in a.models:
-        for state in ['page cache', 'disk']*a.rounds+['watched']:
+        for state in [o for o in a.states if o != 'watched']*a.rounds+[o for o in a.states if o == 'watched']:
             for what in ('floor', 'merge', *['mergekit']*bool(a.mergekit)):
                 python = a.mergekit if what == 'mergekit' else sys.executable
                 os.sync()

@@ -289,7 +289,7 @@ class Parser(argparse.ArgumentParser):
 def _option(*names, **kwargs): return names,kwargs
 
 OPTIONS = dict(
-    data=_option('--data', required=True, metavar='SPEC', help='glue:TASK, or a .parquet, .csv or .jsonl file with a `label` column'),
+    data=_option('--data', required=True, metavar='SPEC', help='glue:TASK for its training rows, or a .parquet, .csv or .jsonl file with a `label` column'),
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
     num_samples=_option('--num-samples', type=count, metavar='N', help='rows to use of each training set'),
@@ -333,7 +333,7 @@ OWN_OPTIONS = dict(
     fisher=[_option('model', metavar='MODEL', help='folder or Hub id')],
     merge=[_option('models', nargs='+', metavar='TASK=MODEL', help='folders or Hub ids; or one recipe file'),
            _option('--accept-changes', action='store_true', help='of a recipe: take models whose weights are not those it recorded'),
-           _option('--data', nargs='+', metavar='TASK=SPEC', help='training rows to measure Fishers on'),
+           _option('--data', nargs='+', metavar='TASK=SPEC', help='training rows to measure Fishers on; glue:TASK, or a .parquet, .csv or .jsonl file'),
            _option('--fisher', nargs='+', metavar='TASK=FILE', help='Fishers measured before'),
            _option('--weights', nargs='+', metavar='TASK=NUMBER', help='λ of Equation 5; 1 by default'),
            _option('--num-samples', type=count, metavar='N', help='rows of each training set (128)'),
@@ -343,7 +343,7 @@ OWN_OPTIONS = dict(
            _option('--base', metavar='MODEL', help='the model that all were fine-tuned from, for methods with task vectors'),
            _option('--options', nargs='+', metavar='NAME=VALUE', help='options of the method, such as off_diagonal=0.99')],
     evaluate=[_option('model', metavar='MODEL', help='folder or Hub id, of one model or a merged one'),
-              _option('--data', nargs='+', required=True, metavar='[TASK=]SPEC', help='rows to score on'),
+              _option('--data', nargs='+', required=True, metavar='[TASK=]SPEC', help='rows to score on; glue:TASK for its validation rows, or a file'),
               _option('--out', metavar='FILE', help='also write the scores to a JSON file')],
     finetune=[_option('model', metavar='MODEL', help='folder or Hub id to start from'),
               _option('--data', metavar='SPEC', help='glue:TASK, or a .parquet, .csv or .jsonl file with a `label` column'),

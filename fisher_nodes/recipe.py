@@ -13,11 +13,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 import torch
-from .card import NAMED, entry_name, load_recipe, model_names, unnamed
+from .card import NAMED, RECIPE, entry_name, load_recipe, model_names, unnamed
 from .fisher import ESTIMATORS, PRECISIONS, VARIANTS
 from .merger import METHODS, Source, check_inputs, merge, method_options
 from .output import check_apart, check_folder
-from .saving import Merged
+from .processes import from_main
+from .streaming import merge_files
 from .tasks import GLUE, READERS
 
 # %% ../nbs/29_recipe.ipynb #50bb82db
@@ -144,18 +145,19 @@ def run_recipe(
     out:str|Path, # folder for the merged model
     overwrite:bool=False, # whether it may hold something; an earlier merged model there is replaced
     *,
-    device:str|torch.device|None=None, # where Fishers are measured; None is where each model is
+    device:str|torch.device|None=None, # where Fishers are measured, or blocks combined; None is where each model is, or the CPU
     accept_changes:bool=False, # whether models may have other weights than were recorded
     progress:bool=True, # show progress bars
-)->Merged:
-    "Do the merge of a recipe and save it; `ValueError` for a recipe that cannot be done, before any model loads."
+)->Path: # the folder
+    "Do the merge of a recipe, from file to file where nothing is measured; `ValueError` for one that cannot be done, before any model loads."
     recipe = read_recipe(path)
     try: args = recipe_arguments(recipe, accept_changes)
     except ValueError as e: raise ValueError(f'{Path(path).name}: {e}') from None
     check_folder(out, overwrite)
     check_apart(out, model_names(recipe) | {'base': entry_name(recipe.get('base'))})
-    merged = merge(**args, device=device, progress=progress)
-    if not accept_changes and recipe.get('result', merged.recipe['result'])!=merged.recipe['result']:
-        warnings.warn(f'the merged weights differ from those of {Path(path).name}; made with {recipe.get("versions")}, now {merged.recipe["versions"]}')
-    merged.save_pretrained(out, overwrite=overwrite)
-    return merged
+    if 'data' in recipe: merge(**args, device=device, progress=progress).save_pretrained(out, overwrite=overwrite)
+    else: merge_files(**args, out=out, overwrite=overwrite, device=device or 'cpu', progress=progress)
+    made = from_main(lambda: load_recipe(Path(out)/RECIPE))
+    if not accept_changes and recipe.get('result', made['result'])!=made['result']:
+        warnings.warn(f'the merged weights differ from those of {Path(path).name}; made with {recipe.get("versions")}, now {made["versions"]}')
+    return Path(out)

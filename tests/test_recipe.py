@@ -89,7 +89,7 @@ def test_another_source_under_the_same_name(part, accept, here):
     name = dict(body='bert.encoder.layer.0.output.dense.bias', head='classifier.bias')[part]
     state[name][0] += 1
     save_file(state, here/'b'/'model.safetensors', dict(format='pt'))
-    if accept: assert len(run_recipe(here/'out'/'recipe.yml', here/'again', accept_changes=True))==2
+    if accept: assert len(Merged.from_pretrained(run_recipe(here/'out'/'recipe.yml', here/'again', accept_changes=True)))==2
     else:
         with pytest.raises(ValueError, match=f"the {part} of 'b'.* is not what it was"): run_recipe(here/'out'/'recipe.yml', here/'again')
         assert not (here/'again').exists()

@@ -5,7 +5,7 @@ python tools/bench_streaming.py --models 2 6 --rounds 3 _large --out nbs/results
                                                                               # floor and merge, a fresh process each
 python tools/bench_streaming.py --models 2 --mergekit PYTHON _large       # and mergekit's `linear`, by its own Python
 python tools/bench_streaming.py --make _huge --models 2 --layers 196      # 20 GB
-python tools/bench_streaming.py --models 2 --rounds 1 --states disk watched _huge --out nbs/results/merging/huge.json
+python tools/bench_streaming.py --models 2 --rounds 1 --states disk watched --out nbs/results/merging/huge.json _huge
 """
 import argparse, json, os, re, shutil, subprocess, sys, threading, time
 from importlib import import_module

@@ -35,7 +35,7 @@ def check_seed(
     seed:Any,
 ):
     "`ValueError` unless it is a whole number that every generator takes."
-    if isinstance(seed, Integral) and not isinstance(seed, bool) and 0<=seed<2**32: return
+    if type(seed) is int and 0<=seed<2**32: return
     raise ValueError(f'`seed` must be a whole number from 0 to {2**32-1}, got {seed!r}')
 
 def sample_rows(

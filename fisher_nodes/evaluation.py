@@ -78,7 +78,7 @@ def names_model(
     except (OSError, RuntimeError, SafetensorError, JSONDecodeError) as e:
         said = ' '.join(str(e).split())
         here = isinstance(model, PreTrainedModel) or Path(model).exists()
-        pickled = 'pytorch_model' in said or 'use_safetensors' in said or (here and any(Path(str(model)).glob('pytorch_model*')))
+        pickled = 'pytorch_model' in said or 'use_safetensors' in said or (here and any(Path(str(model)).glob('pytorch_model*')) and not any(Path(str(model)).glob('*.safetensors*')))
         hint = '' if here else 'it is not a folder here, and as a Hub id it was not found. '
         hint += f'{model} has no safetensors weights, and a pickle, which can run code, is not read; save it as safetensors first. '*pickled
         raise ValueError(f'cannot load {model}: {hint}{said}') from None

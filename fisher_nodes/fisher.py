@@ -144,8 +144,10 @@ def read_meta(
     kind:str, # what it should be, for the message
 )->dict[str,Any]: # `num_examples` and `meta`
     "What a saved Fisher says beside its numbers; `ValueError` if it does not."
-    try: return dict(num_examples=int(about['num_examples']), meta=json.loads(about['meta']))
-    except (KeyError, ValueError) as e: raise ValueError(f'{path} is not a saved {kind}: its metadata lacks or garbles {e}') from None
+    try: n,meta = int(about['num_examples']),json.loads(about['meta'])
+    except (KeyError, ValueError): n,meta = None,None
+    if isinstance(meta, dict): return dict(num_examples=n, meta=meta)
+    raise ValueError(f'{path} is not a saved {kind}: its metadata must have a number `num_examples` and an object `meta`, got {dict(about)}')
 
 @patch(cls_method=True)
 def load(cls:MaskFisher,

@@ -144,7 +144,7 @@ def combine_bodies(
         out[name] = rule.combine(name, [o[name] for o in states])
         if not _finite(out[name]):
             bad = [task for task,o in zip(models, states) if not _finite(o[name])]
-            raise ValueError(f'{name} is not finite after merging; not finite in the models {bad or "(none of them: look at the base)"}')
+            raise ValueError(f'{name} is not finite after merging; ' + (f'not finite in the models {bad}' if bad else 'though all models are: the base is not, or numbers become too large'))
     return out
 
 # %% ../nbs/05_merger.ipynb #e41338ca

@@ -273,13 +273,14 @@ def dare_rule(
 # %% ../nbs/14_rivals.ipynb #ecb96fda
 def check_shapes(
     what:str, # for the message
-    tensors:Mapping[str,Any], # name -> what has a shape
+    tensors:Mapping[str,Any], # name -> what has a shape and a type
     shapes:Mapping[str,tuple], # wanted: name -> shape
 ):
-    "`ValueError` unless there is one of the right shape for every name."
+    "`ValueError` unless there is one of floating-point numbers, of the right shape, for every name."
     missing, extra = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
     if missing or extra: raise ValueError(f'{what} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}')
     for name,o in tensors.items():
+        if not (o.dtype and o.dtype.is_floating_point): raise ValueError(f'{what}, {name}: numbers of type {o.dtype}, expected floating-point ones')
         if tuple(o.shape)!=tuple(shapes[name]): raise ValueError(f'{what}, {name}: shape {tuple(o.shape)}, expected {tuple(shapes[name])}')
 
 def check_numbers(

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 import torch
 from huggingface_hub import snapshot_download
@@ -232,7 +233,7 @@ class Stream:
         "`ValueError` naming the model that is not finite."
         for t,o in self.stored.items():
             if not _finite(o.body[str(name)]): raise ValueError(f'model of {t!r}: {o.model.base_model_prefix}.{name} is not finite')
-        raise ValueError(f'{name} is not finite after merging, though all models are; look at the base')
+        raise ValueError(f'{name} is not finite after merging, though all models are: the base is not, or numbers become too large')
 
     def merge_one(self,
         name:str,
@@ -245,7 +246,9 @@ class Stream:
 # %% ../nbs/33_streaming.ipynb #d6e57380
 def keep_memory():
     "Let the C library keep freed blocks of up to 31 megabytes for the next ones."
-    torch.empty(31<<20, dtype=torch.uint8)
+    torch.empty(31<<20, dtype=torch.uint8, device='cpu')
+
+_RUNNING = Lock() # of one stream at a time: two would read each other's number of threads
 
 def run_stream(
     stream:Stream,
@@ -253,18 +256,21 @@ def run_stream(
     progress:bool=True, # show a progress bar when it takes more than two seconds
 ):
     "Merge every parameter; the first failure ends it."
-    keep_memory()
+    files = sorted(stream.out, key=lambda n: (stream.out[n].path, stream.out[n].start))
+    whole = [n for n in files if stream.rule.kinds.get(n)=='gram']
     stream.prints |= {t: {} for t in (*stream.stored, None)}
     total = sum(prod(o.shape)*o.stored.itemsize for o in stream.out.values())
     bar = tqdm(total=total, desc='merge', unit='B', unit_scale=True, delay=2, disable=not progress)
-    pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        with bar:
-            for n in pool.map(stream.merge_one, sorted(stream.out, key=lambda n: (stream.out[n].path, stream.out[n].start))): bar.update(n)
-    finally:
-        for o in stream.out.values(): o.file.raw.close()
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(torch.get_num_threads()) # for threads to come; this one's number never changed
+    with bar, _RUNNING:
+        keep_memory()
+        for n in whole: bar.update(stream.merge_one(n)) # with all of torch's threads, on whose number a solution's last bits depend
+        pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for n in pool.map(stream.merge_one, [n for n in files if n not in whole]): bar.update(n)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for o in stream.out.values(): o.file.close()
+            torch.set_num_threads(torch.get_num_threads()) # for threads to come; this one's number never changed
 
 # %% ../nbs/33_streaming.ipynb #187c350b
 def check_prints(
@@ -339,7 +345,7 @@ def merge_files(
     sources,λ,options,asked = _read_call(models, method, variant, scheme, weights, seed, options, fishers=fishers, data=None, base=base,
                                          labels='empirical', precision=None, loss=None, max_length=None)
     check_shard_size(max_shard_size)
-    if not (threads is None or isinstance(threads, int) and threads>0): raise ValueError(f'`threads` must be at least 1, or None; got {threads!r}')
+    if not (threads is None or type(threads) is int and threads>0): raise ValueError(f'`threads` must be a whole number of at least 1, or None; got {threads!r}')
     kind,device,path = METHODS[method].evidence,find_device(device),check_folder(Path(out).resolve(), overwrite)
     measured = {t: open_evidence(t, o, kind) for t,o in (asked['fishers'] or {}).items()}
     stored = _open_all(sources, options)

@@ -148,7 +148,7 @@ def test_positions_that_all_rows_share_stay_whole():
     a, b = halves(batch)
     assert a.inputs['position_ids'].shape == b.inputs['position_ids'].shape == (1, 5) and b.inputs['labels'].shape == (1,) and a.inputs['scale'] == 2
 
-@pytest.mark.parametrize('about', [{}, dict(num_examples='x', meta='{}'), dict(num_examples='3', meta='{'), dict(num_examples='3')])
+@pytest.mark.parametrize('about', [{}, dict(num_examples='x', meta='{}'), dict(num_examples='3', meta='{'), dict(num_examples='3'), dict(num_examples='3', meta='null'), dict(num_examples='3', meta='[]')])
 @pytest.mark.parametrize('kind', [MaskFisher, ParameterFisher])
 def test_a_fisher_with_bad_metadata_is_named(tmp_path, kind, about):
     save_file({'heads.0': torch.ones(1, 2), 'rows.0': torch.ones(1, 2)}, tmp_path/'f.safetensors', about | dict(kind='ParameterFisher'))

@@ -1,5 +1,5 @@
 """`merge_files` against `merge(...).save_pretrained(...)`: the same files, the same refusals, less memory."""
-import json, os, subprocess, sys, threading
+import gc, json, os, subprocess, sys, threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from fisher_nodes.architectures import checksum, hash_tensors, hash_weights
 from fisher_nodes.grams import Grams
 from fisher_nodes.output import OutputExistsError
 from fisher_nodes.rivals import elect_and_mean
-from fisher_nodes.streaming import merge_files
+from fisher_nodes.streaming import Stream, merge_files
 from reference import tiny
 
 SIZE = dict(hidden=64, heads=4, intermediate=96, vocab=131) # blocks of eight rows, with many_blocks
@@ -207,7 +207,7 @@ def test_files_are_those_that_safetensors_writes(tmp_path):
 
 @pytest.mark.parametrize('threads', [0, -1, 1.5, 'x'])
 def test_threads_are_counted(tmp_path, threads):
-    with pytest.raises(ValueError, match='`threads` must be at least 1'): merge_files(make(tmp_path), method='average', out=tmp_path/'out', threads=threads)
+    with pytest.raises(ValueError, match='`threads` must be a whole number of at least 1'): merge_files(make(tmp_path), method='average', out=tmp_path/'out', threads=threads)
     assert not (tmp_path/'out').exists()
 
 def test_a_merge_leaves_the_number_of_threads_of_torch_alone(tmp_path):
@@ -217,10 +217,39 @@ def test_a_merge_leaves_the_number_of_threads_of_torch_alone(tmp_path):
     look(); t = threading.Thread(target=look); t.start(); t.join()
     assert len(set(counts)) == 1
 
+@pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='open files are counted in /proc, which only Linux has')
+def test_few_files_stay_open_and_none_afterwards(tmp_path, monkeypatch):
+    folders = make(tmp_path, n=3, shard='9KB')
+    before, most = len(os.listdir('/proc/self/fd')), []
+    merge_one = Stream.merge_one
+    def look(self, name): most.append(len(os.listdir('/proc/self/fd'))); return merge_one(self, name)
+    monkeypatch.setattr(Stream, 'merge_one', look)
+    monkeypatch.setattr(disk, 'MOST_OPEN', 5)
+    merge_files(folders, method='average', out=tmp_path/'few')
+    assert max(most) <= before+5+5 and len(list((tmp_path/'in').rglob('*.safetensors'))) > 20
+    monkeypatch.setattr(disk, 'MOST_OPEN', 64)
+    merge_files(folders, method='average', out=tmp_path/'many')
+    assert (tmp_path/'few'/'model.safetensors').read_bytes() == (tmp_path/'many'/'model.safetensors').read_bytes()
+    gc.collect()
+    assert len(os.listdir('/proc/self/fd')) <= before
+
+def test_regmean_solves_with_the_threads_that_merge_has(tmp_path, monkeypatch):
+    "The last bits of a large solution depend on their number."
+    monkeypatch.setattr(blocks, 'BLOCK', 1 << 22)
+    threads = torch.get_num_threads()
+    folders = make(tmp_path, n=2, hidden=768, heads=12, intermediate=1536, vocab=64, layers=1)
+    grams = {t: Grams({n: (x := torch.randn(3000, d)+.5).T@x for n, d in linear(load(o).base_model).items()}) for t, o in folders.items()}
+    try:
+        torch.set_num_threads(2)
+        merge(folders, grams, method='regmean', weights=[1, .37]).save_pretrained(tmp_path/'memory')
+        merge_files(folders, grams, method='regmean', weights=[1, .37], out=tmp_path/'files', threads=2)
+    finally: torch.set_num_threads(threads)
+    assert (tmp_path/'memory'/'model.safetensors').read_bytes() == (tmp_path/'files'/'model.safetensors').read_bytes()
+
 # --- pieces -----------------------------------------------------------------------------------
 
 def by_integers(t):
-    "A fingerprint's sums in Python's own integers."
+    "A fingerprint's sum in Python's own integers."
     data = t.contiguous().view(torch.uint8).numpy().tobytes()
     table = [[int.from_bytes(data[i:i+8].ljust(8, b'\0'), 'little') for i in range(r, r+512, 8)] for r in range(0, len(data), 512)]
     wrap = lambda o: (o+2**63)%2**64-2**63
@@ -228,7 +257,10 @@ def by_integers(t):
         x = wrap(x+(place+1)*0x9E3779B97F4A7C15)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): x = wrap((x ^ x>>shift)*factor)
         return x ^ x>>31
-    return [wrap(sum(scramble(sum(row), i) for i, row in enumerate(table))), *(wrap(sum(row[j] for row in table)) for j in range(64))]
+    odd = [scramble(0, i) | 1 for i in range(64)]
+    def fold(x): return x ^ x>>32
+    rows = [sum(fold(wrap(x*o)) for x, o in zip(row, odd)) for row in table]
+    return wrap(sum(scramble(x, i) for i, x in enumerate(rows)))
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize('n', [0, 1, 1023, 1024, 128*1024, 128*1024+1, 300_001])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
-from .architectures import find_layers, model_name
+from .architectures import find_layers, hash_weights, model_name
 from .batches import Batch, collate, length_batches
 from .fisher import (
     describe_run, find_device, fisher_batches, mask_fisher, model_logits, per_example_loss, precision_context, to_device)
@@ -82,7 +82,7 @@ def floor(model, data, **kwargs)->Callable:
 
 def no_model(model, data, **kwargs)->Callable:
     "All that `mask_fisher` does without running the model."
-    def run(): make_ready(model, data, **kwargs); describe_run(model, data)
+    def run(): make_ready(model, data, **kwargs); describe_run(model, data, hash_weights(model))
     return run
 
 def step(

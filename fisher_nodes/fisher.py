@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'PRECISIONS', 'square_each', 'square_mean', 'per_example_loss', 'draw_labels',
            'MaskFisher', 'open_saved', 'read_meta', 'Variant', 'precision_context', 'check_losses', 'to_device',
-           'model_logits', 'weighted_losses', 'describe_data', 'versions', 'describe_run', 'check_choices',
+           'model_logits', 'weighted_losses', 'describe_data', 'versions', 'hashing', 'describe_run', 'check_choices',
            'find_device', 'fisher_batches', 'resolve_model', 'mask_fisher']
 
 # %% ../nbs/03_fisher.ipynb #66af3c24
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -322,14 +323,26 @@ def versions()->dict[str,str]:
     "Versions of what computes."
     return dict(fisher_nodes=__version__, torch=str(torch.__version__), transformers=transformers.__version__)
 
+@contextmanager
+def hashing(
+    model:PreTrainedModel, # which keeps its weights inside
+)->Iterator[Callable[[],str]]: # a call that waits for it
+    "The fingerprint of a model's body, taken beside other work: by a thread, and on a GPU in a stream, of its own."
+    stream = torch.cuda.Stream(model.device) if model.device.type=='cuda' else None
+    if stream: stream.wait_stream(torch.cuda.current_stream(model.device))
+    def run():
+        with torch.cuda.stream(stream): return hash_weights(model)
+    with ThreadPoolExecutor(1) as pool: yield pool.submit(run).result
+
 def describe_run(
     model:PreTrainedModel,
     data:Any, # as in `mask_fisher`
+    weight_hash:str, # of the model
     **kwargs, # the choices that were made
 )->dict[str,Any]:
     "Where a measurement comes from: model, weights, data, versions and choices."
     return dict(model=model_name(model), revision=getattr(model.config, '_commit_hash', None),
-                weight_hash=hash_weights(model), data=describe_data(data), dtype=str(model.dtype),
+                weight_hash=weight_hash, data=describe_data(data), dtype=str(model.dtype),
                 versions=versions(), **kwargs)
 
 # %% ../nbs/03_fisher.ipynb #3879bdd0
@@ -414,7 +427,7 @@ def mask_fisher(
     how = VARIANTS[variant]
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
-    with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context,
+    with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context, hashing(model) as weight_hash,
           MaskGradients(model, how.ffn_mask) as masks):
         batches = fisher_batches(model, data, variant=variant, labels=labels, loss=loss, num_samples=num_samples,
             seed=seed, batch_tokens=batch_tokens or shared_budget(model), tokenizer=tokenizer, max_length=max_length)
@@ -422,6 +435,6 @@ def mask_fisher(
         work = partial(_accumulate, model, masks=masks, sums=sums, labels=labels, loss=loss, seed=seed)
         n = spread(work, batches, sums.sums, 'mask Fisher', progress)
         tensors = sums.result(1/n if how.mean else 1., torch.promote_types(model.dtype, torch.float32))
-        meta = describe_run(model, data, num_examples=n, seed=seed, variant=variant, estimator=labels,
+        meta = describe_run(model, data, weight_hash(), num_examples=n, seed=seed, variant=variant, estimator=labels,
                      precision=precision, device=where.type)
     return MaskFisher(**tensors, num_examples=n, meta=meta)

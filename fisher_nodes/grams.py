@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .architectures import architecture
 from .batches import make_batches
 from .evaluation import batch_logits
-from .fisher import describe_run, resolve_model, find_device, precision_context
+from .fisher import describe_run, find_device, hashing, precision_context, resolve_model
 from .masks import untouched
 from .parameters import Measured, mean_of_sums, widen
 from .processes import check_placed, shared_budget, spread, together
@@ -120,10 +120,10 @@ def linear_grams(
     check_placed(model, device)
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
-    with (torch.inference_mode(False), torch.no_grad(), untouched(model, device), context,
+    with (torch.inference_mode(False), torch.no_grad(), untouched(model, device), context, hashing(model) as weight_hash,
           InputGrams(model) as grams):
         batches = make_batches(model, data, num_samples=num_samples, seed=seed, batch_tokens=batch_tokens or shared_budget(model),
             need_labels=False, tokenizer=tokenizer, max_length=max_length)
         n = spread(partial(_accumulate, model, grams=grams), batches, grams.sums, 'Gram matrices', progress)
-        meta = describe_run(model, data, num_examples=n, seed=seed, precision=precision, device=where.type)
+        meta = describe_run(model, data, weight_hash(), num_examples=n, seed=seed, precision=precision, device=where.type)
     return Grams(mean_of_sums(grams.sums, n, model.dtype), num_examples=n, meta=meta)

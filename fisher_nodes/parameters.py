@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from .architectures import architecture, find_roles
 from .batches import Batch
 from fisher_nodes.fisher import (
-    check_choices, check_losses, describe_run, find_device, fisher_batches, open_saved, precision_context, read_meta, resolve_model, to_device,
+    check_choices, check_losses, describe_run, find_device, fisher_batches, hashing, open_saved, precision_context, read_meta, resolve_model, to_device,
     weighted_losses)
 from .masks import untouched
 from .memory import part
@@ -317,7 +317,7 @@ def parameter_fisher(
     where = find_device(device or model.device)
     context = precision_context(precision, model, where)
     Squared = SquaredAlone if one_at_a_time else SquaredGradients
-    with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context,
+    with (torch.inference_mode(False), torch.enable_grad(), untouched(model, device), context, hashing(model) as weight_hash,
           Squared(model) as squared):
         budget = 1 if one_at_a_time else batch_tokens or max(1, shared_budget(model)//4)
         batches = fisher_batches(model, data, labels=labels, loss=loss, num_samples=num_samples,
@@ -325,6 +325,6 @@ def parameter_fisher(
         run = partial(_accumulate, model, squared=squared, labels=labels, loss=loss, seed=seed)
         work = (lambda o: run(split_batches(o))) if one_at_a_time else run
         n = spread(work, batches, squared.sums, 'parameter Fisher', progress)
-        meta = describe_run(model, data, num_examples=n, seed=seed, estimator=labels, precision=precision,
+        meta = describe_run(model, data, weight_hash(), num_examples=n, seed=seed, estimator=labels, precision=precision,
                      device=where.type, one_at_a_time=one_at_a_time)
     return ParameterFisher(mean_of_sums(squared.sums, n, model.dtype), num_examples=n, meta=meta)

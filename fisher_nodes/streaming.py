@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['OLD_NAMES', 'find_spot', 'Stored', 'open_stored', 'open_base', 'hash_base', 'Evidence', 'open_evidence',
-           'check_evidence', 'make_files', 'Stream', 'keep_memory', 'run_stream', 'check_weights', 'merge_files']
+           'check_evidence', 'make_files', 'Stream', 'keep_memory', 'run_stream', 'check_weights', 'no_collection',
+           'merge_files']
 
-# %% ../nbs/33_streaming.ipynb #67779ab9
+# %% ../nbs/33_streaming.ipynb #58bd405a
+import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -270,7 +273,17 @@ def _hash_result(stream:Stream, merged:Merged)->str:
     heads = {n: TensorHash(p.shape, p.dtype).add(p) for n,p in all_heads(merged).items()}
     return join_hashes({n: h for n,h in stream.hashes[None].items() if n in names} | heads)
 
-# %% ../nbs/33_streaming.ipynb #86128950
+# %% ../nbs/33_streaming.ipynb #45a85a15
+@contextmanager
+def no_collection()->Iterator[None]:
+    "Inside, Python does not look for garbage: a model is thousands of small objects, all of which stay."
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+
+@no_collection()
 def _open_all(sources:Mapping[str,Any], options:Mapping)->dict[str,Stored]:
     "All models, which can be merged."
     stored = {t: open_stored(t, o) for t,o in sources.items()}
@@ -282,6 +295,7 @@ def _floating(stored:Mapping[str,Stored])->dict[str,Blocks]:
     "What can be averaged of every model's body."
     return {t: Blocks({n: o.body.tensors[n] for n in _floats(o.model.base_model)}) for t,o in stored.items()}
 
+@no_collection()
 def _outline(stored:Mapping[str,Stored], tokenizer:Any)->Merged:
     "The result without numbers in its body."
     models = {t: o.model for t,o in stored.items()}

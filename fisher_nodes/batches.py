@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'BUSY', 'TOKEN_COLUMNS', 'check_num_samples', 'check_seed', 'sample_rows', 'length_batches',
            'is_dataset', 'is_raw', 'text_columns', 'max_positions', 'tokenize', 'row_lengths', 'collate',
-           'is_regression', 'check_labels', 'Batch', 'Batches', 'read_columns', 'dataset_batches', 'own_batches',
-           'make_batches']
+           'is_regression', 'check_labels', 'Batch', 'Batches', 'no_collection', 'read_columns', 'dataset_batches',
+           'own_batches', 'make_batches']
 
-# %% ../nbs/02_batches.ipynb #063e76e9
+# %% ../nbs/02_batches.ipynb #60349003
+import gc
 import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
 import numpy as np
@@ -193,7 +196,16 @@ def _model_columns(model:PreTrainedModel, columns:dict[str,list], every:bool)->d
     kept = {k: v for k,v in named.items() if k=='labels' or (_is_numeric(v) if every else k in known)}
     return kept if 'attention_mask' in kept else {'attention_mask': [np.ones(len(o), int) for o in kept['input_ids']]} | kept
 
-# %% ../nbs/02_batches.ipynb #beacd4a5
+# %% ../nbs/02_batches.ipynb #bee65c20
+@contextmanager
+def no_collection()->Iterator[None]:
+    "Inside, Python does not look for garbage: what is made there stays."
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+
 TOKEN_COLUMNS = ('input_ids', 'attention_mask', 'token_type_ids')
 
 def _as_arrays(column:Any)->list[np.ndarray]|None:
@@ -204,28 +216,31 @@ def _as_arrays(column:Any)->list[np.ndarray]|None:
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type): return None
     flat = lists.flatten()
     if lists.null_count or flat.null_count: return None
-    return np.split(flat.to_numpy(zero_copy_only=False).astype(np.int64), np.cumsum(lists.value_lengths().to_numpy())[:-1])
+    numbers,ends = flat.to_numpy(zero_copy_only=False).astype(np.int64),[0, *np.cumsum(lists.value_lengths()).tolist()]
+    return [numbers[a:b] for a,b in pairwise(ends)]
 
+@no_collection()
 def read_columns(
     dataset:Any, # a `datasets.Dataset`
+    rows:Sequence[int]|None=None, # row numbers; None takes all
 )->dict[str,list]: # a list per column, in which rows of tokens are arrays
-    "All columns of a data set in memory."
-    table = dataset.with_format('arrow')[:]
+    "All columns of some rows of a data set, in memory."
+    table = dataset.with_format('arrow')[slice(None) if rows is None else rows]
     def read(k):
         arrays = _as_arrays(table[k]) if k in TOKEN_COLUMNS else None
         return table[k].to_pylist() if arrays is None else arrays
     return {k: read(k) for k in table.column_names}
 
-# %% ../nbs/02_batches.ipynb #a3b7d899
-def _dataset_columns(model, dataset, tokenizer, max_length)->dict[str,list]:
-    "The tokenised columns of a data set, tokenising raw text first."
-    if not is_raw(dataset): return read_columns(dataset)
+# %% ../nbs/02_batches.ipynb #67c26353
+def _dataset_columns(model, dataset, rows, tokenizer, max_length)->dict[str,list]:
+    "The tokenised columns of some rows of a data set, tokenising raw text first."
+    if not is_raw(dataset): return read_columns(dataset, rows)
     if tokenizer is None:
         raise ValueError(f'the data set has no `input_ids`, only {dataset.column_names}; tokenise it or give `tokenizer=`')
     if not (max_length is None or isinstance(max_length, Integral) and max_length>=1):
         raise ValueError(f'`max_length` must be a whole number of at least 1, or None; got {max_length!r}')
     limit = max_positions(model)
-    return tokenize(dataset, tokenizer, min(max_length or limit, limit))
+    return tokenize(dataset.select(rows), tokenizer, min(max_length or limit, limit))
 
 def _check_lengths(model, columns:dict[str,list], lengths:Sequence[int], rows:Sequence[int]):
     "`ValueError` naming the first row that is empty, too long, or whose mask has another length."
@@ -249,7 +264,7 @@ def dataset_batches(
     every:bool=False, # keep every column of numbers, not only those `forward` takes
 )->Batches: # checked, ready to go through
     "Batch some rows of a data set."
-    columns = _model_columns(model, _dataset_columns(model, dataset.select(rows), tokenizer, max_length), every)
+    columns = _model_columns(model, _dataset_columns(model, dataset, rows, tokenizer, max_length), every)
     if need_labels: _dataset_labels(model, columns, rows)
     elif not every: columns.pop('labels', None)
     lengths = row_lengths(columns)

@@ -220,13 +220,13 @@ def untouched(
     model:nn.Module,
     device:str|torch.device|None=None, # where to run; None leaves the model where it is
 )->Iterator[None]:
-    "Evaluation mode and frozen weights inside; outside, the model and all random states are as before."
+    "Evaluation mode, frozen weights and no compiled code, which knows no hooks, inside; outside, the model and all random states are as before."
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError('the model was made inside `torch.inference_mode`; make or load it outside')
     modes = [(m, m.training) for m in model.modules()]
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     home = next(model.parameters()).device
-    with keep_rng():
+    with keep_rng(), torch.compiler.set_stance('force_eager'):
         try:
             model.eval().requires_grad_(False)
             if device is not None: model.to(device)

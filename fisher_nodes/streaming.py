@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['OLD_NAMES', 'find_spot', 'Stored', 'open_stored', 'open_base', 'hash_base', 'Evidence', 'open_evidence',
-           'check_evidence', 'make_files', 'Stream', 'keep_memory', 'run_stream', 'check_weights', 'no_collection',
-           'merge_files']
+           'check_evidence', 'make_files', 'Stream', 'keep_memory', 'run_stream', 'check_weights', 'merge_files']
 
-# %% ../nbs/33_streaming.ipynb #58bd405a
-import gc
+# %% ../nbs/33_streaming.ipynb #67779ab9
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -24,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from .architectures import TensorHash, find_layers, hash_tensors, join_hashes
-from .blocks import Block, Blocks, cut, rows_meant
+from .batches import no_collection
+from .blocks import Block, Blocks, cut
 from .card import agreed_modules
 from .disk import DTYPES, Spot, folder_spots, make_file, read_spots
 from .evaluation import check_single, names_model
@@ -273,16 +271,7 @@ def _hash_result(stream:Stream, merged:Merged)->str:
     heads = {n: TensorHash(p.shape, p.dtype).add(p) for n,p in all_heads(merged).items()}
     return join_hashes({n: h for n,h in stream.hashes[None].items() if n in names} | heads)
 
-# %% ../nbs/33_streaming.ipynb #45a85a15
-@contextmanager
-def no_collection()->Iterator[None]:
-    "Inside, Python does not look for garbage: a model is thousands of small objects, all of which stay."
-    was = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if was: gc.enable()
-
+# %% ../nbs/33_streaming.ipynb #3348e308
 @no_collection()
 def _open_all(sources:Mapping[str,Any], options:Mapping)->dict[str,Stored]:
     "All models, which can be merged."

@@ -1,13 +1,16 @@
 """Nothing of the caller's is changed: models, batches, random state, global settings; also after an exception."""
 import copy, random
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from fisher_nodes import Merged, mask_fisher, merge
+from fisher_nodes import MaskFisher, Merged, mask_fisher, merge, parameter_fisher
+from fisher_nodes.grams import linear_grams
 from reference import FAMILIES, brute_mask_fisher, collate, examples, ragged_batches, task_loss, tiny
 from test_masks_fisher import QUIET, same, to_dataset
 from test_merge import make_fishers, make_models
@@ -173,3 +176,19 @@ assert world() == before
 '''
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+def compiled(model):
+    for layer in model.base_model.encoder.layer: layer.compile(backend='eager')
+    return model
+
+@pytest.mark.parametrize('measure', [mask_fisher, partial(mask_fisher, variant='released'), parameter_fisher, linear_grams],
+                         ids=['masks', 'released', 'parameters', 'grams'])
+def test_compiled_layers_are_measured_like_any(measure):
+    "Compiled code keeps the hooks that it saw first, or none; so the same model is measured twice, and after it has run."
+    batches, plain, fast = ragged_batches(), tiny(), compiled(tiny())
+    numbers = lambda found: torch.cat([o.flatten() for o in ((*found.heads, *found.rows) if isinstance(found, MaskFisher) else found.values.values())])
+    want = numbers(measure(plain, batches, progress=False))
+    fast(**batches[0])
+    for _ in range(2): assert_close(numbers(measure(fast, batches, progress=False)), want, rtol=1e-12, atol=0)
+    with torch.no_grad(): assert_close(fast(**batches[0]).logits, plain(**batches[0]).logits, rtol=1e-12, atol=0)
+    assert all(layer._compiled_call_impl is not None for layer in fast.base_model.encoder.layer)

@@ -384,7 +384,7 @@ def scaling(
 )->Iterator[tuple[str,int,dict]]: # what varies, its value, and arguments of `time_shape`
     "What to vary, one thing at a time."
     lengths,full = random_lengths(num_samples),batch_budget(model)
-    yield 'nothing', 48, dict(lengths=[48]*64, batch_tokens=32*48)
+    yield 'nothing', 48, dict(lengths=[48]*64, batch_tokens=32*48, rounds=9)
     for k in (16,4,1): yield 'batch_tokens', full//k, dict(lengths=lengths, batch_tokens=full//k)
     for n in (16,64,256): yield 'length', n, dict(lengths=random_lengths(max(1, num_samples*41//n), n, 0))
     for n in (num_samples//4, num_samples, 4*num_samples): yield 'num_samples', n, dict(lengths=random_lengths(n))
@@ -404,7 +404,7 @@ def bench_shapes(
         error = fisher_error(model, random_lengths(n), p) if p!='fp32' else 0.
         rows += time_shape(model, random_lengths(n), precision=p, rounds=rounds, varies='precision', error=error, peak_flops_per_second=peak_flops(where, p))
     last = dict(precision=precisions[-1], rounds=rounds, steps=pair)
-    for name,value,how in scaling(model, n, where): rows += time_shape(model, **how, **last, varies=name)
+    for name,value,how in scaling(model, n, where): rows += time_shape(model, **last | how, varies=name)
     for k in sorted({max(1, len(find_layers(model))//d) for d in (4,2,1)}):
         rows += time_shape(random_model(shape, where, k), random_lengths(n), **last, varies='depth')
     rows += time_rows(model, 16*n, precision=precisions[-1], rounds=rounds)

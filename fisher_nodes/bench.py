@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ONE', 'BATCHED', 'SMALLER', 'RELEASED', 'EIGHTS', 'STEPS', 'SHAPES', 'PLANS', 'SHAPE_STEPS', 'first_leaf',
-           'bare_pass', 'pass_flops', 'make_ready', 'floor', 'no_model', 'step', 'timed', 'take_turns', 'floor_share',
-           'true_lengths', 'peak_flops', 'moved', 'bench', 'random_lengths', 'random_columns', 'shape_batches',
-           'ShapeStep', 'time_shape', 'fisher_error', 'random_model', 'time_rows', 'compile_layers', 'time_compiled',
-           'scaling', 'bench_shapes', 'summary', 'run_bench_shapes']
+           'bare_pass', 'pass_flops', 'full_flops', 'make_ready', 'floor', 'no_model', 'step', 'timed', 'take_turns',
+           'floor_share', 'true_lengths', 'peak_flops', 'moved', 'bench', 'random_lengths', 'random_columns',
+           'shape_batches', 'ShapeStep', 'time_shape', 'fisher_error', 'random_model', 'time_rows', 'compile_layers',
+           'time_compiled', 'scaling', 'bench_shapes', 'summary', 'run_bench_shapes']
 
 # %% ../nbs/18_bench.ipynb #4ec49151
 import argparse
@@ -75,6 +75,16 @@ def pass_flops(
         above = tokens*(a*h + 2*h*o.rows)
         return 2*above + (1+(i>0))*tokens*3*h*a + (1+2*(i>0))*2*a*pairs
     return 2*sum(layer(i, o) for i,o in enumerate(find_layers(model)))
+
+# %% ../nbs/18_bench.ipynb #63fe3665
+def full_flops(
+    model:PreTrainedModel, # of a supported family
+    lengths:Sequence[int], # tokens of every example, without padding
+)->int: # floating-point operations of the encoder layers
+    "Operations of the products in a forward pass, a whole backward pass and every example's weight gradients."
+    h,tokens,pairs = model.config.hidden_size,sum(lengths),sum(n*n for n in lengths)
+    def layer(o): a = o.heads*o.head_size; return 3*tokens*(4*a*h + 2*h*o.rows) + 6*a*pairs
+    return 2*sum(map(layer, find_layers(model)))
 
 # %% ../nbs/18_bench.ipynb #3fb02b16
 def make_ready(model, data, *, precision=None, device=None, progress=False, **kwargs)->list[Batch]:
@@ -270,17 +280,18 @@ class ShapeStep:
     run:Callable # of model, batches and precision
     examples:str=BATCHED # how they are run, a key of `PLANS`
     share:int=1 # one of how many examples is run
-    passes:bool=True # whether it does all that the floor does
+    flops:Callable|None=None # counts its operations, of model and lengths
 
 def _masks(model, batches, precision, **kwargs): return mask_fisher(model, _inputs(batches), precision=precision, progress=False, **kwargs)
 def _full(model, batches, precision, **kwargs): return parameter_fisher(model, _inputs(batches), precision=precision, progress=False, **kwargs)
 def _logits(model, batches, precision): return predict(model, _inputs(batches), precision=precision, progress=False)
 
 SHAPE_STEPS = {
-    'floor': ShapeStep(bare_pass), 'mask Fisher': ShapeStep(_masks),
-    'mask Fisher, released code': ShapeStep(partial(_masks, variant='released'), RELEASED),
-    'full Fisher': ShapeStep(_full, SMALLER, 8), 'full Fisher, one example at a time': ShapeStep(partial(_full, one_at_a_time=True), ONE, 32),
-    'evaluation': ShapeStep(_logits, SMALLER, passes=False), 'evaluation, batches of 8': ShapeStep(_logits, EIGHTS, passes=False)}
+    'floor': ShapeStep(bare_pass, flops=pass_flops), 'mask Fisher': ShapeStep(_masks, flops=pass_flops),
+    'mask Fisher, released code': ShapeStep(partial(_masks, variant='released'), RELEASED, flops=pass_flops),
+    'full Fisher': ShapeStep(_full, SMALLER, 8, full_flops),
+    'full Fisher, one example at a time': ShapeStep(partial(_full, one_at_a_time=True), ONE, 32, full_flops),
+    'evaluation': ShapeStep(_logits, SMALLER), 'evaluation, batches of 8': ShapeStep(_logits, EIGHTS)}
 
 def _inputs(batches:Sequence[Batch])->list[dict]: return [o.inputs for o in batches]
 
@@ -306,12 +317,11 @@ def time_shape(
 
 # %% ../nbs/18_bench.ipynb #4f086cf3
 def _entry(model, name, step:ShapeStep, seconds, lengths, floor=None, **about)->dict[str,Any]:
-    "One step of one shape; one that does less than the floor, or on fewer rows, has no share of it."
-    out = dict(what=name, labels='empirical' if step.passes else 'none', examples=step.examples, seconds=median(seconds), rounds=seconds, num_examples=len(lengths),
+    "One step of one shape; one that does something else than the floor, or on fewer rows, has no share of it."
+    out = dict(what=name, labels='empirical' if step.flops else 'none', examples=step.examples, seconds=median(seconds), rounds=seconds, num_examples=len(lengths),
                mean_length=sum(lengths)/len(lengths), layers=len(find_layers(model)), examples_per_second=len(lengths)/median(seconds))
-    whole = step.passes and step.share==1
-    if whole: out['flops_per_second'] = pass_flops(model, lengths)/median(seconds)
-    if whole and floor: out['floor_share'] = floor_share(dict(floor=floor, own=seconds), 'own')
+    if step.flops: out['flops_per_second'] = step.flops(model, lengths)/median(seconds)
+    if step.flops is pass_flops and floor: out['floor_share'] = floor_share(dict(floor=floor, own=seconds), 'own')
     return out | about
 
 # %% ../nbs/18_bench.ipynb #bba8d226
@@ -349,7 +359,7 @@ def time_rows(
     data = Dataset.from_dict(random_columns(lengths))
     seconds = take_turns({'batches': lambda: list(fisher_batches(model, data, batch_tokens=batch_budget(model)).batches),
                           'mask Fisher from rows': partial(mask_fisher, model, data, precision=precision, progress=False)}, rounds, model.device)
-    return [_entry(model, k, ShapeStep(None, passes=False), v, lengths, precision=precision, varies='host') for k,v in seconds.items()]
+    return [_entry(model, k, ShapeStep(None), v, lengths, precision=precision, varies='host') for k,v in seconds.items()]
 
 # %% ../nbs/18_bench.ipynb #0eaac8de
 def compile_layers(
@@ -374,7 +384,7 @@ def time_compiled(
     calls = {k: partial(bare_pass, m, batches, precision) for k,m in {'floor': model, 'floor, layers compiled': compile_layers(model, **kwargs)}.items()}
     warm = {k: timed(o, model.device) for k,o in calls.items()}
     seconds = take_turns(calls, rounds, model.device)
-    return [_entry(model, k, ShapeStep(None), v, lengths, seconds['floor'], precision=precision, varies='compiled', warm_up=warm[k]) for k,v in seconds.items()]
+    return [_entry(model, k, ShapeStep(None, flops=pass_flops), v, lengths, seconds['floor'], precision=precision, varies='compiled', warm_up=warm[k]) for k,v in seconds.items()]
 
 # %% ../nbs/18_bench.ipynb #ecc980e7
 def scaling(

@@ -17,6 +17,7 @@ from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def check_names(
     "`ValueError` unless all names can be folders beside each other."
     for task in tasks:
         if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
-            raise ValueError(f'task name {task!r} must be letters, digits, dots, dashes or underscores, since it names a folder')
+            raise ValueError(f'task name {task!r} must be letters, digits, dots, dashes or underscores, at most 80, since it names a folder')
         if Path(task).suffix[1:].isalpha(): raise ValueError(f'task name {task!r} looks like a file; a task names a folder')
     low = [t.lower() for t in tasks]
     if twice := [t for t in tasks if low.count(t.lower())>1]: raise ValueError(f'task names {twice} differ in capitals only')
@@ -239,6 +240,9 @@ def load_source(
 def _load_all(sources:Mapping[str,Any])->dict[str,PreTrainedModel]:
     "All models, which can be merged."
     loaded = {t: load_source(t, o) for t,o in sources.items()}
+    for t,m in loaded.items():
+        away = [n for n,p in m.named_parameters() if p.is_meta]
+        if away: raise ValueError(f'model of {t!r}: the weights of {away[0]!r} are not in memory, but offloaded or on the meta device')
     check_models(loaded)
     return loaded
 
@@ -248,7 +252,9 @@ def _check_roles(model:PreTrainedModel, options:Mapping):
 
 def _find_tokenizer(models:Mapping[str,Any], tokenizer:Any)->Any:
     "The tokenizer given, or the one beside the first model that was given as a folder or Hub id."
-    if tokenizer is not None: return tokenizer
+    if tokenizer is not None:
+        if not hasattr(tokenizer, 'save_pretrained'): raise TypeError(f'`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}')
+        return tokenizer
     paths = [fetch(o) for o in map(as_source, models.values()) if o is not None]
     found = {o: t for o in paths if (t:=load_tokenizer(o, needed=False)) is not None}
     for path,o in found.items():
@@ -418,7 +424,7 @@ def method_options(
     options:dict[str,Any],
 )->dict[str,Any]:
     "All options of the method, given or default; `ValueError` for one that it does not know."
-    known = METHODS[method].options
+    known,options = METHODS[method].options,{k: o.item() if isinstance(o, np.generic) else o for k,o in options.items()}
     given = options | ({} if scheme is None else dict(scheme=scheme)) | (dict(variant=variant) if 'variant' in known else {})
     if unknown := [k for k in given if k not in known]:
         near = ''.join(f'; did you mean {o!r}?' for o in get_close_matches(unknown[0], [*known, *inspect.signature(merge).parameters], 1))

@@ -1,6 +1,7 @@
 """Faults that were found by trying to break the package, each kept as a test."""
 import json
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -8,10 +9,11 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-from fisher_nodes import MaskFisher, Merged, ParameterFisher, finetune, mask_fisher, merge
+from fisher_nodes import MaskFisher, Merged, ParameterFisher, evaluate, finetune, mask_fisher, merge
 from fisher_nodes.batches import Batch, text_columns
 from fisher_nodes.mapping import node_shares
 from fisher_nodes.memory import halves
+from fisher_nodes.streaming import merge_files
 from fisher_nodes.tasks import load_task
 from reference import brute_mask_fisher, examples, ragged_batches, task_loss, tiny
 from test_roundtrip import inputs_of
@@ -162,3 +164,28 @@ def test_a_junk_index_is_named(tmp_path):
 def test_a_file_that_is_missing_is_named_with_its_task(tmp_path):
     with pytest.raises(ValueError, match="data of 'b': .*no.csv is not a file"):
         merge(pair(), data=dict(a=Dataset.from_list(examples()), b=str(tmp_path/'no.csv')))
+
+@pytest.mark.parametrize('text', ['[]', '{}', '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../model.safetensors"}}'])
+@pytest.mark.parametrize('how', ['merge', 'merge_files', 'evaluate'])
+def test_an_index_that_is_none_is_named(text, how, tmp_path):
+    for t, m in pair().items(): m.save_pretrained(tmp_path/t, max_shard_size='4KB')
+    (tmp_path/'b'/'model.safetensors.index.json').write_text(text)
+    folders = {t: tmp_path/t for t in 'ab'}
+    with pytest.raises(ValueError, match='b.model.safetensors.index.json is not an index of weights'):
+        if how == 'merge': merge(folders, method='average')
+        elif how == 'merge_files': merge_files(folders, method='average', out=tmp_path/'out')
+        else: evaluate(tmp_path/'b', ragged_batches())
+    assert not (tmp_path/'out').exists()
+
+def test_weights_that_are_not_in_memory_are_named():
+    with pytest.raises(ValueError, match="model of 'b': the weights of 'bert.* are not in memory"):
+        merge(dict(a=tiny(), b=tiny().to('meta')), method='average')
+
+def test_what_cannot_be_saved_is_refused_before_merging():
+    with pytest.raises(TypeError, match='`tokenizer` must be a tokenizer of transformers, got str'): merge(pair(), method='average', tokenizer='x')
+    with pytest.raises(ValueError, match='at most 80'): merge(dict(zip(['a'*81, 'b'], pair().values())), method='average')
+
+def test_options_may_be_numbers_of_numpy(tmp_path):
+    merged = merge(pair(), method='task-arithmetic', base=tiny(seed=2), scale=np.float32(.5))
+    merged.save_pretrained(tmp_path)
+    assert_close(merged.body.state_dict(), merge(pair(), method='task-arithmetic', base=tiny(seed=2), scale=.5).body.state_dict(), rtol=0, atol=0)

@@ -63,7 +63,7 @@ def forget(models):
 
 def one(what, models, out, method, state):
     "One run: its time, or its peak memory, since looking at memory takes time. As much as it writes was just freed, so that no run pays for pages that another had."
-    for o in dict(merge=['fisher_nodes.streaming'], mergekit=['mergekit.merge']).get(what, []): import_module(o)
+    for o in dict(merge=['fisher_nodes.streaming', 'transformers.models.bert.modeling_bert'], mergekit=['mergekit.merge']).get(what, []): import_module(o)
     peak = [private()]
     def watch():
         while True: peak[0] = tuple(map(max, zip(peak[0], private()))); time.sleep(.02)

@@ -1,11 +1,11 @@
 """Time of `merge_files` against reading the inputs and writing the output once, in interleaved rounds; and, in another run, its memory.
 
 python tools/bench_streaming.py --make _large --models 6                  # random checkpoints of BERT-large's shape
-python tools/bench_streaming.py --models 2 6 --rounds 3 _large --out nbs/results/merging/bert-large.json
+python tools/bench_streaming.py --models 2 6 --rounds 5 _large --out nbs/results/merging/bert-large.json
                                                                               # floor and merge, a fresh process each
 python tools/bench_streaming.py --models 2 --mergekit PYTHON _large       # and mergekit's `linear`, by its own Python
 python tools/bench_streaming.py --make _huge --models 2 --layers 196      # 20 GB
-python tools/bench_streaming.py --models 2 --rounds 1 --states disk watched --out nbs/results/merging/huge.json _huge
+python tools/bench_streaming.py --models 2 --rounds 2 --states disk watched --out nbs/results/merging/huge.json _huge
 """
 import argparse, json, os, re, shutil, subprocess, sys, threading, time
 from importlib import import_module

@@ -56,18 +56,19 @@ def sample_rows(
 
 # %% ../nbs/02_batches.ipynb #1bebb23e
 BATCH_TOKENS = defaultdict(lambda: 2**15, cpu=2**12) # most tokens per batch, by device type
-BUSY = 2**13 # tokens that keep a GPU busy
+BUSY = defaultdict(lambda: 2**13, cpu=2**9) # tokens that keep a device busy, by its type
 
 def length_batches(
     lengths:Sequence[int], # tokens of each row
     batch_tokens:int, # most tokens in a batch, with padding; a longer row is alone
+    busy:int=BUSY['cpu'], # tokens after which a batch takes no row that is a tenth shorter than its longest
 )->list[list[int]]: # positions in `lengths`, longest rows first
     "Split rows into batches of similar length within a token budget."
     if batch_tokens<1: raise ValueError(f'`batch_tokens` must be at least 1, got {batch_tokens}')
     batches,longest = [],0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         size = longest*(len(batches[-1])+1) if batches else batch_tokens+1
-        if size>batch_tokens or (size>BUSY and lengths[i]<.9*longest): batches.append([]); longest = lengths[i]
+        if size>batch_tokens or (size>busy and lengths[i]<.9*longest): batches.append([]); longest = lengths[i]
         batches[-1].append(i)
     return batches
 
@@ -341,5 +342,6 @@ def make_batches(
         count = len(data) if hasattr(data, '__len__') else None
         return Batches(own_batches(model, data, num_samples, need_labels), count)
     rows = sample_rows(len(data), num_samples, seed, replacement)
-    plan = plan or partial(length_batches, batch_tokens=batch_tokens or BATCH_TOKENS[model.device.type])
+    device = model.device.type
+    plan = plan or partial(length_batches, batch_tokens=batch_tokens or BATCH_TOKENS[device], busy=BUSY[device])
     return dataset_batches(model, data, rows, plan=plan, need_labels=need_labels, **kwargs)

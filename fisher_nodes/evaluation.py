@@ -73,12 +73,15 @@ def gather(
 def check_index(
     folder:Path, # of a model
 ):
-    "`ValueError` for an index of weights that does not name files beside it."
+    "`ValueError` for an index of weights that is read and does not name files."
     index = folder/'model.safetensors.index.json'
-    table = json.loads(index.read_text(encoding='utf-8')) if index.is_file() else dict(weight_map={})
-    files = table.get('weight_map') if isinstance(table, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(o, str) and Path(o).name==o for o in files.values()):
-        raise ValueError(f'{index} is not an index of weights: its `weight_map` must name for every tensor a file beside it')
+    if not index.is_file() or (folder/'model.safetensors').is_file(): return
+    try: table = json.loads(index.read_bytes())
+    except ValueError: table = None
+    whole = isinstance(table, dict) and all(isinstance(table.get(k), dict) for k in ('metadata', 'weight_map'))
+    files = list(table['weight_map'].values()) if whole else []
+    if not files or not all(isinstance(o, str) and Path(o).name and '..' not in Path(o).parts for o in files):
+        raise ValueError(f'{index} is not an index of weights: it needs `metadata`, and a `weight_map` from tensors to files below its folder')
 
 @contextmanager
 def names_model(
@@ -143,8 +146,8 @@ def run_model(
 )->tuple[Tensor,Tensor]: # logits and labels of `gather`
     "Logits and labels of all rows, in the data's own order; the model comes back as it was."
     where = find_device(device or model.device)
-    with torch.inference_mode(False), torch.no_grad(), untouched(model, device), precision_context(precision, model, where):
-        return gather(model, make_batches(model, data, need_labels=need_labels, batch_tokens=batch_tokens or max(1, batch_budget(model)//4), **kwargs), progress)
+    with torch.inference_mode(False), torch.no_grad(), untouched(model, device, compiled=True), precision_context(precision, model, where):
+        return gather(model, make_batches(model, data, need_labels=need_labels, batch_tokens=batch_tokens or batch_budget(model), **kwargs), progress)
 
 # %% ../nbs/07_evaluation.ipynb #21393606
 def predict(

@@ -219,15 +219,20 @@ def keep_rng()->Iterator[None]:
 def untouched(
     model:nn.Module,
     device:str|torch.device|None=None, # where to run; None leaves the model where it is
+    compiled:bool=False, # whether its compiled modules run compiled; compiled code does not know later hooks
 )->Iterator[None]:
-    "Evaluation mode, frozen weights and no compiled code, which knows no hooks, inside; outside, the model and all random states are as before."
+    "Evaluation mode and frozen weights inside; outside, the model and all random states are as before."
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError('the model was made inside `torch.inference_mode`; make or load it outside')
+    if not compiled and (named := [n for n,m in model.named_modules() if hasattr(vars(m).get('forward'), '_torchdynamo_orig_callable')]):
+        raise ValueError(f'`forward` of {named[0] or "the model"!r} was replaced by a compiled one, which knows no hooks; use `module.compile()` instead')
     modes = [(m, m.training) for m in model.modules()]
     frozen = [(p, p.requires_grad) for p in model.parameters()]
+    fast = [] if compiled else [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl]
     home = next(model.parameters()).device
-    with keep_rng(), torch.compiler.set_stance('force_eager'):
+    with keep_rng():
         try:
+            for m,_ in fast: m._compiled_call_impl = None
             model.eval().requires_grad_(False)
             if device is not None: model.to(device)
             yield
@@ -235,3 +240,4 @@ def untouched(
             if device is not None: model.to(home)
             for m,o in modes: m.training = o
             for p,o in frozen: p.requires_grad_(o)
+            for m,o in fast: m._compiled_call_impl = o

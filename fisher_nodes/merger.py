@@ -68,8 +68,8 @@ def check_names(
 ):
     "`ValueError` unless all names can be folders beside each other."
     for task in tasks:
-        if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
-            raise ValueError(f'task name {task!r} must be letters, digits, dots, dashes or underscores, at most 80, since it names a folder')
+        if not isinstance(task, str) or not TASK_NAME.fullmatch(task) or len(task.encode())>80:
+            raise ValueError(f'task name {task!r} must be letters, digits, dots, dashes or underscores, 80 bytes at most, since it names a folder')
         if Path(task).suffix[1:].isalpha(): raise ValueError(f'task name {task!r} looks like a file; a task names a folder')
     low = [t.lower() for t in tasks]
     if twice := [t for t in tasks if low.count(t.lower())>1]: raise ValueError(f'task names {twice} differ in capitals only')
@@ -240,10 +240,10 @@ def load_source(
 def _load_all(sources:Mapping[str,Any])->dict[str,PreTrainedModel]:
     "All models, which can be merged."
     loaded = {t: load_source(t, o) for t,o in sources.items()}
+    check_models(loaded)
     for t,m in loaded.items():
         away = [n for n,p in m.named_parameters() if p.is_meta]
         if away: raise ValueError(f'model of {t!r}: the weights of {away[0]!r} are not in memory, but offloaded or on the meta device')
-    check_models(loaded)
     return loaded
 
 def _check_roles(model:PreTrainedModel, options:Mapping):
@@ -253,7 +253,7 @@ def _check_roles(model:PreTrainedModel, options:Mapping):
 def _find_tokenizer(models:Mapping[str,Any], tokenizer:Any)->Any:
     "The tokenizer given, or the one beside the first model that was given as a folder or Hub id."
     if tokenizer is not None:
-        if not hasattr(tokenizer, 'save_pretrained'): raise TypeError(f'`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}')
+        if not hasattr(tokenizer, 'get_vocab'): raise TypeError(f'`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}')
         return tokenizer
     paths = [fetch(o) for o in map(as_source, models.values()) if o is not None]
     found = {o: t for o in paths if (t:=load_tokenizer(o, needed=False)) is not None}
@@ -457,6 +457,7 @@ def load_base(
     if not isinstance(body, (PreTrainedModel, Mapping)):
         raise TypeError(f'`base` must be a model, a folder, a Hub id or a state, got {type(base).__name__}')
     state = body if isinstance(body, Mapping) else {n: t for n,t in _floats(body.base_model).items() if n not in missing}
+    if away := [n for n,t in state.items() if t.is_meta]: raise ValueError(f'`base`: the weights of {away[0]!r} are not in memory, but offloaded or on the meta device')
     _check_base(state, body, model)
     if source is not None: check_hash(f'the base {source.name}', source.weight_hash, partial(hash_tensors, state))
     return state

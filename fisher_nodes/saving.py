@@ -112,7 +112,7 @@ def hash_merged(
 
 # %% ../nbs/28_saving.ipynb #c0452b63
 DTYPE = 'dtype' if hasattr(PretrainedConfig(), 'dtype') else 'torch_dtype' # its name before transformers 4.56
-TASK_NAME = re.compile(r'[A-Za-z0-9][\w.-]{0,79}')
+TASK_NAME = re.compile(r'[A-Za-z0-9][\w.-]*')
 
 def _save_config(model:PreTrainedModel, folder:Path):
     "Write `config.json` with the model's class and dtype."

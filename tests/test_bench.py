@@ -92,7 +92,7 @@ def test_shapes(tmp_path, capsys):
     run_bench_shapes(['--shape', 'toy', '--num-samples', '33', '--rounds', '1', '--out', str(tmp_path/'deep'/'a.json')])
     found = json.loads((tmp_path/'deep'/'a.json').read_text())
     first = [o for o in found['steps'] if o['varies'] == 'precision']
-    assert [o['what'] for o in first] == list(SHAPE_STEPS) and [o['num_examples'] for o in first] == [33, 33, 33, 4, 1, 33, 33]
+    assert [o['what'] for o in first] == list(SHAPE_STEPS) and [o['num_examples'] for o in first] == [33, 33, 33, 33, 5, 33, 33]
     assert ['floor_share' in o for o in first] == [True]*3+[False]*4
     assert 'mask Fisher' in capsys.readouterr().out and len(load_bench(tmp_path/'deep')) == len(found['steps'])
     depths = [o['layers'] for o in found['steps'] if o['varies'] == 'depth']

@@ -156,20 +156,16 @@ def test_a_fisher_with_bad_metadata_is_named(tmp_path, kind, about):
     save_file({'heads.0': torch.ones(1, 2), 'rows.0': torch.ones(1, 2)}, tmp_path/'f.safetensors', about | dict(kind='ParameterFisher'))
     with pytest.raises(ValueError, match=f'f.safetensors is not a saved {kind.__name__}: its metadata'): kind.load(tmp_path/'f.safetensors')
 
-def test_a_junk_index_is_named(tmp_path):
-    for t, m in pair().items(): m.save_pretrained(tmp_path/t, max_shard_size='5KB')
-    (tmp_path/'b'/'model.safetensors.index.json').write_text('not json')
-    with pytest.raises(ValueError, match=f'cannot load {tmp_path}/b'): merge({t: tmp_path/t for t in 'ab'}, method='average')
-
 def test_a_file_that_is_missing_is_named_with_its_task(tmp_path):
     with pytest.raises(ValueError, match="data of 'b': .*no.csv is not a file"):
         merge(pair(), data=dict(a=Dataset.from_list(examples()), b=str(tmp_path/'no.csv')))
 
-@pytest.mark.parametrize('text', ['[]', '{}', '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../model.safetensors"}}'])
+@pytest.mark.parametrize('text', ['not json', '[]', '{}', '{"metadata": {}, "weight_map": 3}', '{"metadata": {}, "weight_map": {"a": 1}}', '{"metadata": {}, "weight_map": {}}',
+                                  '{"metadata": {}, "weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": "model-1.safetensors"}}', b'\xff\xfe{}'])
 @pytest.mark.parametrize('how', ['merge', 'merge_files', 'evaluate'])
 def test_an_index_that_is_none_is_named(text, how, tmp_path):
     for t, m in pair().items(): m.save_pretrained(tmp_path/t, max_shard_size='4KB')
-    (tmp_path/'b'/'model.safetensors.index.json').write_text(text)
+    (tmp_path/'b'/'model.safetensors.index.json').write_bytes(text if isinstance(text, bytes) else text.encode())
     folders = {t: tmp_path/t for t in 'ab'}
     with pytest.raises(ValueError, match='b.model.safetensors.index.json is not an index of weights'):
         if how == 'merge': merge(folders, method='average')
@@ -180,12 +176,27 @@ def test_an_index_that_is_none_is_named(text, how, tmp_path):
 def test_weights_that_are_not_in_memory_are_named():
     with pytest.raises(ValueError, match="model of 'b': the weights of 'bert.* are not in memory"):
         merge(dict(a=tiny(), b=tiny().to('meta')), method='average')
+    with pytest.raises(ValueError, match='`base`: the weights of .* are not in memory'): merge(pair(), method='task-arithmetic', base=tiny().to('meta'))
 
 def test_what_cannot_be_saved_is_refused_before_merging():
     with pytest.raises(TypeError, match='`tokenizer` must be a tokenizer of transformers, got str'): merge(pair(), method='average', tokenizer='x')
-    with pytest.raises(ValueError, match='at most 80'): merge(dict(zip(['a'*81, 'b'], pair().values())), method='average')
+    with pytest.raises(ValueError, match='80 bytes at most'): merge(dict(zip(['a'+'\U00020000'*20, 'b'], pair().values())), method='average')
 
 def test_options_may_be_numbers_of_numpy(tmp_path):
     merged = merge(pair(), method='task-arithmetic', base=tiny(seed=2), scale=np.float32(.5))
     merged.save_pretrained(tmp_path)
     assert_close(merged.body.state_dict(), merge(pair(), method='task-arithmetic', base=tiny(seed=2), scale=.5).body.state_dict(), rtol=0, atol=0)
+
+def test_an_index_that_is_not_read_is_not_looked_at(tmp_path):
+    "Nor are shards in a folder of their own refused."
+    model = tiny(num_labels=2)
+    model.save_pretrained(tmp_path/'a')
+    (tmp_path/'a'/'model.safetensors.index.json').write_text('junk')
+    model.save_pretrained(tmp_path/'b', max_shard_size='4KB')
+    (tmp_path/'b'/'parts').mkdir()
+    for o in list((tmp_path/'b').glob('*.safetensors')): o.rename(o.parent/'parts'/o.name)
+    index = tmp_path/'b'/'model.safetensors.index.json'
+    table = json.loads(index.read_text())
+    index.write_text(json.dumps(table | dict(weight_map={k: f'parts/{v}' for k, v in table['weight_map'].items()})))
+    merge_files({t: tmp_path/t for t in 'ab'}, method='average', out=tmp_path/'out')
+    assert (tmp_path/'out'/'model.safetensors').is_file()

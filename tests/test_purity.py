@@ -1,5 +1,6 @@
 """Nothing of the caller's is changed: models, batches, random state, global settings; also after an exception."""
 import copy, random
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from fisher_nodes import MaskFisher, Merged, mask_fisher, merge, parameter_fisher
+from fisher_nodes import MaskFisher, Merged, mask_fisher, merge, parameter_fisher, predict
 from fisher_nodes.grams import linear_grams
 from reference import FAMILIES, brute_mask_fisher, collate, examples, ragged_batches, task_loss, tiny
 from test_masks_fisher import QUIET, same, to_dataset
@@ -192,3 +193,19 @@ def test_compiled_layers_are_measured_like_any(measure):
     for _ in range(2): assert_close(numbers(measure(fast, batches, progress=False)), want, rtol=1e-12, atol=0)
     with torch.no_grad(): assert_close(fast(**batches[0]).logits, plain(**batches[0]).logits, rtol=1e-12, atol=0)
     assert all(layer._compiled_call_impl is not None for layer in fast.base_model.encoder.layer)
+
+def test_a_compiled_forward_is_refused_and_compiled_models_predict_compiled():
+    calls, model = [], tiny()
+    model.bert.encoder.layer[1].forward = torch.compile(model.bert.encoder.layer[1].forward, backend='eager')
+    with pytest.raises(ValueError, match="`forward` of 'bert.encoder.layer.1' was replaced"): mask_fisher(model, ragged_batches())
+    def backend(graph, inputs): calls.append(graph); return graph
+    model = tiny(); model.compile(backend=backend)
+    predict(model, ragged_batches(), progress=False)
+    assert calls
+
+def test_threads_measure_compiled_and_other_models_at_once():
+    "Nothing that is compiled stays switched off, or on, for somebody else."
+    batches, models = ragged_batches(sizes=(3, 1, 4, 2)*3), [tiny(), compiled(tiny())]
+    want = torch.cat([o.flatten() for o in parameter_fisher(tiny(), batches, progress=False).values.values()])
+    with ThreadPoolExecutor(2) as pool: found = list(pool.map(lambda m: parameter_fisher(m, batches, progress=False), models))
+    for f in found: assert_close(torch.cat([o.flatten() for o in f.values.values()]), want, rtol=1e-12, atol=0)

@@ -86,6 +86,7 @@ def main():
     if a.make: return make(a.make, a.models[0], a.layers)
     a.folder = a.folder.resolve()
     found, out = sorted(a.folder.glob('m*')), a.folder/'out'
+    if not found: p.error(f'no checkpoints m0, m1, … in {a.folder}; make some with --make')
     if a.one: return print(json.dumps(one(a.one, [found[i%len(found)] for i in range(a.models[0])], out, a.method, a.state)))
     runs = []
     for n in a.models:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'BUSY', 'TOKEN_COLUMNS', 'check_num_samples', 'check_seed', 'sample_rows', 'length_batches',
-           'is_dataset', 'is_raw', 'text_columns', 'max_positions', 'tokenize', 'row_lengths', 'collate',
-           'is_regression', 'check_labels', 'Batch', 'Batches', 'no_collection', 'read_columns', 'dataset_batches',
-           'own_batches', 'make_batches']
+           'plan_lengths', 'is_dataset', 'is_raw', 'text_columns', 'max_positions', 'tokenize', 'row_lengths',
+           'collate', 'is_regression', 'check_labels', 'Batch', 'Batches', 'no_collection', 'read_columns',
+           'dataset_batches', 'own_batches', 'make_batches']
 
 # %% ../nbs/02_batches.ipynb #60349003
 import gc
@@ -71,6 +71,13 @@ def length_batches(
         if size>batch_tokens or (size>busy and lengths[i]<.9*longest): batches.append([]); longest = lengths[i]
         batches[-1].append(i)
     return batches
+
+def plan_lengths(
+    device:str, # its type, such as 'cpu'
+    batch_tokens:int|None=None, # most tokens in a batch; None is that of `BATCH_TOKENS`
+)->Callable: # lengths -> lists of positions
+    "`length_batches` as it suits a device."
+    return partial(length_batches, batch_tokens=batch_tokens or BATCH_TOKENS[device], busy=BUSY[device])
 
 # %% ../nbs/02_batches.ipynb #475f7121
 def is_dataset(data:Any)->bool:
@@ -342,6 +349,4 @@ def make_batches(
         count = len(data) if hasattr(data, '__len__') else None
         return Batches(own_batches(model, data, num_samples, need_labels), count)
     rows = sample_rows(len(data), num_samples, seed, replacement)
-    device = model.device.type
-    plan = plan or partial(length_batches, batch_tokens=batch_tokens or BATCH_TOKENS[device], busy=BUSY[device])
-    return dataset_batches(model, data, rows, plan=plan, need_labels=need_labels, **kwargs)
+    return dataset_batches(model, data, rows, plan=plan or plan_lengths(model.device.type, batch_tokens), need_labels=need_labels, **kwargs)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ONE', 'BATCHED', 'SMALLER', 'THIRTY_TWOS', 'EIGHTS', 'STEPS', 'SHAPES', 'PLANS', 'SHAPE_STEPS', 'first_leaf',
-           'bare_pass', 'pass_flops', 'full_flops', 'make_ready', 'floor', 'no_model', 'step', 'timed', 'take_turns',
-           'floor_share', 'true_lengths', 'peak_flops', 'moved', 'bench', 'random_lengths', 'random_columns',
-           'shape_batches', 'ShapeStep', 'time_shape', 'fisher_error', 'random_model', 'time_rows', 'compile_layers',
+           'bare_pass', 'pass_flops', 'make_ready', 'floor', 'no_model', 'step', 'timed', 'take_turns', 'floor_share',
+           'true_lengths', 'peak_flops', 'moved', 'bench', 'random_lengths', 'random_columns', 'shape_batches',
+           'ready_shape', 'ShapeStep', 'time_shape', 'fisher_error', 'random_model', 'time_rows', 'compile_layers',
            'time_compiled', 'scaling', 'bench_shapes', 'summary', 'run_bench_shapes']
 
 # %% ../nbs/18_bench.ipynb #4ec49151
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 from .architectures import find_layers, hash_weights, model_name
-from .batches import BUSY, Batch, check_num_samples, collate, length_batches
+from .batches import Batch, check_num_samples, collate, plan_lengths
 from .evaluation import predict
 from .fisher import (
     describe_run, find_device, fisher_batches, mask_fisher, model_logits, per_example_loss, precision_context, to_device)
@@ -66,24 +66,15 @@ def bare_pass(
 def pass_flops(
     model:PreTrainedModel, # of a supported family
     lengths:Sequence[int], # tokens of every example, without padding
+    full:bool=False, # whether the backward pass goes on to the embeddings, and takes the gradient of every weight for every example
 )->int: # floating-point operations of the encoder layers
     "Operations of one forward pass and one backward pass to the first masked tensor."
     h,tokens,pairs = model.config.hidden_size,sum(lengths),sum(n*n for n in lengths)
     def layer(i, o):
-        a = o.heads*o.head_size
+        a,below = o.heads*o.head_size,full or i>0
         above = tokens*(a*h + 2*h*o.rows)
-        return 2*above + (1+(i>0))*tokens*3*h*a + (1+2*(i>0))*2*a*pairs
+        return (2+full)*above + (1+below+full)*tokens*3*h*a + (1+2*below)*2*a*pairs
     return 2*sum(layer(i, o) for i,o in enumerate(find_layers(model)))
-
-# %% ../nbs/18_bench.ipynb #63fe3665
-def full_flops(
-    model:PreTrainedModel, # of a supported family
-    lengths:Sequence[int], # tokens of every example, without padding
-)->int: # floating-point operations of the encoder layers
-    "Operations of the products in a forward pass, a whole backward pass and every example's weight gradients."
-    h,tokens,pairs = model.config.hidden_size,sum(lengths),sum(n*n for n in lengths)
-    def layer(o): a = o.heads*o.head_size; return 3*tokens*(4*a*h + 2*h*o.rows) + 6*a*pairs
-    return 2*sum(map(layer, find_layers(model)))
 
 # %% ../nbs/18_bench.ipynb #3fb02b16
 def make_ready(model, data, *, precision=None, device=None, progress=False, **kwargs)->list[Batch]:
@@ -260,8 +251,8 @@ def _in_order(size:int, lengths:Sequence[int])->list[list[int]]:
     return [list(range(i, min(i+size, len(lengths)))) for i in range(0, len(lengths), size)]
 
 PLANS:dict[str,Callable] = { # how examples are run -> most tokens of a batch, type of the device -> lengths -> lists of positions
-    BATCHED: lambda tokens, device: partial(length_batches, batch_tokens=tokens, busy=BUSY[device]),
-    SMALLER: lambda tokens, device: PLANS[BATCHED](max(1, tokens//4), device)} | {
+    BATCHED: lambda tokens, device: plan_lengths(device, tokens),
+    SMALLER: lambda tokens, device: plan_lengths(device, max(1, tokens//4))} | {
     k: lambda tokens, device, n=n: partial(_in_order, n) for k,n in ((ONE, 1), (EIGHTS, 8), (THIRTY_TWOS, 32))}
 
 def shape_batches(
@@ -274,6 +265,15 @@ def shape_batches(
     made = [Batch(p, collate(columns, lengths, p, {})) for p in plan(lengths)]
     return [b._replace(inputs={k: to_device(v, torch.device(device)) for k,v in b.inputs.items()}) for b in made]
 
+def ready_shape(
+    model:PreTrainedModel, # on the device to time
+    lengths:Sequence[int], # tokens of every example
+    examples:str=BATCHED, # how they are run, a key of `PLANS`
+    batch_tokens:int|None=None, # None suits device and memory
+)->list[Batch]: # there
+    "Batches as a step runs them."
+    return shape_batches(lengths, PLANS[examples](batch_tokens or batch_budget(model), model.device.type), model.device)
+
 @dataclass(frozen=True)
 class ShapeStep:
     "A step on batches that are ready."
@@ -282,18 +282,17 @@ class ShapeStep:
     share:int=1 # one of how many examples is run
     flops:Callable|None=None # counts its operations, of model and lengths
 
-def _masks(model, batches, precision, **kwargs): return mask_fisher(model, _inputs(batches), precision=precision, progress=False, **kwargs)
-def _full(model, batches, precision, **kwargs): return parameter_fisher(model, _inputs(batches), precision=precision, progress=False, **kwargs)
-def _logits(model, batches, precision): return predict(model, _inputs(batches), precision=precision, progress=False)
+def _inputs(batches:Sequence[Batch])->list[dict]: return [o.inputs for o in batches]
+
+def _run(function:Callable, **given)->Callable: # of model, batches and precision
+    return lambda model, batches, precision: function(model, _inputs(batches), precision=precision, progress=False, **given)
 
 SHAPE_STEPS = {
-    'floor': ShapeStep(bare_pass, flops=pass_flops), 'mask Fisher': ShapeStep(_masks, flops=pass_flops),
-    'mask Fisher, released code': ShapeStep(partial(_masks, variant='released'), THIRTY_TWOS, flops=pass_flops),
-    'full Fisher': ShapeStep(_full, SMALLER, flops=full_flops),
-    'full Fisher, one example at a time': ShapeStep(partial(_full, one_at_a_time=True), ONE, 8, full_flops),
-    'evaluation': ShapeStep(_logits), 'evaluation, batches of 8': ShapeStep(_logits, EIGHTS)}
-
-def _inputs(batches:Sequence[Batch])->list[dict]: return [o.inputs for o in batches]
+    'floor': ShapeStep(bare_pass, flops=pass_flops), 'mask Fisher': ShapeStep(_run(mask_fisher), flops=pass_flops),
+    'mask Fisher, released code': ShapeStep(_run(mask_fisher, variant='released'), THIRTY_TWOS, flops=pass_flops),
+    'full Fisher': ShapeStep(_run(parameter_fisher), SMALLER, flops=partial(pass_flops, full=True)),
+    'full Fisher, one example at a time': ShapeStep(_run(parameter_fisher, one_at_a_time=True), ONE, 8, partial(pass_flops, full=True)),
+    'evaluation': ShapeStep(_run(predict)), 'evaluation, batches of 8': ShapeStep(_run(predict), EIGHTS)}
 
 # %% ../nbs/18_bench.ipynb #f26f36f6
 def time_shape(
@@ -310,8 +309,8 @@ def time_shape(
     tokens,calls,counts,padded = batch_tokens or batch_budget(model),{},{},{}
     for name in steps:
         o = SHAPE_STEPS[name]
-        counts[name],plan = lengths[::o.share],PLANS[o.examples](tokens, model.device.type)
-        batches = shape_batches(counts[name], plan, model.device)
+        counts[name] = lengths[::o.share]
+        batches = ready_shape(model, counts[name], o.examples, tokens)
         calls[name],padded[name] = partial(o.run, model, batches, precision),sum(map(padded_tokens, batches))
     seconds = take_turns(calls, rounds, model.device)
     return [_entry(model, k, SHAPE_STEPS[k], v, counts[k], seconds.get('floor'), precision=precision, batch_tokens=tokens,
@@ -319,7 +318,7 @@ def time_shape(
 
 # %% ../nbs/18_bench.ipynb #4f086cf3
 def _entry(model, name, step:ShapeStep, seconds, lengths, floor=None, **about)->dict[str,Any]:
-    "One step of one shape; one that does something else than the floor, or on fewer rows, has no share of it."
+    "One step of one shape; one that does something else than the floor has no share of it."
     out = dict(what=name, labels='empirical' if step.flops else 'none', examples=step.examples, seconds=median(seconds), rounds=seconds, num_examples=len(lengths),
                mean_length=sum(lengths)/len(lengths), layers=len(find_layers(model)), examples_per_second=len(lengths)/median(seconds))
     if step.flops: out['flops_per_second'] = step.flops(model, lengths)/median(seconds)
@@ -333,7 +332,7 @@ def fisher_error(
     precision:str, # 'tf32' or 'bf16'
 )->float: # norm of the difference, relative to that of float32
     "How far the mask Fisher of a precision is from that of float32."
-    batches = _inputs(shape_batches(lengths, PLANS[BATCHED](batch_budget(model), model.device.type), model.device))
+    batches = _inputs(ready_shape(model, lengths))
     a,b = [mask_fisher(model, batches, precision=o, progress=False) for o in ('fp32', precision)]
     flat = lambda f: torch.cat([o.flatten() for o in (*f.heads, *f.rows)]).double()
     return ((flat(a)-flat(b)).norm()/flat(a).norm()).item()
@@ -382,7 +381,7 @@ def time_compiled(
     **kwargs, # of `torch.compile`
 )->list[dict[str,Any]]: # two entries
     "Time the bare pass with and without compiled layers."
-    batches = shape_batches(lengths, PLANS[BATCHED](batch_budget(model), model.device.type), model.device)
+    batches = ready_shape(model, lengths)
     calls = {k: partial(bare_pass, m, batches, precision) for k,m in {'floor': model, 'floor, layers compiled': compile_layers(model, **kwargs)}.items()}
     warm = {k: timed(o, model.device) for k,o in calls.items()}
     seconds = take_turns(calls, rounds, model.device)
@@ -447,12 +446,12 @@ def run_bench_shapes(
     parser.add_argument('--out', required=True, help='JSON file to write')
     o = parser.parse_args(argv)
     gpu = o.device.startswith('cuda')
-    shape,n = o.shape or ('bert-large' if gpu else 'small'), (2048 if gpu else 128) if o.num_samples is None else o.num_samples
-    found = bench_shapes(shape, o.device, n, o.rounds)
+    found = bench_shapes(o.shape or ('bert-large' if gpu else 'small'), o.device, o.num_samples, o.rounds)
     Path(o.out).parent.mkdir(parents=True, exist_ok=True)
     write_record(Path(o.out), **found)
     if gpu if o.compiled is None else o.compiled:
-        found['steps'] += time_compiled(random_model(shape, o.device), random_lengths(n), precision=found['steps'][-1]['precision'], rounds=o.rounds)
+        n,last = found['steps'][0]['num_examples'],found['steps'][-1]['precision']
+        found['steps'] += time_compiled(random_model(found['model'], o.device), random_lengths(n), precision=last, rounds=o.rounds)
         write_record(Path(o.out), **found)
     print(summary(found))
 

@@ -237,13 +237,15 @@ def load_source(
     check_hash(f'the head of {task!r}, {source.name},', source.head_hash, lambda: hash_tensors(head_tensors(found)))
     return found
 
+def _check_present(what:str, tensors:Mapping[str,Tensor]):
+    "`ValueError` naming a tensor that holds no numbers."
+    if away := [n for n,t in tensors.items() if t.is_meta]: raise ValueError(f'{what}: the weights of {away[0]!r} are not in memory, but offloaded or on the meta device')
+
 def _load_all(sources:Mapping[str,Any])->dict[str,PreTrainedModel]:
     "All models, which can be merged."
     loaded = {t: load_source(t, o) for t,o in sources.items()}
     check_models(loaded)
-    for t,m in loaded.items():
-        away = [n for n,p in m.named_parameters() if p.is_meta]
-        if away: raise ValueError(f'model of {t!r}: the weights of {away[0]!r} are not in memory, but offloaded or on the meta device')
+    for t,m in loaded.items(): _check_present(f'model of {t!r}', dict(m.named_parameters()))
     return loaded
 
 def _check_roles(model:PreTrainedModel, options:Mapping):
@@ -457,7 +459,7 @@ def load_base(
     if not isinstance(body, (PreTrainedModel, Mapping)):
         raise TypeError(f'`base` must be a model, a folder, a Hub id or a state, got {type(base).__name__}')
     state = body if isinstance(body, Mapping) else {n: t for n,t in _floats(body.base_model).items() if n not in missing}
-    if away := [n for n,t in state.items() if t.is_meta]: raise ValueError(f'`base`: the weights of {away[0]!r} are not in memory, but offloaded or on the meta device')
+    _check_present('`base`', state)
     _check_base(state, body, model)
     if source is not None: check_hash(f'the base {source.name}', source.weight_hash, partial(hash_tensors, state))
     return state

@@ -6,19 +6,19 @@ from importlib import import_module
 
 # Where each public name lives. Modules are imported when a name is first used, so `fisher-nodes --help` needs no torch.
 _PLACES = {
-    'explorer': ['explore'],
-    'evaluation': ['evaluate', 'predict'],
-    'finetuning': ['finetune'],
-    'fisher': ['MaskFisher', 'mask_fisher'],
-    'grams': ['Grams', 'linear_grams'],
-    'grid': ['reproduce'],
-    'mapping': ['SCHEMES'],
-    'merger': ['METHODS', 'Source', 'merge'],
-    'parameters': ['ParameterFisher', 'parameter_fisher'],
-    'recipe': ['read_recipe', 'run_recipe'],
-    'saving': ['Merged'],
-    'streaming': ['merge_files'],
-    'tasks': ['GLUE', 'Task', 'load_task'],
+    'app.explorer': ['explore'],
+    'tasks.evaluation': ['evaluate', 'predict'],
+    'tasks.finetuning': ['finetune'],
+    'core.fisher': ['MaskFisher', 'mask_fisher'],
+    'methods.regmean': ['Grams', 'linear_grams'],
+    'experiment.grid': ['reproduce'],
+    'core.schemes': ['SCHEMES'],
+    'merging.run': ['METHODS', 'Source', 'merge'],
+    'methods.full_fisher': ['ParameterFisher', 'parameter_fisher'],
+    'merging.recipe': ['read_recipe', 'run_recipe'],
+    'merging.merged': ['Merged'],
+    'merging.streaming': ['merge_files'],
+    'tasks.tasks': ['GLUE', 'Task', 'load_task'],
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = sorted(_MODULES)

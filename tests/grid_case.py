@@ -6,8 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fisher_nodes import grid
-from fisher_nodes.processes import find_rank
+from fisher_nodes.experiment import grid
+from fisher_nodes.engine.processes import find_rank
 
 out, logs, (kwargs, *fault) = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 rank = find_rank().rank

@@ -12,9 +12,10 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from fisher_nodes import linear_grams, mask_fisher, parameter_fisher, processes
-from fisher_nodes.output import whole_file
-from fisher_nodes.processes import alone, exchange, find_rank, from_main, is_main, own_share
+from fisher_nodes import linear_grams, mask_fisher, parameter_fisher
+from fisher_nodes.engine import processes
+from fisher_nodes.engine.files import whole_file
+from fisher_nodes.engine.processes import alone, exchange, find_rank, from_main, is_main, own_share
 from reference import collate, examples, ragged_batches, tiny
 
 QUIET = dict(progress=False)

@@ -7,9 +7,11 @@ from torch.testing import assert_close
 from transformers import (BertConfig, BertForSequenceClassification, CamembertConfig, CamembertForSequenceClassification,
                           XLMRobertaConfig, XLMRobertaForSequenceClassification)
 
-from fisher_nodes import mask_fisher, memory, merge
-from fisher_nodes.batches import BATCH_TOKENS, make_batches, max_positions, read_columns, row_lengths, text_columns
-from fisher_nodes.memory import token_bytes
+from fisher_nodes import mask_fisher, merge
+from fisher_nodes.engine import memory
+from fisher_nodes.engine.batches import (
+    BATCH_TOKENS, make_batches, max_positions, read_columns, row_lengths, text_columns)
+from fisher_nodes.engine.memory import token_bytes
 from reference import brute_mask_fisher, ragged_batches
 
 SIZE = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, max_position_embeddings=40)

@@ -8,11 +8,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from fisher_nodes.batches import Batch
-from fisher_nodes.bench import SHAPE_STEPS, STEPS, bare_pass, bench, bench_shapes, pass_flops, take_turns
-from fisher_nodes.bench import run_bench_shapes
-from fisher_nodes.cli import main
-from fisher_nodes.results import load_bench
+from fisher_nodes.engine.batches import Batch
+from fisher_nodes.experiment.bench import (
+    SHAPE_STEPS, STEPS, bare_pass, bench, bench_shapes, pass_flops, take_turns)
+from fisher_nodes.experiment.bench import run_bench_shapes
+from fisher_nodes.app.cli import main
+from fisher_nodes.experiment.results import load_bench
 from reference import ragged_batches, tiny
 from test_cli import save_model, save_rows
 

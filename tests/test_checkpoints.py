@@ -14,12 +14,13 @@ import torch
 from pyarrow import parquet
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
-import fisher_nodes.checkpoints
-from fisher_nodes.checkpoints import PAPER_CHECKPOINTS, RECIPES, check_tasks, find_checkpoints, finetune_glue
-from fisher_nodes.evaluation import load_model
-from fisher_nodes.finetuning import finetune
-from fisher_nodes.labels import reorder_labels
-from fisher_nodes.tasks import GLUE, PAPER_TASKS, load_task
+import fisher_nodes.experiment.checkpoints
+from fisher_nodes.experiment.checkpoints import (
+    PAPER_CHECKPOINTS, RECIPES, check_tasks, find_checkpoints, finetune_glue)
+from fisher_nodes.tasks.evaluation import load_model
+from fisher_nodes.tasks.finetuning import finetune
+from fisher_nodes.tasks.labels import reorder_labels
+from fisher_nodes.tasks.tasks import GLUE, PAPER_TASKS, load_task
 
 APPENDIX = {'bert-base': '''
 - MNLI: JeremiahZ/bert-base-uncased-mnli
@@ -203,7 +204,7 @@ def test_finished_tasks_are_kept(six, base, tmp_path, monkeypatch):
     def noted(model, *args, **kwargs):
         made.append(Path(kwargs['out']).name)
         return finetune(model, *args, **kwargs)
-    monkeypatch.setattr(fisher_nodes.checkpoints, 'finetune', noted)
+    monkeypatch.setattr(fisher_nodes.experiment.checkpoints, 'finetune', noted)
     out = copy(six, tmp_path, 'mnli', 'qnli')
     (out/'sst2'/'.partial-4999999-x').mkdir(parents=True)
     records = finetune_glue(base, out, tasks=['rte', 'sst2', 'qnli', 'mnli'], **FAST)
@@ -339,10 +340,10 @@ def in_a_process(cache, glue, code):
 
 LOOK = '''
 import json
-from fisher_nodes.checkpoints import find_checkpoints
-from fisher_nodes.evaluation import evaluate
-from fisher_nodes.labels import check_alignment, reorder_labels
-from fisher_nodes.tasks import load_task
+from fisher_nodes.experiment.checkpoints import find_checkpoints
+from fisher_nodes.tasks.evaluation import evaluate
+from fisher_nodes.tasks.labels import check_alignment, reorder_labels
+from fisher_nodes.tasks.tasks import load_task
 from fisher_nodes import merge
 from transformers import AutoTokenizer
 found = {}
@@ -372,7 +373,7 @@ def test_the_paper_from_a_hub_cache(cache, glue):
 
 FAIL = '''
 import json
-from fisher_nodes.evaluation import load_model
+from fisher_nodes.tasks.evaluation import load_model
 said = []
 for name in NAMES:
     try: load_model(name)

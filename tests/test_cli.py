@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from fisher_nodes import MaskFisher, Merged, merge
-from fisher_nodes.cli import COMMANDS, main, make_parser
+from fisher_nodes.app.cli import COMMANDS, main, make_parser
 
 WORDS = '[PAD] [UNK] [CLS] [SEP] it rains the sun shines on cats dogs'.split()
 
@@ -159,7 +159,7 @@ def test_models_by_hub_id(here, tmp_path):
         (repo/'refs').mkdir(parents=True); (repo/'refs'/'main').write_text('0'*40)
         (repo/'snapshots').mkdir(); os.symlink(here/k, repo/'snapshots'/('0'*40))
     env = os.environ | dict(HF_HOME=str(tmp_path), HF_HUB_OFFLINE='1')
-    code = 'import sys; from fisher_nodes.cli import main, make_parser; sys.exit(main())'
+    code = 'import sys; from fisher_nodes.app.cli import main, make_parser; sys.exit(main())'
     line = f'merge x=some/x y=some/y --data x=x.csv y=y.csv --num-samples 4 --out {tmp_path}/m'
     done = subprocess.run([sys.executable, '-c', code, *line.split()], env=env, capture_output=True, text=True, cwd=here)
     assert done.returncode==0, done.stderr

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from transformers import (BertConfig, BertForSequenceClassification, BertTokenizerFast, RobertaConfig,
                           RobertaForSequenceClassification)
 
-from fisher_nodes.evaluation import default_task, evaluate, predict
-from fisher_nodes.tasks import Task
+from fisher_nodes.tasks.evaluation import default_task, evaluate, predict
+from fisher_nodes.tasks.tasks import Task
 
 SIZE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=24, initializer_range=.5)
 FAMILIES = dict(bert=(BertConfig, BertForSequenceClassification), roberta=(RobertaConfig, RobertaForSequenceClassification))
@@ -196,7 +196,7 @@ def test_on_gpu(precision, rtol):
 @pytest.mark.parametrize('own', [None, 37])
 def test_padding_share(monkeypatch, own):
     "Rows of unequal length are batched within a quarter of the Fisher step's budget, or within the caller's."
-    from fisher_nodes import evaluation
+    from fisher_nodes.tasks import evaluation
     shapes, run = [], evaluation.model_logits
     monkeypatch.setattr(evaluation, 'model_logits', lambda m, x: (shapes.append(tuple(x['attention_mask'].shape)), run(m, x))[1])
     ds = rows(400)

@@ -19,9 +19,10 @@ from explorer_case import case, fisher
 from reference import ragged_batches, tiny
 
 from fisher_nodes import SCHEMES, MaskFisher, evaluate, merge
-from fisher_nodes.architectures import hash_weights
-from fisher_nodes.explorer import (ROWS, Explorer, View, as_code, draw_panel, explore, head_shares, known_scores,
-                                   merge_choice, score_choice, choice_table, winners)
+from fisher_nodes.core.families import hash_weights
+from fisher_nodes.app.explorer import (
+    ROWS, Explorer, View, as_code, draw_panel, explore, head_shares, known_scores, merge_choice,
+    score_choice, choice_table, winners)
 
 TESTS = Path(__file__).resolve().parent
 
@@ -178,7 +179,7 @@ def test_text_is_escaped():
 # --- the widgets without a browser ----------------------------------------------------------
 
 def test_only_what_changed_is_drawn_and_each_once(given, monkeypatch):
-    from fisher_nodes import explorer as module
+    from fisher_nodes.app import explorer as module
     drawn = []
     monkeypatch.setattr(module, 'panel_html', lambda panel,fishers,choice: drawn.append(panel) or f'{panel} {choice}')
     view = View(Explorer(given[0]))
@@ -236,7 +237,7 @@ PATHS = dict(voila='', jupyterlab='/lab/tree/app.ipynb') # where the notebook is
 NOTEBOOK = '''import sys
 sys.path.insert(0, {tests!r})
 from explorer_case import case
-from fisher_nodes.explorer import explore
+from fisher_nodes.app.explorer import explore
 explore(*case())'''
 
 def notebook(path):

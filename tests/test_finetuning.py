@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from transformers import (AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel,
                           BertTokenizerFast, RobertaConfig, RobertaForSequenceClassification, RobertaModel)
 
-from fisher_nodes import finetuning
-from fisher_nodes.finetuning import data_task, finetune, load_body, new_model
-from fisher_nodes.tasks import GLUE, Task
+from fisher_nodes.tasks import finetuning
+from fisher_nodes.tasks.finetuning import data_task, finetune, load_body, new_model
+from fisher_nodes.tasks.tasks import GLUE, Task
 
 SIZE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=24)
 ROBERTA = RobertaConfig(**SIZE)

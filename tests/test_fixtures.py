@@ -83,6 +83,6 @@ def test_an_old_grid_is_read(tmp_path):
     shutil.copytree(OLD/'results', tmp_path/'results')
     table = fisher_nodes.load_results(tmp_path/'results') if hasattr(fisher_nodes, 'load_results') else None
     if table is None:
-        from fisher_nodes.results import load_results
+        from fisher_nodes.experiment.results import load_results
         table = load_results(tmp_path/'results')
     assert len(table) > 100 and set(table.name) == set(make.GRID['methods'])

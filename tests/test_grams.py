@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from fisher_nodes.fisher import MaskFisher
-from fisher_nodes.grams import Grams, linear_grams
-from fisher_nodes.parameters import ParameterFisher
+from fisher_nodes.core.fisher import MaskFisher
+from fisher_nodes.methods.regmean import Grams, linear_grams
+from fisher_nodes.methods.full_fisher import ParameterFisher
 from reference import FAMILIES, collate, double, examples, logits, ragged_batches, single_rows, split, tiny
 from test_masks_fisher import QUIET, to_dataset
 from test_purity import MODES, breaking_data, unchanged, well_used

@@ -15,11 +15,11 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, RobertaConfig, RobertaForSequenceClassification
 
 from fisher_nodes import MaskFisher, evaluate, mask_fisher, merge, reproduce
-from fisher_nodes.cli import main
-from fisher_nodes.evaluation import load_model
-from fisher_nodes.grid import ENTRIES, Cell, load_checkpoint, plan_cells, relative_error
-from fisher_nodes.merger import METHODS
-from fisher_nodes.tasks import GLUE, load_task
+from fisher_nodes.app.cli import main
+from fisher_nodes.tasks.evaluation import load_model
+from fisher_nodes.experiment.grid import ENTRIES, Cell, load_checkpoint, plan_cells, relative_error
+from fisher_nodes.merging.run import METHODS
+from fisher_nodes.tasks.tasks import GLUE, load_task
 from test_processes import torchrun
 
 WORDS = '[PAD] [UNK] [CLS] [SEP] [MASK] good fine bad dull the film was plot rather'.split()
@@ -115,7 +115,7 @@ def run(here, out, *more, **kw):
     line = ['reproduce', '--checkpoints', here/'models', '--tasks', ','.join(TASKS), '--methods', ','.join(SOME), '--samples', '8,16',
             '--seeds', '2,1', '--group-sizes', '2,3', '--base', here/'base', '--out', out, *more]
     env = os.environ | dict(FISHER_NODES_GLUE=str(here/'glue'))
-    return subprocess.Popen([sys.executable, '-c', 'from fisher_nodes.cli import main; main()', *map(str, line)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+    return subprocess.Popen([sys.executable, '-c', 'from fisher_nodes.app.cli import main; main()', *map(str, line)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
 def test_killed_and_continued_gives_identical_results(here, whole, tmp_path):
     first = run(here, tmp_path)

@@ -11,10 +11,11 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import BertModel
 
-from fisher_nodes.evaluation import evaluate, predict
-from fisher_nodes.labels import (best_order, best_rival, check_alignment, clear_margin, count_answers, head_linear, judge_order, name_order,
-                                 order_accuracy, order_margin, reorder_labels)
-from fisher_nodes.tasks import GLUE, Task
+from fisher_nodes.tasks.evaluation import evaluate, predict
+from fisher_nodes.tasks.labels import (
+    best_order, best_rival, check_alignment, clear_margin, count_answers, head_linear, judge_order,
+    name_order, order_accuracy, order_margin, reorder_labels)
+from fisher_nodes.tasks.tasks import GLUE, Task
 from reference import collate, examples, split, tiny
 
 MNLI = GLUE['mnli'].labels

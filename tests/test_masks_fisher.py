@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
-from fisher_nodes import mask_fisher, masks
+from fisher_nodes import mask_fisher
+from fisher_nodes.core import nodes as masks
 from reference import (FAMILIES, brute_grads, brute_head_matrices, brute_mask_fisher, collate, examples, logits,
                        ragged_batches, released_mask_fisher, split, task_loss, tiny)
 

@@ -9,8 +9,8 @@ from torch.func import functional_call, grad
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fisher_nodes.fisher import MaskFisher, mask_fisher
-from fisher_nodes.parameters import ParameterFisher, parameter_fisher
+from fisher_nodes.core.fisher import MaskFisher, mask_fisher
+from fisher_nodes.methods.full_fisher import ParameterFisher, parameter_fisher
 from reference import FAMILIES, collate, double, examples, logits, ragged_batches, single_rows, split, task_loss, tiny
 from test_masks_fisher import QUIET, to_dataset
 from test_purity import MODES, breaking_data, breaking_loss, unchanged, well_used
@@ -143,7 +143,7 @@ def test_dataset(family, alone, batch_tokens):
 
 def test_examples_expanded_in_parts(family, monkeypatch):
     "Memory for two examples, for less than one, or for all."
-    from fisher_nodes import parameters
+    from fisher_nodes.methods import full_fisher as parameters
     model, batches = tiny(family), ragged_batches(family)
     for budget in (1, 2*16*16, 10**9):
         monkeypatch.setitem(parameters.EXPAND, 'cpu', budget)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from accelerate import dispatch_model
 
-from fisher_nodes.cli import main
+from fisher_nodes.app.cli import main
 from fisher_nodes import MaskFisher, ParameterFisher, linear_grams, mask_fisher, parameter_fisher, predict
 from test_cli import save_model
 from processes_case import DTYPES, FAULTS, MEASURED, dataset, tensors, tiny
@@ -127,7 +127,7 @@ def test_a_process_that_does_not_come(tmp_path):
 
 PARTS = dict.fromkeys(('bert.embeddings', 'bert.encoder.layer.0', 'bert.encoder.layer.1', 'bert.pooler', 'classifier'), 'cpu')
 
-COMMAND = ['--no-python', sys.executable, '-c', 'import sys; from fisher_nodes.cli import main; sys.exit(main())']
+COMMAND = ['--no-python', sys.executable, '-c', 'import sys; from fisher_nodes.app.cli import main; sys.exit(main())']
 
 def test_the_command_line(tmp_path):
     "The command prints and writes once, with the numbers of one process; a mistake is one line."

@@ -14,14 +14,19 @@ import torch
 from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose
 
-from fisher_nodes import plots, report as module, results as reading
-from fisher_nodes.explorer import plot_winners
-from fisher_nodes.fisher import MaskFisher
-from fisher_nodes.output import OutputExistsError
-from fisher_nodes.plots import pair_matrix, plot_cost, plot_errors, plot_gains, plot_heads, plot_pairs, plot_rows, plot_samples, plot_scores
-from fisher_nodes.report import report
-from fisher_nodes.results import (PAPER_TABLE1, as_text, bootstrap, choose, commands, load_bench, load_errors, load_results, markdown, median,
-                                  paired_scores, per_seed, provenance, summarise, table1, verdict)
+from fisher_nodes.experiment import plots
+from fisher_nodes.experiment import report as module
+from fisher_nodes.experiment import results as reading
+from fisher_nodes.app.explorer import plot_winners
+from fisher_nodes.core.fisher import MaskFisher
+from fisher_nodes.engine.files import OutputExistsError
+from fisher_nodes.experiment.plots import (
+    pair_matrix, plot_cost, plot_errors, plot_gains, plot_heads, plot_pairs, plot_rows, plot_samples,
+    plot_scores)
+from fisher_nodes.experiment.report import report
+from fisher_nodes.experiment.results import (
+    PAPER_TABLE1, as_text, bootstrap, choose, commands, load_bench, load_errors, load_results, markdown,
+    median, paired_scores, per_seed, provenance, summarise, table1, verdict)
 
 matplotlib.use('agg')
 TASKS = dict(mnli=(.73, .35), qqp=(.86, .63), mrpc=(.72, .68), rte=(.65, .53))  # own accuracy, majority; mrpc is flagged
@@ -337,7 +342,7 @@ def test_provenance(tmp_path):
 
 
 def test_commands_make_the_same_cells(folder):
-    grid = pytest.importorskip('fisher_nodes.grid')
+    grid = pytest.importorskip('fisher_nodes.experiment.grid')
     made = set()
     for line in commands(folder):
         words = line.split()

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fisher_nodes import MaskFisher, Merged, mask_fisher, merge
-from fisher_nodes.saving import DTYPE
+from fisher_nodes.merging.merged import DTYPE
 from reference import body, ragged_batches, tiny
 from test_masks_fisher import QUIET
 from test_merge import make_fisher, make_fishers, make_models, hand, same_body

@@ -39,7 +39,7 @@ def card_of(folder): return ModelCard.load(folder/'README.md')
 # --- others read it ---------------------------------------------------------------------------
 
 def test_methods_are_there_when_merger_is_all_that_was_imported():
-    code = 'from fisher_nodes.merger import Merged; assert all(hasattr(Merged, o) for o in ("save_pretrained", "from_pretrained", "push_to_hub", "logits"))'
+    code = 'from fisher_nodes.merging.run import Merged; assert all(hasattr(Merged, o) for o in ("save_pretrained", "from_pretrained", "push_to_hub", "logits"))'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode==0, done.stderr
 

@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BertModel
 
-from fisher_nodes import MaskFisher, Merged, ParameterFisher, Source, blocks, disk, merge
-from fisher_nodes.architectures import TensorHash, hash_tensors, hash_weights
-from fisher_nodes.grams import Grams
-from fisher_nodes.output import OutputExistsError
-from fisher_nodes.rivals import elect_and_mean
-from fisher_nodes.streaming import Stream, merge_files
+from fisher_nodes import MaskFisher, Merged, ParameterFisher, Source, merge
+from fisher_nodes.core import blocks
+from fisher_nodes.merging import store as disk
+from fisher_nodes.core.families import TensorHash, hash_tensors, hash_weights
+from fisher_nodes.methods.regmean import Grams
+from fisher_nodes.engine.files import OutputExistsError
+from fisher_nodes.methods.task_vectors import elect_and_mean
+from fisher_nodes.merging.streaming import Stream, merge_files
 from reference import tiny
 
 SIZE = dict(hidden=64, heads=4, intermediate=96, vocab=131) # blocks of eight rows, with many_blocks
@@ -158,7 +160,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
         repo = tmp_path/'cache'/f'models--me--{t}'
         (repo/'refs').mkdir(parents=True); (repo/'refs'/'main').write_text(commit)
         (repo/'snapshots').mkdir(); os.symlink(o, repo/'snapshots'/commit)
-    code = '''import sys; from fisher_nodes import merge; from fisher_nodes.streaming import merge_files
+    code = '''import sys; from fisher_nodes import merge; from fisher_nodes.merging.streaming import merge_files
 names, out = [f'me/t{i}' for i in range(3)], sys.argv[1]
 merge(names, method='average').save_pretrained(out+'/a/out')
 merge_files(names, method='average', out=out+'/b/out')'''
@@ -427,8 +429,8 @@ def test_two_names_for_one_weight(tmp_path):
 # --- memory -----------------------------------------------------------------------------------
 
 PEAK = '''import re, sys, threading, time
-from fisher_nodes import blocks
-from fisher_nodes.streaming import merge_files
+from fisher_nodes.core import blocks
+from fisher_nodes.merging.streaming import merge_files
 from pathlib import Path
 blocks.BLOCK = 1 << 20
 def now(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])

@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from pyarrow import parquet
 
-from fisher_nodes.tasks import GLUE, METRICS, PAPER_TASKS, Task, load_task, score, task_metric
+from fisher_nodes.tasks.tasks import GLUE, METRICS, PAPER_TASKS, Task, load_task, score, task_metric
 
 ROWS = [dict(text='profit rose', label=0), dict(text='wheat fell', label=1), dict(text='corn', label=1)]
 
@@ -119,7 +119,7 @@ def test_folder_with_wrong_columns(tmp_path, monkeypatch):
 
 HUB = """
 import json
-from fisher_nodes.tasks import load_task
+from fisher_nodes.tasks.tasks import load_task
 out = {}
 for split in ('train', 'validation', 'test'):
     try:

@@ -15,7 +15,7 @@ def make(folder, models, layers):
     "Random float32 checkpoints; written tensor by tensor, so that they may be larger than memory."
     import torch
     from transformers import BertConfig, BertForSequenceClassification
-    from fisher_nodes.streaming import make_file
+    from fisher_nodes.merging.store import make_file
     config = BertConfig(hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096, num_labels=2)
     with torch.device('meta'): model = BertForSequenceClassification(config)
     for i in range(models):
@@ -40,7 +40,7 @@ def floor(models, out):
             while left: left -= o.write(memoryview(room)[:min(left, len(room))])
 
 def merge(models, out, method):
-    from fisher_nodes.streaming import merge_files
+    from fisher_nodes.merging.streaming import merge_files
     merge_files({f'm{i}': o for i, o in enumerate(models)}, method=method, out=out, progress=False)
 
 def mergekit(models, out):
@@ -63,7 +63,7 @@ def forget(models):
 
 def one(what, models, out, method, state):
     "One run: its time, or its peak memory, since looking at memory takes time. As much as it writes was just freed, so that no run pays for pages that another had."
-    for o in dict(merge=['fisher_nodes.streaming', 'transformers.models.bert.modeling_bert'], mergekit=['mergekit.merge']).get(what, []): import_module(o)
+    for o in dict(merge=['fisher_nodes.merging.streaming', 'transformers.models.bert.modeling_bert'], mergekit=['mergekit.merge']).get(what, []): import_module(o)
     peak = [private()]
     def watch():
         while True: peak[0] = tuple(map(max, zip(peak[0], private()))); time.sleep(.02)
@@ -99,7 +99,7 @@ def main():
                 if done.returncode == 0: runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
                 shutil.rmtree(out, ignore_errors=True)
     if a.out:
-        from fisher_nodes.output import write_record
+        from fisher_nodes.engine.files import write_record
         write_record(a.out, runs=runs, method=a.method, layers=a.layers, input_bytes=sum(o.stat().st_size for o in (found[0]).glob('*.safetensors')))
 
 if __name__ == '__main__': main()

@@ -59,13 +59,13 @@ def cut(
 
 # %% ../../nbs/core/05_blocks.ipynb #55830b5d
 def row_shares(
-    shares:Tensor, # shape `(M, nodes)`
+    shares:Tensor, # shape `(M, rows)`, or `(M, 1)` if all rows are alike
     name:str, # may be a `Block`
-    rows:int, # of the whole parameter
-)->Tensor: # shape `(M, nodes)` for the whole, `(M, rows meant)` for a block, `(M, 1)` if all rows are alike
-    "Each model's share of the rows that are meant."
-    if shares.shape[1]==1 or rows_meant(name) is ...: return shares
-    return shares.repeat_interleave(rows//shares.shape[1], 1)[:,rows_meant(name)]
+    axis:int=0, # that the shares lie along
+)->Tensor: # of the rows that are meant
+    "Each model's shares of the rows that are meant."
+    rows = rows_meant(name)
+    return shares if axis or shares.shape[1]==1 or rows is ... else shares[:,rows]
 
 # %% ../../nbs/core/05_blocks.ipynb #76eac1b9
 _BITS = 21 # three times this is a double without its sign

@@ -157,7 +157,7 @@ class Variant:
     mean:bool=True # divide the sum by the number of examples
     replacement:bool=False # sample a data set with replacement
     batch_size:int|None=None # rows per batch of a data set, in drawn order; None is by length
-    fill_zeros:bool=False # a merge first sets a node to one where it is zero in all models
+    prepare:Callable=list # what a merge does with all Fishers first
     diagonal:bool=False # knows true labels and diagonals only
     ablation:bool=False # one step between paper and released code; not for use
 

@@ -7,7 +7,7 @@ __all__ = ['EXPAND', 'SQUARES', 'linear_squares', 'norm_squares', 'embedding_squ
            'SquaredGradients', 'SquaredAlone', 'parameter_shapes', 'collect_squares', 'element_mean', 'fisher_norm',
            'fisher_rule']
 
-# %% ../../nbs/methods/03_full_fisher.ipynb #4898be74
+# %% ../../nbs/methods/03_full_fisher.ipynb #077e533f
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -219,7 +219,7 @@ class SquaredAlone(Collector):
 
     fields = SquaredGradients.fields
 
-# %% ../../nbs/methods/03_full_fisher.ipynb #19e0201b
+# %% ../../nbs/methods/03_full_fisher.ipynb #26c73fbe
 def parameter_shapes(model:PreTrainedModel)->dict[str,tuple]: # name within the body -> shape
     "What a `ParameterFisher` of a model must have."
     return {n: tuple(p.shape) for n,p in model.base_model.named_parameters()}
@@ -256,7 +256,7 @@ def fisher_norm(
     "Euclidean norm over all parameters."
     return torch.stack([v.double().square().sum() for v in values.values()]).sum().sqrt().item()
 
-# %% ../../nbs/methods/03_full_fisher.ipynb #1e3e42ce
+# %% ../../nbs/methods/03_full_fisher.ipynb #58083775
 @merge_method('fisher', statistic='full-fisher')
 def fisher_rule(
     job:Job, # statistics are `ParameterFisher`s

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'STATISTICS', 'Job', 'Rule', 'explain', 'plain_value', 'MergeMethod', 'merge_method', 'Collector',
-           'ParameterStatistic', 'widen', 'mean_of_sums', 'Statistic', 'statistic', 'find_statistic', 'check_shapes',
-           'check_numbers', 'check_statistic', 'load_methods']
+           'ParameterStatistic', 'widen', 'mean_of_sums', 'Statistic', 'statistic', 'check_shapes', 'check_numbers',
+           'check_statistic', 'load_methods']
 
 # %% ../../nbs/methods/00_method.ipynb #a0eb49f0
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -194,12 +194,6 @@ def statistic(
         STATISTICS[name] = Statistic(name, collector, **about)
         return collector
     return register
-
-def find_statistic(
-    kind:Any, # a name in `STATISTICS`, or the class of a result
-)->Statistic:
-    "What measures that."
-    return next(o for k,o in STATISTICS.items() if kind in (k, o.kind))
 
 # %% ../../nbs/methods/00_method.ipynb #79f1abec
 def check_shapes(

@@ -6,7 +6,7 @@
 __all__ = ['token_positions', 'gram', 'Grams', 'linear_modules', 'gram_shapes', 'InputGrams', 'shrink', 'solve_positive',
            'regression_mean', 'regmean_rule']
 
-# %% ../../nbs/methods/04_regmean.ipynb #52f3537f
+# %% ../../nbs/methods/04_regmean.ipynb #fc16d948
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Annotated, Any
@@ -148,7 +148,7 @@ def regression_mean(
                          'give a smaller one, or more samples')
     return out.T.to(dtype), int(unused.sum())
 
-# %% ../../nbs/methods/04_regmean.ipynb #2268d3ba
+# %% ../../nbs/methods/04_regmean.ipynb #90703e27
 @merge_method('regmean', statistic='grams')
 def regmean_rule(
     job:Job, # statistics are `Grams`

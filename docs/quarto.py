@@ -1,21 +1,32 @@
 """Translate pages in Quarto's dialect, as nbdev leaves them, to MyST. Labels belong to their page, as in Quarto."""
+import ast
 import re
 import struct
 from base64 import b64decode
 from functools import partial
 from itertools import groupby
+from posixpath import dirname, join, normpath, relpath
 from textwrap import wrap
 
 import nbformat
 import yaml
-from source import anchor, definition, docment_table, docments, signature
+from fastcore.basics import listify
+from nbdev.doclinks import patch_name
+from source import DEFINITIONS, anchor, definition, docment_table, docments, signature
 
 SHELL = re.compile(r'^```sh$.*?^```$', re.M|re.S)
 SHORT_CELL = re.compile(r'(?<=<td>)[^<]{1,24}(?=</td>)') # of a table: an interval stays on one line, where sentences wrap
 FENCED = re.compile(r'^ *(`{3,}|~{3,}).*?^ *\1 *$', re.M|re.S)
 INLINE = re.compile(r'(`+)(?!`).+?(?<!`)\1(?!`)', re.S)
 DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
+PAGE_LINK = re.compile(r'\(((?:[\w.-]+/)*\w+\.(?:ipynb|qmd))(#[\w-]+)?\)')
 HEADING = re.compile(r'^(#+) ([\w.]+)[ \t]*$', re.M)
+
+def key(
+    page:str, # its name, as `core/nodes`
+)->str:
+    "What the labels of a page begin with."
+    return page.replace('/', '.')
 
 def outside(
     code, # pattern of what is left alone
@@ -44,7 +55,7 @@ def symbol_labels(
     for page,nb in pages.items():
         for symbol in page_symbols(nb):
             same = sum(p==page and s.lower()==symbol.lower() for p,s in labels)
-            labels.setdefault((page,symbol), f'{page}.{symbol}'.lower()+(f'-{same}' if same else ''))
+            labels.setdefault((page,symbol), f'{key(page)}.{symbol}'.lower()+(f'-{same}' if same else ''))
     return labels
 
 def symbol_link(
@@ -58,7 +69,7 @@ def symbol_link(
     for wanted in (anchor, anchor.rpartition('.')[0]):
         found = {s: l for (p,s),l in labels.items() if p==page and s.lower()==wanted}
         if found: return f'[{text}](#{found.get(name) or next(iter(found.values()))})'
-    return f'[{text}](#{page}.{anchor})'
+    return f'[{text}](#{key(page)}.{anchor})'
 
 # Markdown
 
@@ -85,8 +96,20 @@ def references(text:str, page:str)->str:
     text = re.sub(r'(?<![\w@\[])@sec-([\w-]+)', rf'{{ref}}`{page}.sec-\1`', text)
     return re.sub(r'\[@([\w:-]+)\]', rf'{{cite:p}}`{page}-\1`', text)
 
+def page_link(
+    m, # match of a file, relative to the page's, and perhaps of a label there
+    page:str,
+    files:dict, # file name to page name
+)->str:
+    "A link to another page, or to a label on it; what is no page stays, and Sphinx complains."
+    to = files.get(normpath(join(dirname(page), m[1])))
+    if not to: return m[0]
+    return f'(#{key(to)}.{m[2][1:]})' if m[2] else f'(project:{relpath(to, dirname(page) or ".")}.ipynb)'
+
 def prose(text:str, page:str, site:str, files:dict, labels:dict)->str:
     "Translate Markdown without fenced code."
+    text = PAGE_LINK.sub(partial(page_link, page=page, files=files), text)
+    page = key(page)
     text = re.sub(r'\$\$\s*\{#(eq-[\w-]+)\}', rf'$$ ({page}.\1)', text)
     text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[^\S\n]*$', callout, text, flags=re.M)
     text = re.sub(r'^(#+ .*?)\s*\{#([\w-]+)[^}]*\}[^\S\n]*$', rf'({page}.\2)=\n\1', text, flags=re.M)
@@ -94,10 +117,8 @@ def prose(text:str, page:str, site:str, files:dict, labels:dict)->str:
     text = re.sub(r'^!\[([^\]]*)\]\(([^)]*)\)\{#([\w-]+)([^}]*)\}$', partial(figure, page=page), text, flags=re.M)
     text = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()', r'[\1]', text) # a symbol that is a link already
     text = re.sub(r'^(#+ )\[(`[^`]+`)\]\([^)]*\)', r'\1\2', text, flags=re.M) # a heading is no link
-    text = re.sub(rf'\[(`[^`]+`)\]\({re.escape(site)}/([\w-]+)\.html#([\w.]+)\)', partial(symbol_link, labels=labels), text)
+    text = re.sub(rf'\[(`[^`]+`)\]\({re.escape(site)}/([\w/-]+)\.html#([\w.]+)\)', partial(symbol_link, labels=labels), text)
     text = re.sub(r'\]\(#((?:eq|fig|sec|tbl)-[\w-]+)\)', rf'](#{page}.\1)', text)
-    text = re.sub(r'\((\w+\.(?:ipynb|qmd))#([\w-]+)\)', lambda m: f'(#{files[m[1]]}.{m[2]})' if m[1] in files else m[0], text)
-    text = re.sub(r'\((\w+\.(?:ipynb|qmd))\)', lambda m: f'(project:{files[m[1]]}.ipynb)' if m[1] in files else m[0], text)
     return outside(INLINE, partial(references, page=page), text)
 
 def fold_shell(
@@ -136,14 +157,31 @@ def source_order(
 def symbol_cell(text:str, page:str, labels:dict, translate, level:int, modules:dict):
     "`show_doc` as a section that has the symbol's label; nbdev's signature has no `*` and long names, so the source's takes its place."
     symbol = HEADING.search(text)[2]
-    module, line = re.search(r'(\w+)\.py#L(\d+)\)', text).groups()
-    source, line = modules[module], int(line)
+    path, line = re.search(r'.*/fisher_nodes/([\w/]+)\.py#L(\d+)\)', text).groups()
+    module, line = key(path), int(line)
+    source = modules[module]
     o = definition(source, line)
     said = text[HEADING.search(text).end():].strip()
     said = FENCED.sub('', said, count=1).strip()
     parts = [f'({labels[page,symbol]})=', f'{"#"*level} {symbol}', f'```python\n{signature(o, source)}\n```',
              f'{said} [source](#{anchor(module, source, line)}){{.source}}', docment_table(docments(o, source))]
     return nbformat.v4.new_markdown_cell(translate('\n\n'.join(o for o in parts if o).replace(')=\n\n', ')=\n', 1)))
+
+def shown_symbols(cell)->list[str]:
+    "The symbols whose source a cell shows: nbdev marks what was flagged `exports`."
+    if cell.cell_type!='code' or '#| code-summary: "Exported source"' not in cell.source: return []
+    return [name for o in ast.parse(cell.source).body if isinstance(o, DEFINITIONS) for name in listify(patch_name(o))]
+
+def source_heading(
+    symbols:list, # of `shown_symbols`
+    page:str,
+    labels:dict, # of `symbol_labels`
+    level:int,
+)->list: # one cell or none
+    "The heading above source that is shown: its public symbols, each with its label. The source says the rest."
+    public = [o for o in symbols if (page,o) in labels]
+    marks = [f'({labels[page,o]})=' for o in public]
+    return [nbformat.v4.new_markdown_cell('\n'.join([*marks, f'{"#"*level} {", ".join(public)}']))] if public else []
 
 def is_wide(
     outputs, # of a cell
@@ -157,10 +195,10 @@ def code_cell(cell, page:str, translate):
     found = directives(cell)
     tags = dict(echo='remove-input', include='remove-cell', output='remove-output')
     cell.metadata = dict(tags=[t for k,t in tags.items() if found.get(k) is False], mystnb={})
-    if 'code-fold' in found: cell.metadata['tags'].append('hide-input')
+    if found.get('code-fold') is True: cell.metadata['tags'].append('hide-input')
     alt, caption = found.get('fig-alt'), found.get('fig-cap')
     if alt or caption: cell.metadata['mystnb']['image'] = dict(alt=alt or caption) | (dict(classes='wide') if is_wide(cell.outputs) else {})
-    name = dict(name=f'{page}.{found["label"]}') if str(found.get('label', '')).startswith('fig-') else {}
+    name = dict(name=f'{key(page)}.{found["label"]}') if str(found.get('label', '')).startswith('fig-') else {}
     if caption: cell.metadata['mystnb']['figure'] = dict(caption=translate(caption), **name)
     cell.outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
     for o in cell.outputs:
@@ -176,7 +214,7 @@ def title_cell(front:str):
 
 def bibliography(page:str):
     "The works that this page cites."
-    return nbformat.v4.new_markdown_cell(f'## References\n\n```{{bibliography}}\n:filter: docname in docnames\n:keyprefix: {page}-\n```')
+    return nbformat.v4.new_markdown_cell(f'## References\n\n```{{bibliography}}\n:filter: docname in docnames\n:keyprefix: {key(page)}-\n```')
 
 def translate_page(
     nb, # a processed notebook
@@ -190,7 +228,10 @@ def translate_page(
     markdown = partial(outside, FENCED, partial(prose, page=page, site=site, files=files, labels=labels))
     def translate(text): return markdown(SHELL.sub(fold_shell, text))
     cells, level = [title_cell(nb.cells[0].source)], 2
-    for c in source_order(nb.cells[1:]):
+    shown = {o for c in nb.cells for o in shown_symbols(c)}
+    said_once = [c for c in nb.cells[1:] if not show_doc(c) or HEADING.search(show_doc(c))[2] not in shown]
+    for c in source_order(said_once):
+        cells += source_heading(shown_symbols(c), page, labels, level)
         if c.cell_type=='markdown' and re.search('^## ', c.source, re.M): level = 3
         if text := show_doc(c): cells.append(symbol_cell(text, page, labels, translate, level, modules))
         elif c.cell_type=='code': cells.append(code_cell(c, page, translate))

@@ -3,6 +3,7 @@ import ast
 import io
 import re
 import tokenize
+from pathlib import PurePosixPath
 
 from nbdev.doclinks import NbdevLookup
 
@@ -103,6 +104,13 @@ def docment_table(
 
 # Pages
 
+def page_name(
+    file:str, # below `nbs/`
+)->str:
+    "The name that nbdev publishes a file under: its folder, then its name without the number."
+    path = PurePosixPath(file)
+    return (path.parent/re.sub(r'^\d+[a-zA-Z0-9]*_', '', path.stem.lower())).as_posix()
+
 def chunks(
     text:str, # of a module
 )->dict: # first line to text
@@ -115,7 +123,7 @@ def chunks(
     return {a: part for a,part in parts.items() if part}
 
 def anchor(
-    module:str, # its name
+    module:str, # its name, as `core.nodes`
     text:str, # of the module
     line:int,
 )->str:
@@ -123,11 +131,11 @@ def anchor(
     return f'source.{module}.{max(o for o in chunks(text) if o<=line)}'
 
 def source_page(
-    module:str, # its name
+    module:str, # its name, as `core.nodes`
     text:str, # of the module
 )->str: # MyST
     "A page that shows a module, every part with a label."
-    page = re.search(r'edit: \S*?\d+_(\w+)\.ipynb', text)[1]
-    front = f'---\norphan: true\nnosearch: true\n---\n# Source of {module}\n\n[Its page]({"../"+page}.ipynb) explains it.\n\n'
+    page = '../'*module.count('.') + '../' + page_name(re.search(r'edit: \S*?nbs/(\S+?)\.ipynb', text)[1])
+    front = f'---\norphan: true\nnosearch: true\n---\n# Source of {module}\n\n[Its page]({page}.ipynb) explains it.\n\n'
     parts = [f'({anchor(module, text, a)})=\n`````{{code-block}} python\n:lineno-start: {a}\n\n{part}\n`````' for a,part in chunks(text).items()]
     return front + '\n\n'.join(parts)

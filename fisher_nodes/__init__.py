@@ -7,17 +7,17 @@ from importlib import import_module
 # Where each public name lives. Modules are imported when a name is first used, so `fisher-nodes --help` needs no torch.
 _PLACES = {
     'app.explorer': ['explore'],
+    'engine.measure': ['MaskFisher', 'ParameterFisher', 'Grams', 'linear_grams', 'mask_fisher', 'parameter_fisher'],
+    'engine.models': ['ModelReference', 'Source'],
+    'experiment.grid': ['reproduce'],
+    'merging.merged': ['Merged'],
+    'merging.recipe': ['read_recipe'],
+    'merging.request': ['METHODS', 'MergeRequest'],
+    'merging.run': ['merge', 'merge_files', 'run_recipe'],
+    'methods.method': ['Job', 'Rule', 'merge_method'],
+    'core.schemes': ['SCHEMES'],
     'tasks.evaluation': ['evaluate', 'predict'],
     'tasks.finetuning': ['finetune'],
-    'core.fisher': ['MaskFisher', 'mask_fisher'],
-    'methods.regmean': ['Grams', 'linear_grams'],
-    'experiment.grid': ['reproduce'],
-    'core.schemes': ['SCHEMES'],
-    'merging.run': ['METHODS', 'Source', 'merge'],
-    'methods.full_fisher': ['ParameterFisher', 'parameter_fisher'],
-    'merging.recipe': ['read_recipe', 'run_recipe'],
-    'merging.merged': ['Merged'],
-    'merging.streaming': ['merge_files'],
     'tasks.tasks': ['GLUE', 'Task', 'load_task'],
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

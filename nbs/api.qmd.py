@@ -1,6 +1,6 @@
 """---
 title: API
-description: What you import from fisher_nodes, then every public name of every module
+description: What you import from fisher_nodes, then every public name of every module, layer by layer
 ---"""
 import ast
 import re
@@ -12,7 +12,16 @@ from nbdev.doclinks import NbdevLookup, patch_name
 from fisher_nodes import _PLACES
 
 lookup = NbdevLookup()
+package = get_config().lib_path
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
+LAYERS = dict( # each imports only from those above it here
+    core='The formulas of the paper, on tensors.',
+    methods='One page, one registered method.',
+    engine='Real models on real machines.',
+    tasks='Data, metrics, fine-tuning, labels.',
+    merging='One request, one run, what comes out.',
+    experiment='Grids of merges, their results and pictures.',
+    app='The command line, the demo, the explorer.')
 CONSTANTS = dict( # the public names that can have no docstring
     GLUE='The GLUE tasks by name: columns, classes, metrics.',
     METHODS='The ways to merge by name: what each measures, whether it needs `base`, its options.',
@@ -33,8 +42,8 @@ def constants(tree)->list[str]:
     targets = [o.targets[0] for o in tree.body if isinstance(o, ast.Assign)]
     return [o.id for o in targets if isinstance(o, ast.Name) and not o.id.startswith('_')]
 
-def page(text:str)->str: # file name
-    return re.search(r'edit: \S*?([\w.]+\.ipynb)', text)[1]
+def page(text:str)->str: # file below `nbs/`
+    return re.search(r'edit: \S*?nbs/(\S+?\.ipynb)', text)[1]
 
 def table(rows:list)->str: # Markdown
     "Name, where it is explained, what it does."
@@ -43,7 +52,12 @@ def table(rows:list)->str: # Markdown
 def section(module:str)->str: # Markdown
     tree, more = ast.parse(sources[module]), ', '.join(f'`{o}`' for o in constants(ast.parse(sources[module])))
     rows = [(name, lookup.doc(f'fisher_nodes.{module}.{name}'), what) for name,what in sorted(definitions(tree).items())]
-    return f'## {module}\n\n[The page]({page(sources[module])}).' + (f' Constants: {more}.' if more else '') + f'\n\n{table(rows)}'
+    return f'### {module}\n\n[The page]({page(sources[module])}).' + (f' Constants: {more}.' if more else '') + f'\n\n{table(rows)}'
+
+def layer(name:str)->str: # Markdown
+    "Its modules, in the order of their pages."
+    modules = sorted((o for o in sources if o.split('.')[0]==name), key=lambda o: page(sources[o]))
+    return '\n'.join([f'## {name}\n\n{LAYERS[name]}\n', *map(section, modules)])
 
 def public()->str: # Markdown
     rows = []
@@ -52,5 +66,6 @@ def public()->str: # Markdown
         rows += [(name, lookup.doc(f'fisher_nodes.{module}.{name}') or page(sources[module]), what[name]) for name in names]
     return '\n'.join(['## From the package itself {#sec-public}', '`from fisher_nodes import merge`, for instance.', '', table(sorted(rows, key=lambda o: o[0].lower()))])
 
-sources = {o.stem: o.read_text(encoding='utf-8') for o in get_config().lib_path.glob('[!_]*.py')}
-print(public(), *map(section, sorted(sources, key=lambda o: page(sources[o]))), sep='\n')
+sources = {'.'.join(o.relative_to(package).with_suffix('').parts): o.read_text(encoding='utf-8') for o in package.rglob('[!_]*.py')}
+if new := {o.split('.')[0] for o in sources} - {*LAYERS}: raise ValueError(f'no layer of `LAYERS`: {", ".join(sorted(new))}')
+print(public(), *map(layer, LAYERS), sep='\n')

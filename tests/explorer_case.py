@@ -1,4 +1,4 @@
-"Two tiny models whose validation labels are their own answers, for tests of the explorer in this process and in a kernel."
+"Two tiny models whose validation labels are their own answers, for tests of the explorer."
 import torch
 from datasets import Dataset
 from reference import tiny
@@ -9,7 +9,8 @@ TASKS = ('red', 'blue')
 
 def fisher(seed, layers=2, heads=4, rows=24):
     gen = torch.Generator().manual_seed(seed)
-    return MaskFisher(torch.rand(layers, heads, generator=gen).double(), torch.rand(layers, rows, generator=gen).double(), 8)
+    heads, rows = [torch.rand(layers, n, generator=gen).double() for n in (heads, rows)]
+    return MaskFisher(heads, rows, 8)
 
 def rows(model, n=60):
     gen = torch.Generator().manual_seed(n)

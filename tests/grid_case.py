@@ -3,7 +3,6 @@
     torchrun --nproc_per_node 2 grid_case.py OUT LOGS ARGUMENTS_AS_JSON [FAULT]"""
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from fisher_nodes.experiment import grid
@@ -22,8 +21,12 @@ def noted(kind, f, key):
 
 grid.run_group = noted('merge', grid.run_group, lambda group, cell, *a, **k: [cell.file, '+'.join(group)])
 grid.evaluate = noted('evaluate', grid.evaluate, lambda model, data, task, **k: [task.name, len(data)])
-for kind, o in grid.MEASURES.items():
-    grid.MEASURES[kind] = replace(o, measure=noted('measure', o.measure, lambda m, d, kind=kind, **k: [kind.__name__, m.name_or_path, str(sorted((a, str(b)) for a, b in k.items() if a != 'tokenizer'))]))
+def statistic(checkpoint, cell, **how):
+    "Which statistic of which model a cell asks for."
+    choices = sorted((grid.measure_choices(checkpoint, cell) | how).items())
+    return [cell.entry.statistic.kind.__name__, checkpoint.model.name_or_path, str(choices)]
+
+grid._measure = noted('measure', grid._measure, statistic)
 
 kwargs = json.loads(kwargs)
 try: grid.reproduce(kwargs.pop('checkpoints'), out, **kwargs)

@@ -1,5 +1,6 @@
 """Timing the Fisher step: what is written, what is refused. How fast anything is, is no matter of tests."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fisher_nodes.engine.batches import Batch
 from fisher_nodes.experiment.bench import (
-    SHAPE_STEPS, STEPS, bare_pass, bench, bench_shapes, pass_flops, take_turns)
+    ROW_STEPS, SHAPE_STEPS, bare_pass, bench, bench_shapes, pass_flops, take_turns)
 from fisher_nodes.experiment.bench import run_bench_shapes
 from fisher_nodes.app.cli import main
 from fisher_nodes.experiment.results import load_bench
@@ -25,7 +26,7 @@ def toy():
 
 def test_every_step_is_timed_every_round(toy):
     found = bench(*toy, num_samples=5, rounds=2)
-    assert [o['what'] for o in found['steps']] == list(STEPS) and found['num_examples'] == 5
+    assert [o['what'] for o in found['steps']] == list(ROW_STEPS) and found['num_examples'] == 5
     assert all(len(o['rounds']) == 2 and min(o['rounds']) <= o['seconds'] <= max(o['rounds']) for o in found['steps'])
 
 def test_more_samples_than_rows_are_all_rows(toy): assert bench(*toy, num_samples=100, rounds=1, steps=['grams (RegMean)'])['num_examples'] == 12
@@ -47,7 +48,8 @@ def test_steps_take_turns():
     assert ''.join(calls) == 'ab'*4
 
 def test_command_line(tmp_path, capsys):
-    save_model(tmp_path/'x'); save_rows(tmp_path/'x.csv', [0, 1]*6)
+    save_model(tmp_path/'x')
+    save_rows(tmp_path/'x.csv', [0, 1]*6)
     line = f'bench {tmp_path}/x --data {tmp_path}/x.csv --num-samples 4 --rounds 1 --out {tmp_path}/cost.json'.split()
     assert main(line) == 0
     found = json.loads((tmp_path/'cost.json').read_text())
@@ -96,9 +98,20 @@ def test_shapes(tmp_path, capsys):
     assert [o['what'] for o in first] == list(SHAPE_STEPS) and [o['num_examples'] for o in first] == [33, 33, 33, 33, 5, 33, 33]
     assert ['floor_share' in o for o in first] == [True]*3+[False]*4
     assert 'mask Fisher' in capsys.readouterr().out and len(load_bench(tmp_path/'deep')) == len(found['steps'])
+    assert all(o['warm_up'] > 0 and len(o['rounds']) == (9 if o['varies'] == 'nothing' else 1) for o in found['steps'])
     depths = [o['layers'] for o in found['steps'] if o['varies'] == 'depth']
     assert depths == [1, 1, 2, 2]
     assert [(o['what'], o['num_examples']) for o in found['steps'] if o['varies'] == 'host'] == [('batches', 16*33), ('mask Fisher from rows', 16*33)]
+
+def test_the_committed_shapes_have_the_rows_that_are_made():
+    "In their order, and with no key that is not made; compiled layers come on top."
+    found, keys = bench_shapes('toy', num_samples=4, rounds=1)['steps'], ('varies', 'what', 'labels', 'examples')
+    def rows(steps): return [tuple(o[k] for k in keys) for o in steps if o['varies'] not in ('depth', 'compiled')]
+    for path in Path(__file__).parents[1].joinpath('nbs', 'results', 'shapes').glob('*-cpu.json'):
+        committed = json.loads(path.read_text())['steps']
+        assert sorted(rows(committed)) == sorted(rows(found))
+        made = {rows([o])[0]: o.keys() for o in found if rows([o])}
+        assert all(o.keys() <= made[k] for o in committed for k in rows([o]))
 
 @pytest.mark.parametrize('say, kw', [("`shape` is 'cube'", dict(shape='cube')), ('no device', dict(shape='toy', device='nowhere')),
                                      ('needs a CUDA device', dict(shape='toy', precisions=['tf32']))])

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, B
 import fisher_nodes.experiment.checkpoints
 from fisher_nodes.experiment.checkpoints import (
     PAPER_CHECKPOINTS, RECIPES, check_tasks, find_checkpoints, finetune_glue)
-from fisher_nodes.tasks.evaluation import load_model
+from fisher_nodes.engine.models import load_model
 from fisher_nodes.tasks.finetuning import finetune
 from fisher_nodes.tasks.labels import reorder_labels
 from fisher_nodes.tasks.tasks import GLUE, PAPER_TASKS, load_task
@@ -135,13 +135,14 @@ def test_bad_tasks(tasks, say, base, tmp_path):
 
 def test_folders(tmp_path):
     for name in reversed(PAPER_TASKS): touch(tmp_path/name/'config.json')
-    touch(tmp_path/'results'/'mnli.json'); touch(tmp_path/'README.md'); (tmp_path/'empty').mkdir()
+    for o in ('results/mnli.json', 'README.md'): touch(tmp_path/o)
+    (tmp_path/'empty').mkdir()
     assert find_checkpoints(tmp_path) == {o: str(tmp_path/o) for o in PAPER_TASKS} and tuple(find_checkpoints(tmp_path)) == PAPER_TASKS
     assert list(find_checkpoints(str(tmp_path), ['rte', 'mnli'])) == ['rte', 'mnli']
     shutil.rmtree(tmp_path/'qqp')
     with pytest.raises(ValueError, match='has no model for qqp, only for mnli, qnli'): find_checkpoints(tmp_path)
     assert 'qqp' not in find_checkpoints(tmp_path, [o for o in PAPER_TASKS if o != 'qqp'])
-    touch(tmp_path/'sst-2'/'config.json'); touch(tmp_path/'cola'/'config.json')
+    for o in ('sst-2', 'cola'): touch(tmp_path/o/'config.json')
     with pytest.raises(ValueError, match='holds models that are no task: cola, sst-2; expected some of mnli'): find_checkpoints(tmp_path, ['mnli'])
 
 
@@ -373,7 +374,7 @@ def test_the_paper_from_a_hub_cache(cache, glue):
 
 FAIL = '''
 import json
-from fisher_nodes.tasks.evaluation import load_model
+from fisher_nodes.engine.models import load_model
 said = []
 for name in NAMES:
     try: load_model(name)

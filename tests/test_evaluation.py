@@ -51,7 +51,9 @@ def test_half_precision_weights_give_float32_logits():
 @pytest.mark.parametrize('fail', [False, True])
 def test_model_and_random_states_as_they_were(fail):
     model, ds = make(), rows(labels=4 if fail else 3)
-    model.train(); model.bert.encoder.layer[1].eval(); model.bert.pooler.requires_grad_(False)
+    model.train()
+    model.bert.encoder.layer[1].eval()
+    model.bert.pooler.requires_grad_(False)
     before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
     values, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
     if fail:
@@ -196,9 +198,9 @@ def test_on_gpu(precision, rtol):
 @pytest.mark.parametrize('own', [None, 37])
 def test_padding_share(monkeypatch, own):
     "Rows of unequal length are batched within a quarter of the Fisher step's budget, or within the caller's."
-    from fisher_nodes.tasks import evaluation
-    shapes, run = [], evaluation.model_logits
-    monkeypatch.setattr(evaluation, 'model_logits', lambda m, x: (shapes.append(tuple(x['attention_mask'].shape)), run(m, x))[1])
+    from fisher_nodes.engine import measure
+    shapes, run = [], measure.model_logits
+    monkeypatch.setattr(measure, 'model_logits', lambda m, x: (shapes.append(tuple(x['attention_mask'].shape)), run(m, x))[1])
     ds = rows(400)
     predict(make(), ds, batch_tokens=own, progress=False)
     cells, tokens = sum(a*b for a, b in shapes), sum(map(len, ds['input_ids']))

@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -19,10 +18,10 @@ from explorer_case import case, fisher
 from reference import ragged_batches, tiny
 
 from fisher_nodes import SCHEMES, MaskFisher, evaluate, merge
-from fisher_nodes.core.families import hash_weights
+from fisher_nodes.engine.fingerprints import hash_weights
 from fisher_nodes.app.explorer import (
-    ROWS, Explorer, View, as_code, draw_panel, explore, head_shares, known_scores, merge_choice,
-    score_choice, choice_table, winners)
+    COMPARED, Explorer, View, as_code, choice_table, draw_panel, explore, head_shares, merge_choice,
+    score_choice, winners)
 
 TESTS = Path(__file__).resolve().parent
 
@@ -69,7 +68,7 @@ def test_merge_is_that_of_merge(given, explorer):
         assert list(ours)==list(want)
         for n,t in want.body.state_dict().items(): assert torch.equal(ours.body.state_dict()[n], t)
 
-def test_scores_are_those_of_the_three_rows(given, explorer):
+def test_scores_are_those_of_the_three_that_are_compared(given, explorer):
     fishers, models, validation = given
     before = {t: (hash_weights(m), m.training, [p.requires_grad for p in m.parameters()]) for t,m in models.items()}
     scores = score_choice(explorer, explorer.choice(weights=dict(red=.1)))
@@ -79,37 +78,19 @@ def test_scores_are_those_of_the_three_rows(given, explorer):
     assert scores['this merge']!=scores['plain average']
     assert before=={t: (hash_weights(m), m.training, [p.requires_grad for p in m.parameters()]) for t,m in models.items()}
 
-def test_nothing_is_computed_twice(explorer):
-    def steps(choice):
-        said = []
-        score_choice(explorer, choice, lambda i,n,what: said.append((i, n, what.partition(':')[0])))
-        assert [o[:2] for o in said]==[(i, len(said)) for i in range(len(said))]
-        return [o[2] for o in said]
-    assert steps(explorer.choice())==[row for row in ROWS for _ in range(3)]
-    assert steps(explorer.choice())==[]
-    assert steps(explorer.choice(scheme='rows'))==['this merge']*3
-    assert steps(explorer.choice(weights=dict(red=.5)))==['this merge']*3
-    assert steps(explorer.choice(['red', 'blue']))==['plain average']*2+['this merge']*2
-    assert steps(explorer.choice(weights=dict(red=1.)))==[]
+@pytest.mark.parametrize('tasks', [None, ['red', 'blue']])
+def test_every_score_is_reported_before_it_is_computed(explorer, tasks):
+    choice, said = explorer.choice(tasks), []
+    scores = score_choice(explorer, choice, lambda i,n,what: said.append((i, n, what.partition(':')[0])))
+    assert said==[(i, 3*len(choice.tasks), row) for i,row in enumerate(row for row in COMPARED for _ in choice.tasks)]
+    assert {row: list(o) for row,o in scores.items()}=={row: list(choice.tasks) for row in COMPARED}
 
-def test_never_two_runs_at_once(explorer):
-    started, go, said = threading.Event(), threading.Event(), []
-    def report(*_): started.set(); go.wait(30)
-    first = threading.Thread(target=score_choice, args=(explorer, explorer.choice(), report))
-    first.start()
-    started.wait(30)
-    try:
-        with pytest.raises(RuntimeError, match='computed already'): score_choice(explorer, explorer.choice(), lambda *o: said.append(o))
-    finally: go.set(); first.join()
-    assert said==[] and not np.isnan(list(known_scores(explorer, explorer.choice())['this merge'].values())).any()
-
-def test_after_a_failure_the_next_run_goes_on(explorer):
+def test_after_a_failure_the_next_run_is_whole(explorer):
     def fail(i, *_):
         if i==4: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): score_choice(explorer, explorer.choice(), fail)
-    steps = []
-    score_choice(explorer, explorer.choice(), lambda *o: steps.append(o))
-    assert len(steps)==5
+    scores = score_choice(explorer, explorer.choice())
+    assert scores==score_choice(explorer, explorer.choice()) and not np.isnan([*map(list, (o.values() for o in scores.values()))]).any()
 
 def test_batches_and_slices(given):
     fishers, models, validation = given
@@ -121,9 +102,8 @@ def test_batches_and_slices(given):
     assert len(Explorer(fishers, models, validation, num_samples=None).rows['red'])==60
 
 def test_table(explorer):
-    score_choice(explorer, explorer.choice(['red', 'blue']))
-    table = choice_table(explorer, explorer.choice(['red', 'blue']))
-    assert list(table)==['red, accuracy', 'blue, accuracy', 'mean, % of own'] and list(table.index)==list(ROWS)
+    table = choice_table(explorer, score_choice(explorer, explorer.choice(['red', 'blue'])))
+    assert list(table)==['red, accuracy', 'blue, accuracy', 'mean, % of own'] and list(table.index)==list(COMPARED)
     np.testing.assert_allclose(table.iloc[:,2], table.iloc[:,:2].mean(axis=1), rtol=1e-12) # own scores are 100
 
 
@@ -178,19 +158,28 @@ def test_text_is_escaped():
 
 # --- the widgets without a browser ----------------------------------------------------------
 
-def test_only_what_changed_is_drawn_and_each_once(given, monkeypatch):
+def test_only_what_changed_is_drawn(given, monkeypatch):
     from fisher_nodes.app import explorer as module
     drawn = []
     monkeypatch.setattr(module, 'panel_html', lambda panel,fishers,choice: drawn.append(panel) or f'{panel} {choice}')
     view = View(Explorer(given[0]))
-    assert sorted(drawn)==['heads', 'rows', 'winners']
+    everything = ['heads', 'neurons', 'winners']
+    assert sorted(drawn)==everything
     for act, want in ((lambda: setattr(view.λ['red'], 'value', .5), ['winners']), (lambda: setattr(view.scheme, 'value', 'heads'), ['winners']),
-                      (lambda: setattr(view.λ['red'], 'value', 1.), ['winners']), (lambda: setattr(view.scheme, 'value', 'paper'), []),
-                      (lambda: setattr(view.on['red'], 'value', False), ['heads', 'rows', 'winners']),
-                      (lambda: setattr(view.on['red'], 'value', True), [])):
+                      (lambda: setattr(view.λ['red'], 'value', 1.), ['winners']),
+                      (lambda: setattr(view.on['red'], 'value', False), everything), (lambda: setattr(view.on['blue'], 'value', False), []),
+                      (lambda: setattr(view.on['red'], 'value', True), everything), (lambda: setattr(view.on['blue'], 'value', True), everything)):
         drawn.clear()
         act()
         assert sorted(drawn)==want
+
+def test_no_scores_of_another_choice_are_shown(given):
+    view = View(Explorer(*given))
+    for act in (lambda: setattr(view.λ['red'], 'value', .5), lambda: setattr(view.scheme, 'value', 'heads'), lambda: setattr(view.on['red'], 'value', False)):
+        view.pressed()
+        assert 'Scored on up to 60 rows' in view.status.value and 'this merge' in view.table.value
+        act()
+        assert 'not scored yet' in view.status.value and view.table.value==''
 
 def test_progress_is_shown_and_the_button_waits(given):
     view, seen = View(Explorer(*given)), []
@@ -215,7 +204,7 @@ def test_a_box_without_models_has_no_button(given):
 def test_pyplot_is_left_alone(given, explorer):
     from matplotlib import pyplot as plt
     plt.close('all')
-    for panel in ('heads', 'winners', 'rows'): draw_panel(panel, given[0], explorer.choice())
+    for panel in ('heads', 'winners', 'neurons'): draw_panel(panel, given[0], explorer.choice())
     assert plt.get_fignums()==[]
 
 @pytest.mark.parametrize('tasks', [2, 6, 11])
@@ -309,7 +298,7 @@ def test_in_a_browser(page):
 
     say('not scored yet')
     first = won.get_attribute('alt')
-    assert row(2)==['–', '–'] and won.evaluate('o => o.naturalWidth')>100
+    assert table.count()==0 and won.evaluate('o => o.naturalWidth')>100
     button.click()
     say('Scored on up to 60 rows')
     assert [row(0), row(1), row(2)]==[['100.0', '100.0'], expected(method='average'), expected()]
@@ -321,7 +310,7 @@ def test_in_a_browser(page):
     page.locator('.widget-html code').filter(has_text=f"'red': {λ}").wait_for()
     say('not scored yet')
     second = won.get_attribute('alt')
-    assert second!=first and row(1)!=['–', '–']==row(2)
+    assert second!=first and table.count()==0
     page.locator('.widget-dropdown select').select_option('rows')
     page.locator('img[alt="Heads won: red 0, blue 8; ties 0"]').wait_for()
     button.click()

@@ -68,7 +68,8 @@ def test_no_absolute_path_is_written(tmp_path):
 def test_seed_decides_everything(tmp_path):
     torch.manual_seed(1)
     a = finetune(body(), rows(), TASK, out=tmp_path/'a', seed=3, **FAST)
-    torch.rand(7); random.random()
+    torch.rand(7)
+    random.random()
     b = finetune(body(), rows(), TASK, out=tmp_path/'b', seed=3, **FAST)
     c = finetune(body(), rows(), TASK, out=tmp_path/'c', seed=4, **FAST)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
@@ -150,7 +151,8 @@ def test_failed_save_keeps_the_old_folder(tmp_path, monkeypatch):
 
 
 def test_destination_is_looked_at_first(tmp_path):
-    (tmp_path/'a').mkdir(); (tmp_path/'a'/'mine.txt').write_text('x'); (tmp_path/'file').write_text('x')
+    (tmp_path/'a').mkdir()
+    for o in ('a/mine.txt', 'file'): (tmp_path/o).write_text('x')
     with pytest.raises(FileExistsError, match=r'is not empty, it has mine.txt; pass overwrite=True'):
         finetune('no/such/model', rows(), TASK, out=tmp_path/'a')
     with pytest.raises(FileExistsError, match='is a file, not a folder'): finetune('no/such/model', rows(), TASK, out=tmp_path/'file', overwrite=True)
@@ -166,10 +168,12 @@ def test_overwrite_keeps_other_files_and_removes_old_weights(tmp_path):
 
 def test_work_stays_inside_out(tmp_path, monkeypatch):
     seen = []
-    real = finetuning.train
+    real = finetuning.train_model
     monkeypatch.chdir(tmp_path)
-    def spy(model, rows, folder, *a, **kw): seen.append(folder); return real(model, rows, folder, *a, **kw)
-    monkeypatch.setattr(finetuning, 'train', spy)
+    def spy(model, rows, folder, *a, **kw):
+        seen.append(folder)
+        return real(model, rows, folder, *a, **kw)
+    monkeypatch.setattr(finetuning, 'train_model', spy)
     finetune(body(), rows(), TASK, out='here', **FAST)
     assert Path(seen[0]).resolve().relative_to(tmp_path/'here').parts[0].startswith('.partial-')
     assert sorted(o.name for o in tmp_path.iterdir()) == ['here']

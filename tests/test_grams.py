@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from fisher_nodes.core.fisher import MaskFisher
-from fisher_nodes.methods.regmean import Grams, linear_grams
+from fisher_nodes.engine.measure import linear_grams
+from fisher_nodes.methods.regmean import Grams
 from fisher_nodes.methods.full_fisher import ParameterFisher
 from reference import FAMILIES, collate, double, examples, logits, ragged_batches, single_rows, split, tiny
 from test_masks_fisher import QUIET, to_dataset

@@ -16,15 +16,16 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from fisher_nodes import MaskFisher, evaluate, mask_fisher, merge, reproduce
 from fisher_nodes.app.cli import main
-from fisher_nodes.tasks.evaluation import load_model
-from fisher_nodes.experiment.grid import ENTRIES, Cell, load_checkpoint, plan_cells, relative_error
-from fisher_nodes.merging.run import METHODS
+from fisher_nodes.engine.models import load_model
+from fisher_nodes.experiment.grid import (
+    ABLATIONS, ENTRIES, Cell, Entry, find_entry, load_checkpoint, plan_cells, relative_error)
+from fisher_nodes.methods.method import METHODS
 from fisher_nodes.tasks.tasks import GLUE, load_task
 from test_processes import torchrun
 
 WORDS = '[PAD] [UNK] [CLS] [SEP] [MASK] good fine bad dull the film was plot rather'.split()
 TASKS = ('qnli', 'sst2', 'rte')
-ALL = list(ENTRIES)
+ALL = [*ENTRIES, *ABLATIONS]
 
 def write_rows(root, task, split, n, rng):
     path = root/task.name/f'{split}.parquet'
@@ -74,7 +75,8 @@ def test_every_cell_is_there_and_complete(whole):
     for c in cells:
         record = json.loads((whole/c.file).read_text())
         assert set(record['groups']) == {'+'.join(g) for g in combinations(TASKS, c.group_size)}
-        measured = METHODS[ENTRIES[c.name].method].evidence is not None
+        measured = c.num_samples is not None
+        assert measured == c.name.startswith(('mask-fisher', 'fisher'))
         assert record['num_examples'] == ({t: c.num_samples for t in TASKS} if measured else {})
         assert record['versions'] and record['commit'] is not False and record['seed'] == c.seed
 
@@ -211,6 +213,38 @@ def test_a_head_that_calls_its_classes_otherwise_is_refused_by_name(here, tmp_pa
     with pytest.raises(ValueError, match='qnli'): reproduce(tmp_path/'models', tmp_path/'out', tasks=TASKS[:2])
     out = reproduce(tmp_path/'models', tmp_path/'out2', tasks=TASKS[:2], methods=['average'], label_orders=dict(qnli=[1, 0], sst2=[1, 0]))
     assert len(scores(out)) == 1
+
+@pytest.fixture
+def mine(monkeypatch):
+    "A method that a user registered."
+    monkeypatch.setitem(METHODS, 'mine', METHODS['task-arithmetic'])
+
+def test_a_registered_method_runs(here, tmp_path, mine):
+    assert find_entry('mine') == Entry('mine')
+    with pytest.raises(ValueError, match=r"\['mine'\] need `base`"): continued(here, tmp_path, methods=['mine'])
+    found = scores(continued(here, tmp_path, methods=['mine', 'task-arithmetic'], base=here/'base'))
+    assert found['mine-k2.json'] == found['task-arithmetic-k2.json'] and len(found) == 2
+
+def test_a_measured_method_has_samples(monkeypatch):
+    monkeypatch.setitem(METHODS, 'mine', METHODS['regmean'])
+    assert [o.file for o in plan_cells(['mine'], [8], [2])] == ['mine-k2-n8-s0.json', 'mine-k2-n8-s1.json']
+
+def test_ablations_are_taken_but_not_listed(here, tmp_path):
+    with pytest.raises(ValueError, match='expected some of') as e: plan_cells(['soup'])
+    assert not [o for o in ABLATIONS if o in str(e.value)] and all(o in str(e.value) for o in ENTRIES)
+    out = continued(here, tmp_path, methods=list(ABLATIONS)[:1], samples=[8])
+    record = json.loads((out/'change-batch-mean-k2-n8-s0.json').read_text())
+    assert record['merge']['variant'] == 'batch-mean' and record['schema'] == 1
+
+def test_a_file_of_version_01_is_continued_and_one_of_a_later_version_refused(here, tmp_path):
+    before = scores(continued(here, tmp_path))
+    file = tmp_path/'out'/'average-k2.json'
+    record = json.loads(file.read_text())
+    del record['schema'], record['groups']['qnli+rte']
+    file.write_text(json.dumps(record))
+    assert scores(continued(here, tmp_path)) == before
+    file.write_text(json.dumps(record | dict(schema=2)))
+    with pytest.raises(ValueError, match='average-k2.json has schema 2, but this version reads 1'): continued(here, tmp_path)
 
 def test_file_names():
     assert Cell('dare', 3, None, 2).file == 'dare-k3-s2.json'

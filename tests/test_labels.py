@@ -13,8 +13,7 @@ from transformers import BertModel
 
 from fisher_nodes.tasks.evaluation import evaluate, predict
 from fisher_nodes.tasks.labels import (
-    best_order, best_rival, check_alignment, clear_margin, count_answers, head_linear, judge_order,
-    name_order, order_accuracy, order_margin, reorder_labels)
+    best_order, check_alignment, head_linear, judge_order, name_order, reorder_labels)
 from fisher_nodes.tasks.tasks import GLUE, Task
 from reference import collate, examples, split, tiny
 
@@ -255,18 +254,20 @@ def test_a_weak_head_is_still_found(num_labels, accuracy):
     assert found > .95*200
 
 
-def balanced(counts, order): return sum(counts[c, o]/max(counts[c].sum(), 1) for c, o in enumerate(order))
+def balanced(shares, order): return sum(shares[c, o] for c, o in enumerate(order))
 
 
 @pytest.mark.parametrize('n,seed', itertools.product((2, 3, 4, 5), range(20)))
 def test_best_orders_against_all_permutations(n, seed):
-    counts = np.random.default_rng(seed).integers(0, 30, (n, n))
+    shares = np.random.default_rng(seed).integers(0, 30, (n, n))/30
     orders = list(itertools.permutations(range(n)))
-    assert balanced(counts, best_order(counts)) == pytest.approx(max(balanced(counts, o) for o in orders), rel=1e-12)
+    best = max(balanced(shares, o) for o in orders)
+    assert balanced(shares, best_order(shares)) == pytest.approx(best, rel=1e-12)
     for order in orders[::7]:
-        rival = best_rival(counts, order)
-        assert balanced(counts, rival) == pytest.approx(max(balanced(counts, o) for o in orders if o != order), rel=1e-12)
-        assert rival != order and sorted(rival) == list(range(n))
+        other = best_order(shares, but=order)
+        best = max(balanced(shares, o) for o in orders if o != order)
+        assert balanced(shares, other) == pytest.approx(best, rel=1e-12)
+        assert other != order and sorted(other) == list(range(n))
 
 
 def test_two_orders_that_fit_alike():
@@ -277,16 +278,22 @@ def test_two_orders_that_fit_alike():
         check(model, ds.remove_columns('label').add_column('label', labels), num_samples=None)
 
 
-def test_margin_is_a_loop_over_rows():
+def test_finding_is_a_loop_over_rows():
+    "Accuracies, and the margin in accuracy averaged over classes, whatever the order of the rows."
     rng = np.random.default_rng(0)
     labels, answers = rng.choice(3, 50, p=[.5, .4, .1]), rng.integers(0, 3, 50)
-    a, b = (0, 1, 2), (2, 0, 1)
-    d = [((a[y] == o)-(b[y] == o))*50/(3*np.sum(labels == y)) for y, o in zip(labels.tolist(), answers.tolist())]
-    assert order_margin(labels, answers, a, b) == pytest.approx(sum(d)/sum(o*o for o in d)**.5, rel=1e-12)
-    assert order_accuracy(labels, answers, b) == pytest.approx(np.mean([b[y] == o for y, o in zip(labels, answers)]), rel=1e-12)
+    found, own = judge_order(labels, answers, 3), (0, 1, 2)
+    pairs = list(zip(labels.tolist(), answers.tolist()))
+    def fair(order): return np.mean([np.mean([order[y] == o for y, o in pairs if y == c]) for c in own])
+    ranked = sorted(ORDERS[3], key=fair, reverse=True)
+    assert tuple(found['best_order']) == ranked[0] and tuple(found['next_order']) == ranked[1]
+    assert found['lead'] == pytest.approx(fair(ranked[0])-fair(ranked[1]), rel=1e-12)
+    assert found['margin'] == pytest.approx(fair(own)-fair(ranked[ranked[0] == own]), rel=1e-12)
+    assert found['accuracy'] == pytest.approx(np.mean([y == o for y, o in pairs]), rel=1e-12)
+    assert found['best_accuracy'] == pytest.approx(np.mean([ranked[0][y] == o for y, o in pairs]), rel=1e-12)
+    assert found['clear_margin'] == pytest.approx(2/(3*np.bincount(labels).min())**.5, rel=1e-12)
     shuffle = rng.permutation(50)
-    assert order_margin(labels[shuffle], answers[shuffle], a, b) == pytest.approx(order_margin(labels, answers, a, b), rel=1e-12)
-    assert count_answers(labels, answers, 3).sum() == 50
+    assert judge_order(labels[shuffle], answers[shuffle], 3) == found
 
 
 def test_classes_that_do_not_occur_and_many_classes():
@@ -294,5 +301,15 @@ def test_classes_that_do_not_occur_and_many_classes():
     found = judge_order(labels, answers, 4)
     assert found['undecided'] and found['aligned'] is None and found['best_order'] == [1, 0, 2, 3]
     assert judge_order(labels, answers, 2)['aligned'] is False
-    assert clear_margin(2) == pytest.approx(2) and np.isfinite(clear_margin(1000))
-    assert [clear_margin(n) for n in range(2, 9)] == sorted(clear_margin(n) for n in range(2, 9))
+    for n in (2, 3, 5): assert judge_order(np.arange(300) % n, np.arange(300) % n, n)['aligned'] is True
+    labels = np.arange(600) % 60
+    assert judge_order(labels, labels, 60)['undecided'] and judge_order(labels, (labels+7) % 60, 60)['aligned'] is False
+    assert judge_order(labels, (labels+7) % 60, 60)['best_order'] == np.roll(np.arange(60), -7).tolist()
+
+
+def test_every_wrong_class_is_found_among_ten():
+    "Two of many classes exchanged, in rows that the rest of the head answers well."
+    labels = np.arange(4000) % 10
+    turned = np.array([0, 1, 5, 3, 4, 2, 6, 7, 8, 9])
+    found = judge_order(labels, turned[labels], 10)
+    assert found['aligned'] is False and found['best_order'] == turned.tolist()

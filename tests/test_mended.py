@@ -11,9 +11,9 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from fisher_nodes import MaskFisher, Merged, ParameterFisher, evaluate, finetune, mask_fisher, merge
 from fisher_nodes.engine.batches import Batch, text_columns
-from fisher_nodes.core.schemes import node_shares
+from fisher_nodes.core.averaging import node_shares
 from fisher_nodes.engine.memory import halves
-from fisher_nodes.merging.streaming import merge_files
+from fisher_nodes.merging.run import merge_files
 from fisher_nodes.tasks.tasks import load_task
 from reference import brute_mask_fisher, examples, ragged_batches, task_loss, tiny
 from test_roundtrip import inputs_of

@@ -9,8 +9,10 @@ from torch.func import functional_call, grad
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fisher_nodes.core.fisher import MaskFisher, mask_fisher
-from fisher_nodes.methods.full_fisher import ParameterFisher, parameter_fisher
+from fisher_nodes.core.fisher import MaskFisher
+from fisher_nodes.engine.measure import mask_fisher
+from fisher_nodes.engine.measure import parameter_fisher
+from fisher_nodes.methods.full_fisher import ParameterFisher
 from reference import FAMILIES, collate, double, examples, logits, ragged_batches, single_rows, split, task_loss, tiny
 from test_masks_fisher import QUIET, to_dataset
 from test_purity import MODES, breaking_data, breaking_loss, unchanged, well_used

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from fisher_nodes import MaskFisher, Merged, mask_fisher, merge, parameter_fisher, predict
-from fisher_nodes.methods.regmean import linear_grams
+from fisher_nodes.engine.measure import linear_grams
 from reference import FAMILIES, brute_mask_fisher, collate, examples, ragged_batches, task_loss, tiny
 from test_masks_fisher import QUIET, same, to_dataset
 from test_merge import make_fishers, make_models

@@ -7,8 +7,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fisher_nodes import Merged, mask_fisher, merge, read_recipe, run_recipe
-from fisher_nodes.tasks.evaluation import load_model
-from fisher_nodes.merging.run import load_rows
+from fisher_nodes.engine.models import load_model
+from fisher_nodes.tasks.tasks import load_rows
 from reference import tiny
 from test_cli import save_model, save_rows
 

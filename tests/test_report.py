@@ -14,7 +14,7 @@ import torch
 from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose
 
-from fisher_nodes.experiment import plots
+from fisher_nodes.experiment import intervals, plots
 from fisher_nodes.experiment import report as module
 from fisher_nodes.experiment import results as reading
 from fisher_nodes.app.explorer import plot_winners
@@ -24,9 +24,10 @@ from fisher_nodes.experiment.plots import (
     pair_matrix, plot_cost, plot_errors, plot_gains, plot_heads, plot_pairs, plot_rows, plot_samples,
     plot_scores)
 from fisher_nodes.experiment.report import report
+from fisher_nodes.experiment.intervals import (
+    PAPER_TABLE1, bootstrap, median, paired_scores, per_seed, summarise, table1, verdict)
 from fisher_nodes.experiment.results import (
-    PAPER_TABLE1, as_text, bootstrap, choose, commands, load_bench, load_errors, load_results, markdown,
-    median, paired_scores, per_seed, provenance, summarise, table1, verdict)
+    as_text, choose, commands, load_bench, load_errors, load_results, markdown, provenance)
 
 matplotlib.use('agg')
 TASKS = dict(mnli=(.73, .35), qqp=(.86, .63), mrpc=(.72, .68), rte=(.65, .53))  # own accuracy, majority; mrpc is flagged
@@ -172,6 +173,16 @@ def test_own_is_checked(case, tmp_path):
     write(tmp_path, results() | dict(own=o))
     with pytest.raises(ValueError) as e: load_results(tmp_path)
     assert message in str(e.value) and 'own.json' in str(e.value)
+
+
+@pytest.mark.parametrize('name', ['own', 'zz'])
+def test_a_file_of_a_later_version_is_refused(tmp_path, name):
+    files = dict(own=own(), zz=result('mask-fisher', n=64, seed=0))
+    files |= {name: files[name] | dict(schema=2)}
+    write(tmp_path, files)
+    with pytest.raises(ValueError, match=f'{name}.json has schema 2, but this version reads 1'): load_results(tmp_path)
+    write(tmp_path, {name: files[name] | dict(schema=1)})
+    assert len(load_results(tmp_path)) == 12
 
 
 def test_missing(tmp_path):
@@ -637,7 +648,7 @@ def test_a_name_cannot_leave_the_folder(tmp_path):
     assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['deep'] and (tmp_path/'out'/'deep'/'report-pairs-..-up.png').exists()
 
 
-@pytest.mark.parametrize('module', [reading, plots, module], ids=lambda o: o.__name__)
+@pytest.mark.parametrize('module', [reading, intervals, plots, module], ids=lambda o: o.__name__)
 def test_plotting_is_imported_late(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding='utf-8'))
     top = [o for o in tree.body if isinstance(o, (ast.Import, ast.ImportFrom))]

@@ -9,10 +9,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertModel, RobertaModel
 
 from fisher_nodes import MaskFisher, Merged, merge
-from fisher_nodes.methods.regmean import Grams, linear_grams
-from fisher_nodes.merging.run import METHODS
+from fisher_nodes.engine.measure import linear_grams
+from fisher_nodes.methods.regmean import Grams
+from fisher_nodes.methods.method import METHODS
 from fisher_nodes.merging.merged import DTYPE
-from fisher_nodes.methods.full_fisher import ParameterFisher, parameter_fisher
+from fisher_nodes.engine.measure import parameter_fisher
+from fisher_nodes.methods.full_fisher import ParameterFisher
 from reference import examples, tiny
 from test_masks_fisher import to_dataset
 from test_purity import unchanged

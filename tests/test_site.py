@@ -28,7 +28,7 @@ needs_tools = pytest.mark.skipif(not all(map(is_there, TOOLS)),
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 def sources():
-    patterns = ('nbs/*.*', 'nbs/images/*', 'docs/*.*', '_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'fisher_nodes/*.py')
+    patterns = ('nbs/**/*.ipynb', 'nbs/*.*', 'nbs/images/*', 'docs/*.*', '_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'fisher_nodes/**/*.py')
     return [o for pattern in patterns for o in ROOT.glob(pattern)]
 
 @pytest.fixture(scope='module')
@@ -101,7 +101,7 @@ def test_every_page_in_a_browser(site, page):
         for size in (DESK, PHONE):
             page.set_viewport_size(size)
             seen += [f'{o} ({size["width"]} px)' for o in page.evaluate(LAYOUT)]
-        if seen: faults[path.name] = list(seen)
+        if seen: faults[path.relative_to(site).as_posix()] = list(seen)
     assert not faults, json.dumps(faults, indent=1, ensure_ascii=False)
 
 @needs_tools
@@ -111,9 +111,9 @@ def test_search_and_copy(site, page):
     page.goto((site/'search.html').as_uri()+'?q=mask_fisher')
     page.wait_for_selector('#search-results li a')
     found = page.eval_on_selector_all('#search-results li a', 'all => all.map(o => o.getAttribute("href"))')
-    assert any(o.startswith('fisher.html') for o in found), found
+    assert any(o.startswith('core/fisher.html') for o in found), found
     assert not any(o.startswith('source/') for o in found), found
-    open_page(page, site/'fisher.html')
+    open_page(page, site/'core'/'fisher.html')
     page.click('article .highlight', position=dict(x=5, y=5))
     page.click('article .highlight button.copybtn >> nth=0')
     page.wait_for_selector('button.copybtn.success')
@@ -124,9 +124,9 @@ def test_no_page_leads_outside(site):
     "What a browser would only ask for later counts too: scripts, styles, pictures, links, and addresses in styles."
     leads = re.compile(r'(?:src|href)="((?:https?:)?//[^"]*)"|url\(["\']?(https?://[^)]*)')
     files = [o for o in site.rglob('*') if o.suffix in ('.html','.css')]
-    assert {(o.name, m[0]) for o in files for m in leads.finditer(o.read_text(encoding='utf-8'))}==set()
+    assert {(str(o.relative_to(site)), m[0]) for o in files for m in leads.finditer(o.read_text(encoding='utf-8'))}==set()
 
-SIGNATURE = re.compile(r'<h\d>([\w.]+)<a[^>]*>[^<]*</a></h\d>\s*<div class="highlight-python[^>]*>\s*<div[^>]*><pre>(.*?)</pre>.*?href="source/(\w+)\.html#', re.S)
+SIGNATURE = re.compile(r'<h\d>([\w.]+)<a[^>]*>[^<]*</a></h\d>\s*<div class="highlight-python[^>]*>\s*<div[^>]*><pre>(.*?)</pre>.*?href="(?:\.\./)*source/([\w/]+)\.html#', re.S)
 
 def plain(html): return unescape(re.sub(r'<[^>]*>', '', html))
 
@@ -154,8 +154,8 @@ def written(module, name, found={}):
 @needs_tools
 def test_signatures_are_those_of_the_source(site):
     "Nothing is lost on the way to a page: no `*,`, no annotation, no default."
-    found = [(plain(name), plain(text).strip(), module) for o in site.glob('*.html') for name,text,module in SIGNATURE.findall(o.read_text(encoding='utf-8'))]
-    assert len(found)>200 and sum('*, ' in text for _,text,_ in found)>10
+    found = [(plain(name), plain(text).strip(), module) for o in site.rglob('*.html') for name,text,module in SIGNATURE.findall(o.read_text(encoding='utf-8'))]
+    assert len(found)>100 and sum('*, ' in text for _,text,_ in found)>10
     assert [(name, text) for name,text,module in found if takes(shown(text))!=takes(written(module, name))]==[]
 
 @needs_tools
@@ -166,17 +166,58 @@ def test_api_describes_every_name(site):
     assert [row for table in rows for row in table if len(row)!=2 or not all(row)]==[]
     assert sorted(name for name,_ in rows[0])==fisher_nodes.__all__
 
+def pages():
+    "The files that are pages, as the sidebar names them."
+    found = [*ROOT.glob('nbs/**/[!_.]*.ipynb'), *ROOT.glob('nbs/**/*.qmd.py')]
+    names = [o.relative_to(ROOT/'nbs').as_posix().removesuffix('.py') for o in found]
+    return sorted(o for o in names if not re.search(r'(^|/)[_.]', o))
+
 @needs_tools
-def test_every_page_is_on_the_site(site):
-    pages = {re.sub(r'^\d+[a-z]*_', '', o.name.partition('.')[0]) for o in ROOT.glob('nbs/*.*') if o.suffixes in (['.ipynb'], ['.qmd','.py'])}
-    assert {o.stem for o in site.glob('*.html')}-{'genindex','search'}==pages
+def test_every_page_is_on_the_site(site, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/'docs'))
+    from source import page_name
+    built = {o.relative_to(site).with_suffix('').as_posix() for o in site.rglob('*.html') if o.relative_to(site).parts[0] not in ('source','_static')}
+    assert built-{'genindex','search'}==set(map(page_name, pages()))
+
+@needs_tools
+def test_source_that_is_exported_openly_is_shown_once(site, monkeypatch):
+    "What `#| exports` flags stands on its page as it was written, under a heading of its symbols, without a second signature."
+    monkeypatch.syspath_prepend(str(ROOT/'docs'))
+    from source import page_name
+    wrong = []
+    for name in (o for o in pages() if o.endswith('.ipynb')):
+        cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+        text = (site/f'{page_name(name)}.html').read_text(encoding='utf-8')
+        blocks = [plain(o).strip() for o in re.findall(r'<pre>(.*?)</pre>', text, re.S)]
+        signed = {plain(o) for o,_,_ in SIGNATURE.findall(text)}
+        for code in (re.sub(r'^#\|.*\n', '', c, flags=re.M).strip() for c in cells if re.search(r'^#\| *exports', c, re.M)):
+            names = {o.name for o in ast.parse(code).body if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
+            if blocks.count(code)!=1 or names & signed: wrong.append((name, code[:80]))
+    assert wrong==[]
+
+def sidebar():
+    "Caption, or None, and pages."
+    items = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    return [(o['section'], o['contents']) if isinstance(o, dict) else (None, [o]) for o in items]
 
 def test_sidebar_lists_every_page():
     "In `_quarto.yml`, which both renderers read: each once, and none that is not there."
-    config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
-    listed = [o for x in config['website']['sidebar']['contents'] for o in (x['contents'] if isinstance(x, dict) else [x])]
-    there = [o.name.removesuffix('.py') for o in ROOT.glob('nbs/*.*') if o.suffixes in (['.ipynb'], ['.qmd','.py'])]
-    assert sorted(listed)==sorted(there)
+    assert sorted(o for _,listed in sidebar() for o in listed)==pages()
+
+ORDER = ['tutorials', 'core', 'methods', 'engine', 'merging', 'tasks', 'experiment', 'app', 'report'] # of the folders
+
+def test_sidebar_is_in_the_order_of_reading():
+    "The method on one page, then a section a folder, its pages by number, then the reference."
+    first, sections = [o for caption,o in sidebar() if not caption], [o for caption,o in sidebar() if caption]
+    assert first==[['index.ipynb'], ['00_method.ipynb']]
+    assert [sorted({o.partition('/')[0] for o in listed}) for listed in sections[:-1]]==[[o] for o in ORDER]
+    assert [listed for listed in sections[:-1] if listed!=sorted(listed)]==[]
+    assert sections[-1]==['api.qmd', 'changelog.qmd']
+
+def test_there_is_one_quarto_file():
+    "nbdev reads the one in `nbs/`: a link to the one above it, or a copy where there are no links."
+    link, above = ROOT/'nbs'/'_quarto.yml', ROOT/'_quarto.yml'
+    assert link.resolve()==above.resolve() or link.read_text(encoding='utf-8') in (above.read_text(encoding='utf-8'), '../_quarto.yml')
 
 # The build: what it must refuse, and what it makes of Quarto's dialect.
 
@@ -184,8 +225,9 @@ BROKEN = {'equation': 'See @eq-none.', 'figure': 'See @fig-none.', 'section': 'S
           'symbol': 'See [`none`](https://example.org/fisher.html#none).', 'picture': 'See ![it](images/none.png).'}
 GOOD = """## One {#sec-one}
 
-See @eq-one, @sec-one, @tbl-one, [@matena2022merging], [`Place`](https://example.org/toy.html#place), [`place`](https://example.org/toy.html#place),
-[`Place.put`](https://example.org/toy.html#place.put) and [`_hidden`](https://example.org/toy.html#_hidden), but not `@eq-one` or `[@none]`.
+See @eq-one, @sec-one, @tbl-one, [@matena2022merging], [`Place`](https://example.org/deep/toy.html#place), [`place`](https://example.org/deep/toy.html#place),
+[`Place.put`](https://example.org/deep/toy.html#place.put) and [`_hidden`](https://example.org/deep/toy.html#_hidden), but not `@eq-one` or `[@none]`.
+There is [another page](../00_other.ipynb) and [a part of it](../00_other.ipynb#sec-other).
 
 $$a=b$$ {#eq-one}
 
@@ -197,9 +239,13 @@ $$a=b$$ {#eq-one}
 
 ```
 @eq-none
+```
+
+```{toctree}
+../other
 ```"""
 
-SOURCE = '''# File to edit: ../nbs/00_toy.ipynb.
+SOURCE = '''# File to edit: ../../nbs/deep/00_toy.ipynb.
 class Place:
     "A Place."
 
@@ -214,12 +260,12 @@ def place(
 
 def show_doc(name, line):
     from nbformat.v4 import new_code_cell, new_output
-    text = f'---\n\n[source](https://example.org/toy.py#L{line}){{target="_blank"}}\n\n### {name}\n\n```python\ndef {name}(a, b:int)\n```\n\n*A {name}.*'
+    text = f'---\n\n[source](https://example.org/fisher_nodes/blob/main/fisher_nodes/deep/toy.py#L{line}){{target="_blank"}}\n\n### {name}\n\n```python\ndef {name}(a, b:int)\n```\n\n*A {name}.*'
     return new_code_cell(f'show_doc({name})', outputs=[new_output('execute_result', {'text/markdown': text})])
 
 @pytest.fixture
 def sphinx(tmp_path, monkeypatch):
-    "A function that translates and builds a toy page, and returns the page and the complaints."
+    "A function that translates and builds a toy page in a folder, and returns the page and the complaints."
     monkeypatch.syspath_prepend(str(ROOT/'docs'))
     import nbformat
     from quarto import symbol_labels, translate_page
@@ -227,13 +273,16 @@ def sphinx(tmp_path, monkeypatch):
     def build(text):
         front = nbformat.v4.new_raw_cell('---\ntitle: toy\n---')
         nb = nbformat.v4.new_notebook(cells=[front, *map(nbformat.v4.new_markdown_cell, text.split('%%')), show_doc('Place', 2), show_doc('place', 5)])
-        (tmp_path/'src'/'source').mkdir(parents=True)
-        (tmp_path/'src'/'source'/'toy.md').write_text(source_page('toy', SOURCE), encoding='utf-8')
-        page = translate_page(nb, 'toy', 'https://example.org', {'toy.ipynb':'toy'}, symbol_labels({'toy':nb}), {'toy':SOURCE})
-        nbformat.write(page, tmp_path/'src'/'toy.ipynb')
-        done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-c', ROOT/'docs', '-D', 'root_doc=toy', '-D', 'html_theme=basic',
+        for o in ('deep', 'source/deep'): (tmp_path/'src'/o).mkdir(parents=True)
+        (tmp_path/'src'/'source'/'deep'/'toy.md').write_text(source_page('deep.toy', SOURCE), encoding='utf-8')
+        files = {'deep/00_toy.ipynb':'deep/toy', '00_other.ipynb':'other'}
+        page = translate_page(nb, 'deep/toy', 'https://example.org', files, symbol_labels({'deep/toy':nb}), {'deep.toy':SOURCE})
+        nbformat.write(page, tmp_path/'src'/'deep'/'toy.ipynb')
+        other = nbformat.v4.new_notebook(cells=[front, nbformat.v4.new_markdown_cell('## Other {#sec-other}\n\nText.')])
+        nbformat.write(translate_page(other, 'other', 'https://example.org', files, {}, {}), tmp_path/'src'/'other.ipynb')
+        done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-c', ROOT/'docs', '-D', 'root_doc=deep/toy', '-D', 'html_theme=basic',
                                tmp_path/'src', tmp_path/'out'], cwd=ROOT, capture_output=True, text=True)
-        return (tmp_path/'out'/'toy.html').read_text(encoding='utf-8'), done.stderr
+        return (tmp_path/'out'/'deep'/'toy.html').read_text(encoding='utf-8'), done.stderr
     return build
 
 @needs_tools
@@ -246,9 +295,10 @@ def test_build_translates_quarto(sphinx):
     page, said = sphinx(GOOD)
     assert not said
     links = dict((text, target) for target,text in re.findall(r'href="#([\w.-]+)"><code[^>]*><span class="pre">([\w.]+)</span></code></a>', page))
-    assert links=={'Place':'toy-place', 'place':'toy-place-1', 'Place.put':'toy-place'}
+    assert links=={'Place':'deep-toy-place', 'place':'deep-toy-place-1', 'Place.put':'deep-toy-place'}
     assert 'def place(a:str|None, *, b:int=0, **more)->Place' in plain(page)
-    assert re.findall(r'href="(source/[^"]*)"', page)==['source/toy.html#source-toy-2', 'source/toy.html#source-toy-5']
+    assert re.findall(r'href="\.\./(source/[^"]*)"', page)==['source/deep/toy.html#source-deep-toy-2', 'source/deep/toy.html#source-deep-toy-5']
+    assert re.findall(r'<a class="reference internal" href="\.\./(other[^"]*)"', page)[:2]==['other.html', 'other.html#other-sec-other']
     assert re.findall(r'where, see <.*?>there<', page, re.S)
     for text in ('Equation 1', 'Table 1', 'Matena and Raffel, 2022', '>One</span></a>', '@eq-one', '[@none]', '_hidden'): assert text in unescape(page), text
 

@@ -13,11 +13,12 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from fisher_nodes import MaskFisher, Merged, ParameterFisher, Source, merge
 from fisher_nodes.core import blocks
 from fisher_nodes.merging import store as disk
-from fisher_nodes.core.families import TensorHash, hash_tensors, hash_weights
+from fisher_nodes.engine.fingerprints import TensorHash, hash_tensors, hash_weights
 from fisher_nodes.methods.regmean import Grams
 from fisher_nodes.engine.files import OutputExistsError
-from fisher_nodes.methods.task_vectors import elect_and_mean
-from fisher_nodes.merging.streaming import Stream, merge_files
+from fisher_nodes.methods.ties import elect_and_mean
+from fisher_nodes.merging.run import merge_files
+from fisher_nodes.merging.streaming import Stream
 from reference import tiny
 
 SIZE = dict(hidden=64, heads=4, intermediate=96, vocab=131) # blocks of eight rows, with many_blocks
@@ -430,7 +431,7 @@ def test_two_names_for_one_weight(tmp_path):
 
 PEAK = '''import re, sys, threading, time
 from fisher_nodes.core import blocks
-from fisher_nodes.merging.streaming import merge_files
+from fisher_nodes.merging.run import merge_files
 from pathlib import Path
 blocks.BLOCK = 1 << 20
 def now(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])

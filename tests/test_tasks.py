@@ -10,7 +10,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from pyarrow import parquet
 
-from fisher_nodes.tasks.tasks import GLUE, METRICS, PAPER_TASKS, Task, load_task, score, task_metric
+from fisher_nodes.tasks.tasks import (
+    GLUE, METRICS, PAPER_TASKS, Task, load_task, score_predictions, task_metric)
 
 ROWS = [dict(text='profit rose', label=0), dict(text='wheat fell', label=1), dict(text='corn', label=1)]
 
@@ -184,7 +185,7 @@ def test_constant_predictions_score_zero(name, want):
 
 
 def test_constant_references_are_refused():
-    with pytest.raises(ValueError, match='all references are 1.0'): score('stsb', [0., 1.], [1., 1.])
+    with pytest.raises(ValueError, match='all references are 1.0'): score_predictions('stsb', [0., 1.], [1., 1.])
 
 
 def test_score_draws_no_random_number_and_writes_nothing(tmp_path, monkeypatch):
@@ -198,7 +199,7 @@ def test_score_draws_no_random_number_and_writes_nothing(tmp_path, monkeypatch):
 
 def test_score_wants_as_many_of_both():
     for p, r in (([0], [0, 1]), ([], [])):
-        with pytest.raises(ValueError, match='predictions for'): score('rte', p, r)
+        with pytest.raises(ValueError, match='predictions for'): score_predictions('rte', p, r)
 
 
 def test_six_tasks_of_the_paper():

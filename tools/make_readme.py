@@ -2,8 +2,15 @@
 import json
 import re
 from pathlib import Path
+from posixpath import normpath
 
 ROOT = Path(__file__).resolve().parent.parent
+
+LINK = re.compile(r'(`+)(?!`).+?(?<!`)\1(?!`)|\]\((?![a-z]+:|#)([^)#\s]+)', re.S) # code, or a link to a file
+
+def moved(text:str)->str:
+    "Links to files lead from the root of the project instead of from `nbs/`; code stays as it is."
+    return LINK.sub(lambda m: f']({normpath("nbs/"+m[2])}' if m[2] else m[0], text)
 
 def output(o:dict)->str:
     "A stored output as Markdown."
@@ -15,7 +22,7 @@ def output(o:dict)->str:
 def cell(c:dict)->list[str]:
     "Blocks of Markdown for one cell."
     source = ''.join(c['source'])
-    if c['cell_type']=='markdown': return [re.sub(r'\]\((?!http|#)', '](nbs/', source)]
+    if c['cell_type']=='markdown': return [moved(source)]
     flags = set(re.findall(r'^#\| *([\w-]+)', source, re.M))
     code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     shown = [] if flags & {'hide', 'echo'} or not code else [f'```python\n{code}\n```']

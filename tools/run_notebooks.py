@@ -1,6 +1,6 @@
 """Run notebooks top to bottom in a fresh interpreter each, and store their outputs.
 
-python tools/run_notebooks.py [--slow] [nbs/01_masks.ipynb ...]     # no name: all of them
+python tools/run_notebooks.py [--slow] [nbs/core/01_nodes.ipynb ...]     # no name: all of them
 
 Cells that carry a flag of `tst_flags` in settings.ini are left as they are, unless --slow lifts `slow`. Progress bars are not stored.
 """
@@ -18,6 +18,7 @@ from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
 from nbdev.config import get_config
+from nbdev.doclinks import nbglob
 from nbdev.process import extract_directives
 
 
@@ -41,11 +42,11 @@ def main():
     parser.add_argument('--slow', action='store_true', help='run cells flagged `slow` too')
     args = parser.parse_args()
     cfg = get_config()
-    files = args.notebooks or sorted(Path(cfg.nbs_path).glob('*.ipynb'))
+    files = args.notebooks or sorted(nbglob(as_path=True)) # in all folders
     if len(files)==1: return run(files[0].absolute(), set(cfg.tst_flags.split()) - ({'slow'} if args.slow else set()))
     for f in files:
         start = time.time()
         subprocess.run([sys.executable, __file__, str(f), *(['--slow'] if args.slow else [])], check=True, env=os.environ)
-        print(f'{f.name}: {time.time()-start:.0f} s', flush=True)
+        print(f'{os.path.relpath(f, cfg.nbs_path)}: {time.time()-start:.0f} s', flush=True)
 
 if __name__=='__main__': main()

@@ -213,10 +213,3 @@ def sum_processes(
     "Replace a tensor by the sum of those of all processes."
     with _lost(): dist.all_reduce(own, group=_group(dist.group.WORLD))
     return own
-
-# %% ../../nbs/engine/00_processes.ipynb #690d36c2
-def __getattr__(name): # until the other layers import these names from their own pages
-    homes = dict(check_placed='devices', shared_budget='memory', spread='spread')
-    if name not in homes: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from importlib import import_module
-    return getattr(import_module(f'fisher_nodes.engine.{homes[name]}'), name)

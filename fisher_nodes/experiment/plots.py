@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ..core.families import Layer
 from ..core.fisher import MaskFisher
-from ..core.schemes import check_fisher
-from .results import SCORES, check_table, choose, distinct, per_seed, setting_label
+from ..core.averaging import check_fisher
+from .intervals import per_seed
+from .results import SCORES, check_table, choose, distinct, setting_label
 
 # %% ../../nbs/experiment/04_plots.ipynb #baaebace
-PALETTE = ('#0173b2','#de8f05','#029e73','#d55e00','#cc78bc','#56b4e9','#949494','#ca9161','#fbafe4','#ece133')
+PALETTE = ('#0173b2','#de8f05','#029e73','#d55e00','#cc78bc',
+           '#56b4e9','#949494','#ca9161','#fbafe4','#ece133')
 MARKERS = 'osD^vP*X<>'
 PERCENT = 'accuracy, % of own model'
 FISHER = 'Fisher information, mean over examples'
+
+def _color(i): return PALETTE[i%10]
+def _style(i): return dict(color=PALETTE[i%10], marker=MARKERS[i%10])
 
 def new_axis(
     ax:Any, # a `matplotlib` axis, or None
@@ -31,8 +35,12 @@ def new_axis(
 )->Any: # a `matplotlib` axis
     "The axis that was given, or a new one of `pyplot`."
     from matplotlib import axes, pyplot as plt
-    if ax is not None and not isinstance(ax, axes.Axes): raise TypeError(f'`ax` must be one `matplotlib` axis, got {type(ax).__name__}')
+    if ax is not None and not isinstance(ax, axes.Axes):
+        raise TypeError(f'`ax` must be one `matplotlib` axis, got {type(ax).__name__}')
     return ax or plt.subplots(figsize=(width,height), layout='constrained')[1]
+
+def _legend(ax, **kwargs): # beside the axis, on its right
+    ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1), **kwargs)
 
 # %% ../../nbs/experiment/04_plots.ipynb #e552256c
 def new_figure(
@@ -49,13 +57,15 @@ def check_fishers(
     same:bool=False, # whether all must have the shape of the first
 ):
     "`TypeError` or `ValueError` for what cannot be drawn, naming task, layer and node."
-    if not isinstance(fishers, Mapping): raise TypeError(f'`fishers` must be a mapping from task, got {type(fishers).__name__}')
+    if not isinstance(fishers, Mapping):
+        raise TypeError(f'`fishers` must be a mapping from task, got {type(fishers).__name__}')
     if not fishers: raise ValueError('`fishers` is empty')
     for task,o in fishers.items():
-        if not isinstance(o, MaskFisher): raise TypeError(f'Fisher of {task!r} must be a MaskFisher, got {type(o).__name__}')
+        if not isinstance(o, MaskFisher):
+            raise TypeError(f'Fisher of {task!r} must be a MaskFisher, got {type(o).__name__}')
         if not len(o): raise ValueError(f'Fisher of {task!r} has no layers')
         like = next(iter(fishers.values())) if same else o
-        check_fisher(task, o, [Layer(len(h), 0, len(r)) for h,r in zip(like.heads, like.rows)])
+        check_fisher(task, o, {k: [len(layer) for layer in v] for k,v in like.kinds.items()})
 
 # %% ../../nbs/experiment/04_plots.ipynb #1bb20da3
 def shared_scale(
@@ -64,7 +74,7 @@ def shared_scale(
     "One logarithmic scale for the heads of several models; `ValueError` if all are zero."
     from matplotlib.colors import LogNorm
     check_fishers(fishers)
-    heads = np.concatenate([layer.double().numpy() for fisher in fishers.values() for layer in fisher.heads])
+    heads = np.concatenate([layer.double().numpy() for o in fishers.values() for layer in o.heads])
     if not (heads>0).any(): raise ValueError(f'every head Fisher of {list(fishers)} is zero')
     return LogNorm(heads[heads>0].min(), heads.max())
 
@@ -86,9 +96,10 @@ def plot_heads(
     "Heatmap of head Fishers, the first layer at the bottom."
     import seaborn as sns
     check_fishers({title: fisher})
-    scale, matrix = shared_scale({title: fisher}) if norm is None else norm, head_matrix(fisher)
+    norm = shared_scale({title: fisher}) if norm is None else norm
+    matrix = head_matrix(fisher)
     ax = new_axis(ax, 1.5+.45*matrix.shape[1], 1+.4*len(matrix))
-    sns.heatmap(matrix, ax=ax, norm=scale, cmap='cividis', linewidths=.3, cbar=bar,
+    sns.heatmap(matrix, ax=ax, norm=norm, cmap='cividis', linewidths=.3, cbar=bar,
         cbar_kws=dict(label=FISHER))
     ax.set(title=f'Heads: {title}' if title else 'Heads', xlabel='head', ylabel='layer')
     ax.tick_params(axis='y', rotation=0)
@@ -99,39 +110,41 @@ def plot_heads(
 def compare_heads(
     axes:Sequence, # one `matplotlib` axis a model, of one figure
     fishers:Mapping[str,MaskFisher], # task -> Fisher
-):
+)->Sequence: # the axes
     "Heatmaps of head Fishers on one logarithmic scale."
     norm = shared_scale(fishers)
-    if len(axes)!=len(fishers): raise ValueError(f'{len(axes)} axes for the {len(fishers)} Fishers of {list(fishers)}')
+    if len(axes)!=len(fishers):
+        raise ValueError(f'{len(axes)} axes for the {len(fishers)} Fishers of {list(fishers)}')
     for ax,(task,fisher) in zip(axes, fishers.items()): plot_heads(fisher, task, ax, norm, bar=False)
     bar = axes[0].figure.colorbar(axes[0].collections[0], ax=list(axes), label='Fisher information')
     bar.ax.minorticks_off()
+    return axes
 
 # %% ../../nbs/experiment/04_plots.ipynb #56083aed
 def row_table(
     fishers:Mapping[str,MaskFisher], # task -> Fisher
-)->Any: # a `pandas.DataFrame`, one row per task, layer and FFN row
-    "Row Fishers as one long table."
+)->Any: # a `pandas.DataFrame`, one line per task, layer and FFN neuron
+    "Fishers of neurons as one long table."
     import pandas as pd
-    parts = [pd.DataFrame(dict(task=task, layer=str(i), fisher=layer.double().numpy()))
-             for task,fisher in fishers.items() for i,layer in enumerate(fisher.rows)]
+    layers = [(task, str(i), o) for task,fisher in fishers.items() for i,o in enumerate(fisher.rows)]
+    parts = [pd.DataFrame(dict(task=task, layer=i, fisher=o.double().numpy())) for task,i,o in layers]
     return pd.concat(parts, ignore_index=True)
 
 def plot_rows(
     fishers:Mapping[str,MaskFisher], # task -> Fisher
     ax:Any=None, # a `matplotlib` axis
 )->Any: # the axis
-    "Distributions of row Fishers, by layer and task."
+    "Distributions of the Fishers of FFN neurons, by layer and task."
     import seaborn as sns
     check_fishers(fishers)
     table = row_table(fishers)
     known, layers = table[table.fisher>0], table.layer.unique()
     if not len(known): raise ValueError(f'every row Fisher of {list(fishers)} is zero')
-    ax = new_axis(ax, 7, 1+.3*len(layers)*len(fishers))
-    sns.boxenplot(known, x='fisher', y='layer', hue='task', order=layers, palette=[PALETTE[i%10] for i in range(len(fishers))],
-        log_scale=True, orient='h', ax=ax)
-    ax.set(title='FFN rows' + (f', {len(table)-len(known):,} of zero left out' if len(known)<len(table) else ''), xlabel=FISHER)
-    ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1), reverse=True)
+    ax, zeros = new_axis(ax, 7, 1+.3*len(layers)*len(fishers)), len(table)-len(known)
+    sns.boxenplot(known, x='fisher', y='layer', hue='task', order=layers, log_scale=True, orient='h',
+        palette=[_color(i) for i in range(len(fishers))], ax=ax)
+    ax.set(title='FFN rows' + f', {zeros:,} of zero left out'*bool(zeros), xlabel=FISHER)
+    _legend(ax, reverse=True)
     ax.invert_yaxis()
     return ax
 
@@ -144,13 +157,15 @@ def pair_matrix(
     check_table(rows, 'load_results', ('group','task'), [column])
     tasks, rows = list(rows.task.unique()), rows.copy()
     rows['partner'] = [next(t for t in g.split('+') if t!=task) for g,task in zip(rows.group, rows.task)]
-    return rows.pivot_table(index='task', columns='partner', values=column).reindex(index=tasks, columns=tasks)
+    matrix = rows.pivot_table(index='task', columns='partner', values=column)
+    return matrix.reindex(index=tasks, columns=tasks)
 
 def task_labels(
     results:Any, # of `load_results`
 )->dict[str,str]: # task to its name, with a dagger if flagged
     "Names of tasks as plots show them."
-    return {task: f'{task} †' if flag else task for task,flag in results.groupby('task', sort=False).flagged.any().items()}
+    flags = results.groupby('task', sort=False).flagged.any()
+    return {task: f'{task} †' if flag else task for task,flag in flags.items()}
 
 def plot_pairs(
     results:Any, # of `load_results`; all its pairs share the colour scale
@@ -163,9 +178,10 @@ def plot_pairs(
     import seaborn as sns
     check_table(results, 'load_results', SCORES, ['normalised'])
     matrix, labels = pair_matrix(choose(results, name, num_samples)), task_labels(results)
-    ax, pairs = new_axis(ax, 5.5, 4.5), results[results.group_size==2]
-    sns.heatmap(matrix.rename(index=labels, columns=labels), ax=ax, annot=True, fmt='.0f', cmap='cividis', square=True,
-        linewidths=.5, vmin=pairs.normalised.min(), vmax=pairs.normalised.max(), cbar=bar, cbar_kws=dict(label=PERCENT, shrink=.8))
+    ax, scores = new_axis(ax, 5.5, 4.5), results[results.group_size==2].normalised
+    sns.heatmap(matrix.rename(index=labels, columns=labels), ax=ax, annot=True, fmt='.0f', cmap='cividis',
+        square=True, linewidths=.5, vmin=scores.min(), vmax=scores.max(), cbar=bar,
+        cbar_kws=dict(label=PERCENT, shrink=.8))
     ax.set(title=setting_label(name, num_samples), ylabel='task that is scored', xlabel='merged with')
     ax.tick_params(axis='y', rotation=0)
     return ax
@@ -174,16 +190,24 @@ def plot_pairs(
 def _name(name, num_samples, names): return setting_label((names or {}).get(name, name), num_samples)
 
 def _score_points(ax, rows, y, labels): # scores of a setting at height y
-    scores, middle = rows.groupby(['task','group'], sort=False).normalised.mean(), per_seed(rows)['median'].mean()
+    scores = rows.groupby(['task','group'], sort=False).normalised.mean()
+    middle = per_seed(rows)['median'].mean()
     for i,task in enumerate(labels):
         points = scores[scores.index.get_level_values('task')==task]
-        ax.scatter(points, y+np.full(len(points), .11*(i-(len(labels)-1)/2)), s=24, color=PALETTE[i%10], marker=MARKERS[i%10],
-            alpha=.85, linewidths=0, label=None if y else labels[task])
+        heights = y+np.full(len(points), .11*(i-(len(labels)-1)/2))
+        label = None if y else labels[task]
+        ax.scatter(points, heights, s=24, alpha=.85, linewidths=0, label=label, **_style(i))
     ax.plot([middle]*2, [y-.38,y+.38], color='black', lw=2, label=None if y else 'median')
 
 def _check_listed(given, name, what): # a list of names or settings, not a word and not empty
-    if isinstance(given, str) or not isinstance(given, Sequence): raise TypeError(f'`{name}` must be a list of {what}, got {given!r}')
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f'`{name}` must be a list of {what}, got {given!r}')
     if not given: raise ValueError(f'`{name}` is empty; give {what}')
+
+def _check_settings(settings): # pairs of a name and N
+    _check_listed(settings, 'settings', 'pairs of a method and N')
+    if odd := [o for o in settings if isinstance(o, str) or len(o)!=2]:
+        raise ValueError(f'{odd[0]!r} is no pair of a method and N')
 
 def plot_scores(
     results:Any, # of `load_results`
@@ -194,15 +218,14 @@ def plot_scores(
 )->Any: # the axis
     "Every score of some methods as a point, averaged over seeds; a bar is the median, as in `summarise`."
     check_table(results, 'load_results', SCORES, ['normalised'])
-    _check_listed(settings, 'settings', 'pairs of a method and N')
-    if odd := [o for o in settings if isinstance(o, str) or len(o)!=2]: raise ValueError(f'{odd[0]!r} is no pair of a method and N')
-    rows, labels = [choose(results, name, n, group_size) for name,n in settings], task_labels(results)
+    _check_settings(settings)
+    rows, labels = [choose(results, *o, group_size) for o in settings], task_labels(results)
     ax = new_axis(ax, 8, 1+.55*len(settings))
     for y,o in enumerate(rows): _score_points(ax, o, y, labels)
     ax.axvline(100, color='gray', lw=1, ls=':')
     ax.set(title=f'Every task of every merge of {group_size}', xlabel=PERCENT, ylim=(len(settings)-.5,-.5))
     ax.set_yticks(range(len(settings)), [_name(name, n, names) for name,n in settings])
-    ax.legend(loc='upper left', bbox_to_anchor=(1,1), frameon=False)
+    _legend(ax)
     return ax
 
 # %% ../../nbs/experiment/04_plots.ipynb #45626492
@@ -212,14 +235,21 @@ def _sample_axis(ax, samples): # N on a logarithmic axis, with its own values as
     ax.minorticks_off()
     ax.set_xlabel('N, training examples of each task (at most)')
     ax.grid(axis='y', alpha=.3)
-    ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    _legend(ax)
+
+_DASHES = ('--',':','-.',(0,(1,4)))
+
+def _points_and_line(ax, x, y, line, i, label): # the i-th series: points, a line through their middles
+    ax.scatter(x, y, s=14, color=_color(i), alpha=.5, linewidths=0)
+    ax.plot(*line, label=label, **_style(i))
 
 def _sample_line(ax, rows, statistic, i): # one method, the i-th
     known, name = rows.dropna(subset='num_samples'), rows['name'].iloc[0]
-    if not len(known): return ax.axhline(rows[statistic].mean(), color='black', ls=('--',':','-.',(0,(1,4)))[i%4], label=name)
+    if not len(known):
+        return ax.axhline(rows[statistic].mean(), color='black', ls=_DASHES[i%4], label=name)
     line = known.groupby('num_samples')[statistic].mean()
-    ax.scatter(known.num_samples.astype(int), known[statistic], s=14, color=PALETTE[i%10], alpha=.5, linewidths=0)
-    ax.plot(line.index.astype(int), line, color=PALETTE[i%10], marker=MARKERS[i%10], label=name)
+    x, middles = known.num_samples.astype(int), (line.index.astype(int), line)
+    _points_and_line(ax, x, known[statistic], middles, i, name)
 
 def _check_known(given, name, known): # one word of several
     if given not in known: raise ValueError(f'`{name}` is {given!r}; expected one of {", ".join(known)}')
@@ -236,7 +266,8 @@ def plot_samples(
     _check_listed(names, 'names', 'methods')
     _check_known(statistic, 'statistic', ('median','mean','min'))
     runs = per_seed(results[results.group_size==group_size])
-    if odd := [o for o in names if o not in set(runs.name)]: raise ValueError(f'no results of {odd[0]} in groups of {group_size}')
+    if odd := [o for o in names if o not in set(runs.name)]:
+        raise ValueError(f'no results of {odd[0]} in groups of {group_size}')
     ax = new_axis(ax, 6, 4)
     for i,name in enumerate(names): _sample_line(ax, runs[runs.name==name], statistic, i)
     ax.set(title=f'{statistic} over all scores', ylabel=PERCENT)
@@ -251,6 +282,10 @@ def _log_axis(ax): # ticks at 1, 2 and 5 of every decade, in plain numbers
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(NullFormatter())
 
+def _error_line(ax, rows, part, i, kind): # the i-th kind of Fisher, a little to the right
+    line, shift = rows.groupby('num_samples')[part].median(), 1.06**i
+    _points_and_line(ax, rows.num_samples*shift, rows[part], (line.index*shift, line), i, kind)
+
 def plot_errors(
     errors:Any, # of `load_errors`
     part:str='heads', # `heads`, `rows`, `heads_rank` or `rows_rank`
@@ -259,16 +294,14 @@ def plot_errors(
     "Fisher error against N: a point for every task and seed, a line through the medians."
     _check_known(part, 'part', ('heads','rows','heads_rank','rows_rank'))
     check_table(errors, 'load_errors', ('kind','num_samples'), [part])
-    ax, rank = new_axis(ax, 6, 4), part.endswith('_rank')
-    for i,(kind,rows) in enumerate(errors.groupby('kind', sort=False)):
-        line = rows.groupby('num_samples')[part].median()
-        ax.scatter(rows.num_samples*1.06**i, rows[part], s=14, color=PALETTE[i%10], alpha=.5, linewidths=0)
-        ax.plot(line.index*1.06**i, line, marker=MARKERS[i%10], color=PALETTE[i%10], label=kind)
+    ax, rank, samples = new_axis(ax, 6, 4), part.endswith('_rank'), errors.num_samples
+    kinds = errors.groupby('kind', sort=False)
+    for i,(kind,rows) in enumerate(kinds): _error_line(ax, rows, part, i, kind)
     if not rank: _log_axis(ax)
     ax.set_title(f'Fisher of {part.removesuffix("_rank")} against the largest N')
     ax.set_ylabel('rank correlation' if rank else 'relative L2 error')
-    _sample_axis(ax, errors.num_samples.unique().tolist())
-    ax.set_xlim(errors.num_samples.min()/1.5, errors.num_samples.max()*1.5)
+    _sample_axis(ax, samples.unique().tolist())
+    ax.set_xlim(samples.min()/1.5, samples.max()*1.5)
     return ax
 
 # %% ../../nbs/experiment/04_plots.ipynb #7119814b
@@ -283,14 +316,24 @@ def plot_cost(
     "Milliseconds per example of every step."
     check_table(steps, 'load_bench', ('what','labels','batching','precision','device','model'), ['ms'])
     ax, steps = new_axis(ax, 8, 1+.6*len(steps)), steps.sort_values('ms', kind='stable')
-    bars = ax.barh([_step_label(o) for o in steps.itertuples()], steps.ms, color=PALETTE[0])
+    bars = ax.barh([_step_label(o) for o in steps.itertuples()], steps.ms, color=_color(0))
     ax.bar_label(bars, [f'{o:,.0f}' if o>=100 else f'{o:.3g}' for o in steps.ms], padding=3)
-    ax.set(xlabel='milliseconds per example', title=f'The Fisher step on {distinct(steps.device)}, {distinct(steps.model)}')
+    title = f'The Fisher step on {distinct(steps.device)}, {distinct(steps.model)}'
+    ax.set(xlabel='milliseconds per example', title=title)
     ax.margins(x=.15)
     ax.invert_yaxis()
     return ax
 
 # %% ../../nbs/experiment/04_plots.ipynb #243598a0
+def _gain_rows(summary, statistic, baseline): # those with a gain; and the columns of gain, low, high
+    _check_known(statistic, 'statistic', ('median','mean'))
+    column = dict(median='gain', mean='mean_gain')[statistic]
+    columns = [column, f'{column}_low', f'{column}_high']
+    check_table(summary, 'summarise', ('name','num_samples','group_size',*columns))
+    rows = summary.dropna(subset=column)
+    if not len(rows): raise ValueError(f'no method of this summary has a gain over {baseline}')
+    return rows, *(rows[o] for o in columns)
+
 def plot_gains(
     summary:Any, # of `summarise`, some of its rows
     statistic:str='median', # `median` or `mean`
@@ -299,17 +342,14 @@ def plot_gains(
     ax:Any=None, # a `matplotlib` axis
 )->Any: # the axis
     "Gains of methods over the baseline, with their bootstrap intervals."
-    _check_known(statistic, 'statistic', ('median','mean'))
-    column = dict(median='gain', mean='mean_gain')[statistic]
-    check_table(summary, 'summarise', ('name','num_samples','group_size',column,f'{column}_low',f'{column}_high'))
-    rows = summary.dropna(subset=column)
-    if not len(rows): raise ValueError(f'no method of this summary has a gain over {baseline}')
+    rows, gain, low, high = _gain_rows(summary, statistic, baseline)
     ax, y = new_axis(ax, 7, 1.2+.35*len(rows)), np.arange(len(rows))
-    ax.hlines(y, rows[f'{column}_low'], rows[f'{column}_high'], color=PALETTE[0], lw=2)
-    ax.scatter(rows[column], y, color=PALETTE[0], zorder=3)
+    ax.hlines(y, low, high, color=_color(0), lw=2)
+    ax.scatter(gain, y, color=_color(0), zorder=3)
     ax.axvline(0, color='gray', lw=1, ls=':')
     drawn = 'pairs' if set(rows.group_size)=={2} else 'groups'
-    ax.set(title=f'{statistic} score, minus that of {baseline}', xlabel=f'points, with 95% interval over {drawn}')
+    ax.set_title(f'{statistic} score, minus that of {baseline}')
+    ax.set_xlabel(f'points, with 95% interval over {drawn}')
     ax.set_ylim(len(rows)-.5, -.5)
     ax.set_yticks(y, [_name(o.name, o.num_samples, names) for o in rows.itertuples()])
     return ax

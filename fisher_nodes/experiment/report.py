@@ -13,38 +13,50 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.files import whole_folder
+from .intervals import summarise, with_intervals
 from .plots import (
     new_figure, plot_errors, plot_gains, plot_pairs, plot_samples, plot_scores)
 from .results import (
-    ERRORS, list_settings, load_errors, load_results, markdown, provenance, summarise, with_intervals)
+    ERRORS, list_settings, load_errors, load_results, markdown, provenance)
 
 # %% ../../nbs/experiment/06_report.ipynb #97d18ebb
 COLUMNS = ['name','num_samples','median','mean','min','median_sd','gain','mean_gain','seeds','flagged']
-LEGEND = ('Scores are accuracies in percent of the task\'s own model. Median, mean and min are computed within a seed and averaged '
-    'over seeds; `median sd` is the standard deviation of the median over seeds. `gain` is the median minus that of averaging, '
-    '`mean gain` the same for the mean, with the 95% interval of a paired bootstrap that draws groups.')
+LEGEND = (
+    'Scores are accuracies in percent of the task\'s own model. Median, mean and min are computed within '
+    'a seed and averaged over seeds; `median sd` is the standard deviation of the median over seeds. '
+    '`gain` is the median minus that of averaging, `mean gain` the same for the mean, with the 95% interval '
+    'of a paired bootstrap that draws groups.')
+
+def _flagged_note(results): # which tasks mean nothing
+    flagged = ', '.join(sorted(results[results.flagged].task.unique()))
+    if not flagged: return 'No task is flagged.'
+    return ('Flagged, since their own models score within 5 points of the most frequent class: '
+            f'{flagged}. Their normalised scores mean nothing.')
 
 def summary_text(
     results:Any, # of `load_results`
     summary:Any, # of `summarise`
 )->str: # Markdown
     "A table for each group size, and what its columns are."
-    flagged = sorted(results[results.flagged].task.unique())
-    note = (f'Flagged, since their own models score within 5 points of the most frequent class: {", ".join(flagged)}. '
-            'Their normalised scores mean nothing.') if flagged else 'No task is flagged.'
-    tables = [f'## Merges of {k}\n\n{markdown(with_intervals(rows)[COLUMNS])}' for k,rows in summary.groupby('group_size')]
-    return '\n\n'.join([*tables, note, LEGEND])
+    tables = {k: markdown(with_intervals(rows)[COLUMNS]) for k,rows in summary.groupby('group_size')}
+    parts = [f'## Merges of {k}\n\n{table}' for k,table in tables.items()]
+    return '\n\n'.join([*parts, _flagged_note(results), LEGEND])
 
-def _plots(results, summary, errors): # file name, size in inches, and a function of `ax`
-    for k,rows in summary[~summary.name.str.startswith('change-')].groupby('group_size'):
-        settings = list_settings(rows)
-        names, height = list(dict(settings)), 1.5+.4*len(settings)
-        yield f'scores-k{k}', (10,height), partial(plot_scores, results, settings, k)
-        if rows.gain.notna().any(): yield f'gains-k{k}', (8,height), partial(plot_gains, rows)
-        yield f'samples-k{k}', (9,6), partial(plot_samples, results, names, group_size=k)
-        for name,n in dict(reversed(settings)).items() if k==2 else ():
-            yield f'pairs-{re.sub("[^a-zA-Z0-9.]+", "-", name)}', (5.5,4.5), partial(plot_pairs, results, name, n)
-    for part in () if errors is None else ('heads','rows'): yield f'error-{part}', (7,4), partial(plot_errors, errors, part)
+def _size_plots(results, rows, k): # of one group size: file name, size in inches, and a function of `ax`
+    settings = list_settings(rows)
+    names, height = list(dict(settings)), 1.5+.4*len(settings)
+    yield f'scores-k{k}', (10,height), partial(plot_scores, results, settings, k)
+    if rows.gain.notna().any(): yield f'gains-k{k}', (8,height), partial(plot_gains, rows)
+    yield f'samples-k{k}', (9,6), partial(plot_samples, results, names, group_size=k)
+    for name,n in dict(reversed(settings)).items() if k==2 else ():
+        file = re.sub('[^a-zA-Z0-9.]+', '-', name)
+        yield f'pairs-{file}', (5.5,4.5), partial(plot_pairs, results, name, n)
+
+def _plots(results, summary, errors): # all, without the ablations `change-…`
+    methods = summary[~summary.name.str.startswith('change-')]
+    for k,rows in methods.groupby('group_size'): yield from _size_plots(results, rows, k)
+    for part in () if errors is None else ('heads','rows'):
+        yield f'error-{part}', (7,4), partial(plot_errors, errors, part)
 
 def save_plot(
     draw:Callable, # takes `ax`
@@ -56,6 +68,16 @@ def save_plot(
     draw(ax=figure.subplots())
     figure.savefig(path, format='png')
 
+def _write_page(folder, out, results, summary): # `report.md` and its plots
+    about = provenance(folder)
+    errors = load_errors(folder) if (Path(folder)/ERRORS).exists() else None
+    plots = {f'report-{name}.png': o for name,*o in _plots(results, summary, errors)}
+    for name,(size,draw) in plots.items(): save_plot(draw, size, out/name)
+    origin = markdown(about.rename('value').rename_axis('what').reset_index())
+    pictures = [f'![{name[7:-4].replace("-", " ")}]({name})' for name in plots]
+    text = [f'# {about.checkpoints}', origin, summary_text(results, summary), *pictures]
+    (out/'report.md').write_text('\n\n'.join(text)+'\n', encoding='utf-8')
+
 def report(
     folder:str|Path, # that `fisher-nodes reproduce` wrote
     out:str|Path|None=None, # folder for `report.md` and its plots; None writes nothing
@@ -64,13 +86,8 @@ def report(
 )->Any: # a `pandas.DataFrame`, of `summarise`
     "The summary of a folder of results, written with its plots if asked for."
     results = load_results(folder, partial)
-    summary, about = summarise(results), provenance(folder)
+    summary = summarise(results)
     if out is None: return summary
-    errors = load_errors(folder) if (Path(folder)/ERRORS).exists() else None
     with whole_folder(out, 'report.md', overwrite, stale=['report-*.png']) as part:
-        plots = {f'report-{name}.png': o for name,*o in _plots(results, summary, errors)}
-        for name,(size,draw) in plots.items(): save_plot(draw, size, part/name)
-        head = [f'# {about.checkpoints}', markdown(about.rename('value').rename_axis('what').reset_index())]
-        text = [*head, summary_text(results, summary), *(f'![{name[7:-4].replace("-", " ")}]({name})' for name in plots)]
-        (part/'report.md').write_text('\n\n'.join(text)+'\n', encoding='utf-8')
+        _write_page(folder, part, results, summary)
     return summary

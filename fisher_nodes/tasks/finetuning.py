@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'data_task', 'task_config', 'load_body', 'first_layers', 'new_model', 'training_rows', 'check_recipe',
-           'training_arguments', 'train', 'save_all', 'check_validation', 'finetune']
+           'by_length', 'training_arguments', 'train_model', 'save_all', 'check_validation', 'finetune']
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #61ed4938
 import inspect
@@ -20,14 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed)
 
-from ..core.families import architecture, find_roles, hash_weights, model_name
+from ..core.families import find_places
+from ..engine.fingerprints import hash_weights
+from ..engine.models import model_name
 from ..engine.batches import (
     collate, dataset_batches, is_dataset, is_raw, make_batches, row_lengths, sample_rows, text_columns)
-from .evaluation import evaluate, load_tokenizer, names_model
-from ..core.fisher import describe_data, find_device, precision_context, versions
-from ..core.nodes import keep_rng
+from ..engine.models import load_tokenizer, model_errors
+from .evaluation import evaluate
+from ..engine.devices import find_device, precision_context
+from ..engine.files import versions
+from ..engine.measure import describe_data
+from ..engine.guard import keep_rng
 from ..engine.files import TRAINED, whole_folder
 from .tasks import Task, as_task
 
@@ -40,7 +46,8 @@ def data_task(
     if task is not None: return as_task(task)
     column = next((c for c in ('label','labels') if c in data.column_names), None)
     if column is None: raise ValueError(f'`data` has no column `label` or `labels`, only {data.column_names}')
-    feature, text = data.features[column], () if 'input_ids' in data.column_names else tuple(text_columns(data))
+    feature = data.features[column]
+    text = () if 'input_ids' in data.column_names else tuple(text_columns(data))
     if names := getattr(feature, 'names', None): return Task('task', text, tuple(names))
     if feature.dtype.startswith('float'): return Task('task', text, (), ('pearson','spearmanr'))
     if not feature.dtype.startswith('int'): raise ValueError(f'labels must be numbers, got {feature.dtype}')
@@ -64,7 +71,7 @@ def load_body(
 )->PreTrainedModel: # the body; the caller's own object if one was given
     "The body of a model, from safetensors only when it is loaded."
     if isinstance(model, PreTrainedModel): return model.base_model
-    with names_model(model): return AutoModel.from_pretrained(str(model), use_safetensors=True)
+    with model_errors(model): return AutoModel.from_pretrained(str(model), use_safetensors=True)
 
 def first_layers(
     body:PreTrainedModel, # of a supported family
@@ -73,10 +80,11 @@ def first_layers(
     "What a body is made of when only its first layers are kept."
     config, state, depth = deepcopy(body.config), body.state_dict(), body.config.num_hidden_layers
     if num_layers is None: return config, state
-    if not 1<=num_layers<=depth: raise ValueError(f'`num_layers` is {num_layers}; expected 1 to {depth}, the layers of the model')
+    if not 1<=num_layers<=depth:
+        raise ValueError(f'`num_layers` is {num_layers}; expected 1 to {depth}, the layers of the model')
     config.num_hidden_layers = num_layers
-    floats = [n for n,t in state.items() if t.is_floating_point()]
-    cut = {n for n,place in find_roles(architecture(body), floats).items() if (place.layer or 0)>=num_layers}
+    found = find_places(body)
+    cut = {n for n,o in found.items() if (o.layer or 0)>=num_layers}
     return config, {n: t for n,t in state.items() if n not in cut}
 
 def new_model(
@@ -104,9 +112,11 @@ def training_rows(
     from datasets import Dataset
     if not is_dataset(data): raise ValueError(f'`data` must be a datasets.Dataset, got {type(data).__name__}')
     if not len(data): raise ValueError('`data` is empty')
+    def one_each(lengths): return [[i] for i in range(len(lengths))]
     rows = sample_rows(len(data), num_samples, seed)
-    single = dataset_batches(model, data, rows, plan=lambda lengths: [[i] for i in range(len(lengths))], **kwargs)
-    return Dataset.from_list([{k: v[0].tolist() for k,v in batch.inputs.items()} for batch in single.batches])
+    single = dataset_batches(model, data, rows, plan=one_each, **kwargs)
+    def as_row(batch): return {k: v[0].tolist() for k,v in batch.inputs.items()}
+    return Dataset.from_list([as_row(batch) for batch in single.batches])
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #42895b8f
 def check_recipe(
@@ -117,6 +127,12 @@ def check_recipe(
     "`ValueError` unless all are above 0."
     if min(epochs, learning_rate, batch_size)<=0:
         raise ValueError(f'must be above 0: {epochs=}, {learning_rate=}, {batch_size=}')
+
+def by_length()->dict[str,Any]: # arguments of `transformers.TrainingArguments`
+    "Rows of similar length in a batch, in the words of the `transformers` that is installed."
+    from transformers import TrainingArguments
+    new = 'train_sampling_strategy' in inspect.signature(TrainingArguments).parameters
+    return dict(train_sampling_strategy='group_by_length') if new else dict(group_by_length=True)
 
 def training_arguments(
     folder:str|Path, # scratch folder that `Trainer` insists on
@@ -132,19 +148,18 @@ def training_arguments(
     "The recipe: linear schedule, 6% warm-up, weight decay 0.01, rows grouped by length."
     from transformers import TrainingArguments
     check_recipe(epochs, learning_rate, batch_size)
-    new = 'train_sampling_strategy' in inspect.signature(TrainingArguments).parameters
-    by_length = dict(train_sampling_strategy='group_by_length') if new else dict(group_by_length=True)
     steps, on_cpu = math.ceil(math.ceil(size/batch_size)*epochs), device.type=='cpu'
-    args = TrainingArguments(str(folder), num_train_epochs=epochs, learning_rate=learning_rate, seed=seed,
-        per_device_train_batch_size=batch_size, warmup_steps=math.ceil(.06*steps), weight_decay=.01,
-        report_to='none', save_strategy='no', logging_strategy='epoch', disable_tqdm=not progress,
-        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
-        bf16=precision=='bf16', tf32=True if precision=='tf32' else None, **by_length)
+    recipe = dict(num_train_epochs=epochs, learning_rate=learning_rate, seed=seed,
+        per_device_train_batch_size=batch_size, warmup_steps=math.ceil(.06*steps), weight_decay=.01)
+    quiet = dict(report_to='none', save_strategy='no', logging_strategy='epoch', disable_tqdm=not progress)
+    machine = dict(use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
+        bf16=precision=='bf16', tf32=True if precision=='tf32' else None)
+    args = TrainingArguments(str(folder), **recipe, **quiet, **machine, **by_length())
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #e16dada4
-def train(
+def train_model(
     model:PreTrainedModel, # trained in place
     rows:Any, # from `training_rows`
     folder:str|Path, # scratch folder
@@ -211,21 +226,27 @@ def finetune(
 )->PreTrainedModel: # in evaluation mode
     "Fine-tune a copy of a model for a task and save it."
     check_recipe(epochs, learning_rate, batch_size)
-    task, start = data_task(data, task), time.perf_counter()
+    start = time.perf_counter()
+    task = data_task(data, task)
     device = find_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    recipe = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, precision=precision)
-    with whole_folder(out, TRAINED, overwrite, WEIGHTS) as files, TemporaryDirectory(dir=files) as scratch, keep_rng():
+    recipe = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+    recipe |= dict(precision=precision)
+    folder = whole_folder(out, TRAINED, overwrite, WEIGHTS)
+    with folder as files, TemporaryDirectory(dir=files) as scratch, keep_rng():
         base = load_body(model)
         set_seed(seed)
-        new, tokenizer = new_model(base, task, num_layers), load_tokenizer(model, tokenizer, is_raw(data))
+        new = new_model(base, task, num_layers)
+        tokenizer = load_tokenizer(model, tokenizer, needed=is_raw(data))
         precision_context(precision, new, device)
         text = dict(tokenizer=tokenizer, max_length=max_length or task.max_length)
         rows = training_rows(new, data, num_samples, seed, **text)
         check_validation(new, validation, **text)
-        losses = train(new, rows, scratch, device, progress=progress, **recipe)
-        scores = evaluate(new, validation, task, progress=progress, **text) if validation is not None else None
-        record = dict(base=model_name(model), base_hash=hash_weights(base), data=describe_data(data), task=asdict(task), num_examples=len(rows),
-            max_length=text['max_length'], num_layers=num_layers, **recipe, losses=losses, scores=scores,
+        losses = train_model(new, rows, scratch, device, progress=progress, **recipe)
+        scores = None
+        if validation is not None: scores = evaluate(new, validation, task, progress=progress, **text)
+        record = dict(base=model_name(model), base_hash=hash_weights(base), data=describe_data(data),
+            task=asdict(task), num_examples=len(rows), max_length=text['max_length'],
+            num_layers=num_layers, **recipe, losses=losses, scores=scores,
             seconds=round(time.perf_counter()-start, 2), device=device.type, versions=versions())
         save_all(new, tokenizer, files, record)
     return new.eval()

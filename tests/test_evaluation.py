@@ -198,9 +198,9 @@ def test_on_gpu(precision, rtol):
 @pytest.mark.parametrize('own', [None, 37])
 def test_padding_share(monkeypatch, own):
     "Rows of unequal length are batched within a quarter of the Fisher step's budget, or within the caller's."
-    from fisher_nodes.engine import measure
-    shapes, run = [], measure.model_logits
-    monkeypatch.setattr(measure, 'model_logits', lambda m, x: (shapes.append(tuple(x['attention_mask'].shape)), run(m, x))[1])
+    from fisher_nodes.engine import losses
+    shapes, run = [], losses.model_logits
+    monkeypatch.setattr(losses, 'model_logits', lambda m, x: (shapes.append(tuple(x['attention_mask'].shape)), run(m, x))[1])
     ds = rows(400)
     predict(make(), ds, batch_tokens=own, progress=False)
     cells, tokens = sum(a*b for a, b in shapes), sum(map(len, ds['input_ids']))

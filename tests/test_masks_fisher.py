@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from fisher_nodes import mask_fisher
-from fisher_nodes.core import nodes as masks
+from fisher_nodes.core import kernel, nodes as masks
 from reference import (FAMILIES, brute_grads, brute_head_matrices, brute_mask_fisher, collate, examples, logits,
                        ragged_batches, released_mask_fisher, split, task_loss, tiny)
 
@@ -315,25 +315,13 @@ def test_sums_over_tokens(monkeypatch, chunk, dtype, shape, bias):
     monkeypatch.setitem(masks.CHUNK, 'cpu', chunk)
     sums_are_right(masks.plain_sums, dtype, shape, bias)
 
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-def test_the_kernel(dtype, shape, bias):
-    "On a GPU, or in Triton's interpreter: `TRITON_INTERPRET=1 pytest -k kernel`."
-    pytest.importorskip('triton', reason='Triton is not installed; it comes with torch for CUDA')
-    cuda, interpreted = torch.cuda.is_available(), os.environ.get('TRITON_INTERPRET') == '1'
-    if not cuda and not interpreted: pytest.skip('no GPU, and TRITON_INTERPRET is not set')
-    def sums(*args):
-        return masks.fused_sums(*(o.cuda() if cuda and o is not None else o for o in args)).cpu()
-    sums_are_right(sums, dtype, shape, bias)
-
 def test_a_kernel_that_does_not_work_is_not_used(monkeypatch):
     "Its reason is given once, and the plain sums do the work."
-    monkeypatch.setattr(masks, '_agrees', lambda device: 1/0)
-    masks.best_sums.cache_clear()
+    monkeypatch.setattr(kernel, '_agrees', lambda device: 1/0)
+    kernel.best_sums.cache_clear()
     with pytest.warns(UserWarning, match='ZeroDivisionError: division by zero'):
-        assert masks.best_sums(torch.device('cuda')) is masks.plain_sums
-    masks.best_sums.cache_clear()
+        assert kernel.best_sums(torch.device('cuda')) is masks.plain_sums
+    kernel.best_sums.cache_clear()
 
 @contextmanager
 def crowded(model, tokens, after=0):

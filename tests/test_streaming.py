@@ -18,7 +18,7 @@ from fisher_nodes.methods.regmean import Grams
 from fisher_nodes.engine.files import OutputExistsError
 from fisher_nodes.methods.ties import elect_and_mean
 from fisher_nodes.merging.run import merge_files
-from fisher_nodes.merging.streaming import Stream
+from fisher_nodes.merging.store import FileStore
 from reference import tiny
 
 SIZE = dict(hidden=64, heads=4, intermediate=96, vocab=131) # blocks of eight rows, with many_blocks
@@ -225,9 +225,9 @@ def test_a_merge_leaves_the_number_of_threads_of_torch_alone(tmp_path):
 def test_few_files_stay_open_and_none_afterwards(tmp_path, monkeypatch):
     folders = make(tmp_path, n=3, shard='9KB')
     before, most = len(os.listdir('/proc/self/fd')), []
-    merge_one = Stream.merge_one
-    def look(self, name): most.append(len(os.listdir('/proc/self/fd'))); return merge_one(self, name)
-    monkeypatch.setattr(Stream, 'merge_one', look)
+    blocks_of = FileStore.blocks
+    def look(self, name, whole): most.append(len(os.listdir('/proc/self/fd'))); return blocks_of(self, name, whole)
+    monkeypatch.setattr(FileStore, 'blocks', look)
     monkeypatch.setattr(disk, 'MOST_OPEN', 5)
     merge_files(folders, method='average', out=tmp_path/'few')
     assert max(most) <= before+5+5 and len(list((tmp_path/'in').rglob('*.safetensors'))) > 20
@@ -385,12 +385,12 @@ def test_the_output_never_touches_a_source(tmp_path):
 def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error, earlier):
     folders, out = make(tmp_path), tmp_path/'out'
     if earlier: merge_files(folders, method='average', weights=[1, 2, 3], out=out)
-    before, write, count = contents(tmp_path), disk.Spot.__setitem__, [0]
+    before, write, count = contents(tmp_path), disk.TensorSlot.__setitem__, [0]
     def fail(self, rows, values):
         count[0] += 1
         if count[0] > 20: raise error
         write(self, rows, values)
-    monkeypatch.setattr(disk.Spot, '__setitem__', fail)
+    monkeypatch.setattr(disk.TensorSlot, '__setitem__', fail)
     with pytest.raises(type(error)): merge_files(folders, method='average', out=out, overwrite=True, progress=False)
     assert contents(tmp_path) == before and out.exists() == earlier
 

@@ -29,7 +29,7 @@ from ..engine.models import load_model, load_tokenizer
 from ..tasks.evaluation import default_task, evaluate
 from ..core.fisher import MaskFisher
 from ..core.averaging import check_fisher, node_shares
-from ..core.schemes import KINDS, SCHEMES, Scheme, get_scheme
+from ..core.schemes import SCHEMES, WHOLE, Scheme, get_scheme
 from ..merging.merged import Merged
 from ..merging.request import match_tasks
 from ..merging.run import check_measured_on, check_models, merge
@@ -54,8 +54,9 @@ def head_shares(
 )->list[Tensor]: # for each layer, shape `(tasks, heads)`, columns adding up to 1
     "Share of every task in the query of every head (the weights in Equation 5)."
     λ = torch.tensor([*_weights(fishers, weights or {}).values()], dtype=torch.float64)
-    kind = KINDS[get_scheme(scheme).get('query', 'one')]
-    def layer(i): return node_shares(torch.stack([kind(f, i) for f in fishers.values()]), λ)[0]
+    kind = get_scheme(scheme).get('query', 'one')
+    def weights_of(f, i): return f.heads[i].double() if kind=='head' else WHOLE[kind](f, i)
+    def layer(i): return node_shares(torch.stack([weights_of(f, i) for f in fishers.values()]), λ)[0]
     heads = [len(o) for o in next(iter(fishers.values())).heads]
     return [layer(i).expand(len(fishers), n) for i,n in enumerate(heads)]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'square_each', 'outer_each', 'is_regression', 'per_example_loss',
-           'draw_labels', 'pack', 'MaskFisher', 'fisher_tensors', 'fisher_from', 'Variant', 'list_variants']
+           'draw_labels', 'pack', 'MaskFisher', 'Variant', 'list_variants']
 
 # %% ../../nbs/core/02_fisher.ipynb #66af3c24
 import random
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -131,22 +132,22 @@ def _layers(tensors:Mapping[str,Tensor], name:str)->NodeTensors|None:
     n = sum(o.rpartition('.')[0]==name for o in tensors)
     return pack([tensors[f'{name}.{i}'] for i in range(n)]) if n else None
 
-def fisher_tensors(
-    fisher:MaskFisher,
-)->dict[str,Tensor]: # `heads.0`, `rows.0`, `head_matrices.0`, …
-    "A Fisher's numbers as tensors by name."
-    parts = {_NAMES.get(k, k): v for k,v in fisher.kinds.items()}
-    parts |= {f'{k}_matrices': v for k,v in fisher.matrices.items()}
+@patch
+def tensors(self:MaskFisher)->dict[str,Tensor]: # `heads.0`, `rows.0`, `head_matrices.0`, …
+    "The numbers as tensors by name."
+    parts = {_NAMES.get(k, k): v for k,v in self.kinds.items()}
+    parts |= {f'{k}_matrices': v for k,v in self.matrices.items()}
     return {f'{k}.{i}': t for k,v in parts.items() for i,t in enumerate(v)}
 
-def fisher_from(
-    tensors:Mapping[str,Tensor], # of `fisher_tensors`
+@patch(cls_method=True)
+def from_tensors(cls:MaskFisher,
+    tensors:Mapping[str,Tensor], # of `tensors`
     **about, # `num_examples` and `meta`
 )->MaskFisher:
     "The Fisher that those tensors are; `ValueError` if they are none."
     names = dict.fromkeys(o.rpartition('.')[0] for o in tensors)
-    if not {'heads','rows'}<=names.keys(): raise ValueError(f'expected tensors `heads.0` and `rows.0`, got {list(tensors)[:4]}')
-    return MaskFisher(**{o: _layers(tensors, o) for o in names}, **about)
+    if {'heads','rows'}<=names.keys(): return cls(**{o: _layers(tensors, o) for o in names}, **about)
+    raise ValueError(f'expected tensors `heads.0` and `rows.0`, got {list(tensors)[:4]}')
 
 # %% ../../nbs/core/02_fisher.ipynb #29dd2795
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.families import find_family
 from ..core.fisher import (
-    ESTIMATORS, VARIANTS, MaskFisher, fisher_from, fisher_tensors, is_regression, list_variants)
+    ESTIMATORS, VARIANTS, MaskFisher, is_regression, list_variants)
 from .batches import Batch, Batches, is_dataset, make_batches
 from .devices import check_placed, find_device, precision_context, to_device
 from .files import open_saved, read_meta, versions, whole_file
@@ -39,6 +39,7 @@ from ..methods.mask_fisher import MATRICES
 from ..methods.method import STATISTICS, Collector, ParameterStatistic, Statistic, load_methods
 from ..methods.regmean import Grams
 
+# %% ../../nbs/engine/09_measure.ipynb #51a38d36
 load_methods()
 
 # %% ../../nbs/engine/09_measure.ipynb #96b919ca
@@ -255,50 +256,33 @@ def linear_grams(
     return measure('grams', model, data, **kwargs)
 
 # %% ../../nbs/engine/09_measure.ipynb #365a08a9
-def _save(path:str|Path, tensors:dict[str,Tensor], value:Any):
-    "Write a result's tensors and its origin, in the main process."
+@patch
+def save(self:MaskFisher|ParameterStatistic,
+    path:str|Path, # file to write; its folder must exist
+):
+    "Write one safetensors file, metadata included; it appears whole or not at all."
     if not is_main(): return
-    about = dict(format='pt', kind=type(value).__name__, num_examples=str(value.num_examples), meta=json.dumps(value.meta))
-    with whole_file(path) as part: save_file({k: v.contiguous().clone() for k,v in tensors.items()}, part, about)
+    tensors = {k: v.contiguous().clone() for k,v in self.tensors().items()}
+    about = dict(format='pt', kind=type(self).__name__, num_examples=str(self.num_examples), meta=json.dumps(self.meta))
+    with whole_file(path) as part: save_file(tensors, part, about)
 
-@patch
-def save(self:MaskFisher,
-    path:str|Path, # file to write; its folder must exist
-):
-    "Write one safetensors file, metadata included; it appears whole or not at all."
-    _save(path, fisher_tensors(self), self)
-
-@patch
-def save(self:ParameterStatistic,
-    path:str|Path, # file to write; its folder must exist
-):
-    "Write one safetensors file, metadata included; it appears whole or not at all."
-    _save(path, self.values, self)
-
-# %% ../../nbs/engine/09_measure.ipynb #d0592aef
+# %% ../../nbs/engine/09_measure.ipynb #33ea5d80
 def read_about(
     path:str|Path, # a file that `save` wrote
     kind:type, # of the result
 )->dict[str,Any]: # `num_examples` and `meta`
     "What a file says beside its numbers; `ValueError` for a file that is something else."
     with open_saved(path, kind.__name__) as f: about = f.metadata() or {}
-    found = about.get('kind', 'unknown')
+    meta,old = read_meta(path, about, kind.__name__),'MaskFisher' if kind is MaskFisher else 'unknown' # 0.1 named no kind of masks
+    found = about.get('kind', old)
     if found!=kind.__name__: raise ValueError(f'{path} is not a saved {kind.__name__}; its kind is {found}')
-    return read_meta(path, about, kind.__name__)
+    return meta
 
 @patch(cls_method=True)
-def load(cls:ParameterStatistic,
+def load(cls:MaskFisher|ParameterStatistic,
     path:str|Path, # a file that `save` wrote
-)->ParameterStatistic:
+)->Any: # of that class
     "Read what `save` wrote; `ValueError` for a file that is something else."
-    with open_saved(path, cls.__name__) as f: values = {k: f.get_tensor(k) for k in f.keys()}
-    return cls(values, **read_about(path, cls))
-
-@patch(cls_method=True)
-def load(cls:MaskFisher,
-    path:str|Path, # a file that `save` wrote, also one of version 0.1, which had no `kind`
-)->MaskFisher:
-    "Read a saved `MaskFisher`; `ValueError` for a file that is not one."
-    with open_saved(path, 'MaskFisher') as f: about,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-    if about.get('kind', 'MaskFisher')!='MaskFisher' or 'heads.0' not in tensors: raise ValueError(f'{path} is not a saved MaskFisher')
-    return fisher_from(tensors, **read_meta(path, about, 'MaskFisher'))
+    about = read_about(path, cls)
+    with open_saved(path, cls.__name__) as f: tensors = {k: f.get_tensor(k) for k in f.keys()}
+    return cls.from_tensors(tensors, **about)

@@ -13,18 +13,20 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.fisher import ESTIMATORS, VARIANTS, list_variants
 from ..core.schemes import get_scheme
+from ..engine.batches import check_seed
 from ..engine.devices import PRECISIONS
 from ..engine.models import ModelReference
 from ..methods.method import CALL, METHODS, STATISTICS, explain, load_methods, plain_value
 from ..tasks.tasks import GLUE, READERS
 
+# %% ../../nbs/merging/00_request.ipynb #02522d59
 load_methods()
 
 # %% ../../nbs/merging/00_request.ipynb #2b2d65b3
@@ -49,6 +51,10 @@ def _lengths(o:Any)->Any:
     if o is None or isinstance(o, Mapping) or _whole(o): return o
     raise _expected('a whole number of tokens of at least 1, or one for each task')
 
+def _seed(o:Any)->Any:
+    check_seed(o)
+    return o
+
 def _scheme(o:Any)->Any:
     "The name of a scheme, or a table."
     try: return o if o is None else (get_scheme(o), o)[1]
@@ -61,8 +67,8 @@ _PINS = ('revision', 'weight_hash', 'head_hash')
 def _named(o:Any)->bool: return o is None or isinstance(o, str) and bool(o)
 
 def as_model(o:Any)->Any:
-    "A reference for what a recipe says of a model; all else as it is."
-    if isinstance(o, dict):
+    "A reference for what a recipe says of a model; all else as it is, such as a state in memory."
+    if isinstance(o, dict) and not any(isinstance(v, Tensor) for v in o.values()):
         if 'model' not in o or not set(o)<={'model', *_PINS} or not all(_named(v) for v in o.values()): raise _expected(_MODEL)
         return ModelReference(o['model'], **{k: o.get(k) for k in _PINS})
     if isinstance(o, (bool, int, float, list)) or o=='': raise _expected(f'{_MODEL}, not {type(o).__name__}')
@@ -177,7 +183,7 @@ class MergeRequest(BaseModel):
     base:Annotated[Any, BeforeValidator(as_model), Field(description='the model that all were fine-tuned from, for methods with task vectors')]=None
     method:Annotated[str, one_of(lambda: METHODS), Field(description='how to merge')]='mask-fisher'
     weights:Annotated[dict[str,Number]|None, Field(description='λ of Equation 5; 1 by default')]=None
-    seed:Annotated[int, Ge(0), Lt(2**32), Field(description='of every random choice (0)')]=0
+    seed:Annotated[Any, AfterValidator(_seed), Field(description='of every random choice (0)')]=0
     variant:Annotated[str, one_of(lambda: VARIANTS, list_variants), Field(description="the paper's method, or its released code's")]='paper'
     scheme:Annotated[Any, AfterValidator(_scheme), Field(description='which parameters a mask weights, see the page on schemes')]=None
     data:Annotated[dict[str,Annotated[Any, BeforeValidator(_spec)]]|None, Field(description='training rows to measure on')]=None

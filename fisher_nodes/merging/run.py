@@ -32,23 +32,19 @@ from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
 from ..engine.guard import keep_rng
-from ..engine.measure import measure, statistic_batches
-from fisher_nodes.engine.models import (
-    ModelReference, as_reference, check_single, fetch_model, load_reference, load_tokenizer, model_errors,
-    model_name)
+from ..engine.measure import measure, read_about, statistic_batches
+from ..engine.models import (
+    ModelReference, as_reference, check_single, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
 from ..engine.processes import from_main, once
 from .card import agreed_modules
-from fisher_nodes.merging.merged import (
-    Merged, all_heads, check_shard_size, check_target, hash_merged, new_copy, plan_files, save_rest,
-    with_body)
+from .merged import (
+    Merged, all_heads, check_shard_size, check_target, hash_merged, new_copy, plan_files, save_rest, with_body)
 from .recipe import check_named, load_recipe, read_recipe, without_pins
 from .record import describe_base, merge_recipe, merge_report
 from .request import MergeRequest, ask
 from .skeletons import Skeleton, open_skeleton, outline
 from .store import FileStore, MemoryStore, TensorSlot, make_file, read_slots
-from ..methods.method import (
-    METHODS, STATISTICS, Job, ParameterStatistic, Rule, check_numbers, check_shapes, check_statistic)
-from ..engine.measure import read_about
+from ..methods.method import METHODS, STATISTICS, Job, ParameterStatistic, Rule, check_numbers, check_shapes, check_statistic
 from ..tasks.tasks import load_rows
 
 # %% ../../nbs/merging/07_run.ipynb #904dc33d
@@ -323,6 +319,8 @@ def run(
     return job, rule
 
 # %% ../../nbs/merging/07_run.ipynb #e5272456
+@torch.inference_mode(False)
+@torch.no_grad()
 def assemble(
     models:Mapping[str,PreTrainedModel], # task -> model
     state:Mapping[str,Tensor], # of the merged body

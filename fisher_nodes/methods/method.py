@@ -155,6 +155,11 @@ class ParameterStatistic:
     num_examples:int=0 # N
     meta:dict[str,Any]=field(default_factory=dict) # model, weights, data, seed, versions
 
+    def tensors(self)->dict[str,Tensor]: return dict(self.values)
+
+    @classmethod
+    def from_tensors(cls, tensors:Mapping[str,Tensor], **about)->'ParameterStatistic': return cls(tensors, **about)
+
     def __len__(self)->int: return len(self.values)
 
 def widen(

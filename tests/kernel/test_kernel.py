@@ -82,5 +82,5 @@ def test_a_cpu_takes_the_plain_sums():
 
 def test_triton_is_imported_where_it_is_used():
     "A machine without it imports the module all the same."
-    code = 'import sys; sys.modules["triton"] = None; from fisher_nodes.core.nodes import fused_sums, plain_sums; print("ok")'
+    code = 'import sys; sys.modules["triton"] = None; from fisher_nodes.core.kernel import fused_sums, plain_sums; print("ok")'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout=='ok\n'

@@ -1,6 +1,5 @@
 """`mask_fisher` against one example at a time, and the identities that tie masks to weights."""
 import copy
-import os
 from contextlib import contextmanager
 
 import pytest

@@ -161,7 +161,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
         repo = tmp_path/'cache'/f'models--me--{t}'
         (repo/'refs').mkdir(parents=True); (repo/'refs'/'main').write_text(commit)
         (repo/'snapshots').mkdir(); os.symlink(o, repo/'snapshots'/commit)
-    code = '''import sys; from fisher_nodes import merge; from fisher_nodes.merging.streaming import merge_files
+    code = '''import sys; from fisher_nodes import merge; from fisher_nodes.merging.run import merge_files
 names, out = [f'me/t{i}' for i in range(3)], sys.argv[1]
 merge(names, method='average').save_pretrained(out+'/a/out')
 merge_files(names, method='average', out=out+'/b/out')'''

@@ -73,7 +73,7 @@ def forget(models):
     for f in (f for m in models for f in m.glob('*.safetensors')):
         with open(f, 'rb') as o: os.posix_fadvise(o.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-MODULES = dict(merge=['fisher_nodes.merging.streaming', 'transformers.models.bert.modeling_bert'],
+MODULES = dict(merge=['fisher_nodes.merging.run', 'transformers.models.bert.modeling_bert'],
                mergekit=['mergekit.merge'], floor=[])
 STATES = ['page cache', 'disk', 'watched']
 

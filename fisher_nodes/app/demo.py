@@ -200,20 +200,23 @@ def save_merged(
     return True
 
 # %% ../../nbs/app/00_demo.ipynb #a04a3c4d
+def _draw_points(ax, x, values:dict, **look):
+    "One method: a point for each task, with its value above."
+    y = [100*v for v in values.values()]
+    ax.scatter(x, y, s=70, zorder=3, **look)
+    for point in zip(x, y):
+        ax.annotate(f'{point[1]:.1f}', point, (0,8), textcoords='offset points', ha='center')
+
 def draw_scores(
     ax:Any, # a `matplotlib` axis
     scores:dict, # method name to task name to accuracy
 ):
     "Held-out accuracy of every method, with its value beside the point."
     import seaborn as sns
-    shapes = list(zip(sns.color_palette('colorblind', len(scores)), 'osD^v<>'))
-    for i,(method,values) in enumerate(scores.items()):
+    looks = zip(sns.color_palette('colorblind', len(scores)), 'osD^v<>')
+    for i,((method,values),(color,marker)) in enumerate(zip(scores.items(), looks)):
         x = np.arange(len(values)) + .22*(i-(len(scores)-1)/2)
-        y = [100*v for v in values.values()]
-        color, marker = shapes[i]
-        ax.scatter(x, y, s=70, color=color, marker=marker, label=method, zorder=3)
-        for point in zip(x, y):
-            ax.annotate(f'{point[1]:.1f}', point, (0,8), textcoords='offset points', ha='center')
+        _draw_points(ax, x, values, color=color, marker=marker, label=method)
     ax.set(title='Accuracy on held-out rows', ylabel='accuracy, %')
     ax.set_xlim(-.5, len(values)-.5)
     ax.set_xticks(range(len(values)), values)
@@ -300,6 +303,25 @@ def check_place(
     has = ', '.join(others[:3])
     raise OutputExistsError(f'output folder {out} is not of the demo, it has {has}; give another')
 
+# %% ../../nbs/app/00_demo.ipynb #90b3cbd0
+def _run_demo(out:Path, num_samples:int, train_samples:int, test_samples:int, max_length:int, seed:int,
+              **kwargs)->dict[str,Any]:
+    "All steps of the demo, with their seconds; what they gave."
+    models, seconds = {}, {}
+    with stopwatch(seconds, 'read the corpora'): data = corpora(seed, max_length)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    for name,corpus in data.items():
+        with stopwatch(seconds, f'fine-tune or load {name}'):
+            models[name] = checkpoint(corpus, out/name, train_samples, seed, **kwargs)
+    fishers, merged = merge_all(models, data, num_samples, tokenizer, seconds, seed)
+    with stopwatch(seconds, 'score three methods'):
+        scores = score_all({'own model':models} | merged, data, test_samples, tokenizer, seed)
+    with stopwatch(seconds, 'save and reload'):
+        equal = save_merged(merged['mask Fisher'], out/'merged', data, tokenizer)
+    with stopwatch(seconds, 'draw'): draw(fishers, scores, out/'demo.png')
+    training = {name: training_seconds(out/name) for name in data}
+    return dict(scores=scores, reload_equal=equal, seconds=seconds, training=training)
+
 # %% ../../nbs/app/00_demo.ipynb #a4f69544
 def demo(
     out:str|Path='_demo', # folder for checkpoints, the merge, `demo.json` and `demo.png`
@@ -315,21 +337,10 @@ def demo(
     check_num_samples(num_samples)
     settings = dict(num_samples=num_samples, train_samples=train_samples, test_samples=test_samples,
         max_length=max_length, seed=seed)
-    out, models, seconds = check_place(out), {}, {}
-    with stopwatch(seconds, 'read the corpora'): data = corpora(seed, max_length)
-    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
-    for name,corpus in data.items():
-        with stopwatch(seconds, f'fine-tune or load {name}'):
-            models[name] = checkpoint(corpus, out/name, train_samples, seed, overwrite, progress)
-    fishers, merged = merge_all(models, data, num_samples, tokenizer, seconds, seed)
-    with stopwatch(seconds, 'score three methods'):
-        scores = score_all({'own model':models} | merged, data, test_samples, tokenizer, seed)
-    with stopwatch(seconds, 'save and reload'):
-        equal = save_merged(merged['mask Fisher'], out/'merged', data, tokenizer)
-    with stopwatch(seconds, 'draw'): draw(fishers, scores, out/'demo.png')
-    training = {name: training_seconds(out/name) for name in data}
-    report = dict(settings=settings, recipe=TRAINING, base=BASE, scores=scores, reload_equal=equal,
-        seconds=seconds, training=training, packages=PACKAGES, versions=versions())
+    out = check_place(out)
+    found = _run_demo(out, **settings, overwrite=overwrite, progress=progress)
+    report = dict(settings=settings, recipe=TRAINING, base=BASE, **found,
+        packages=PACKAGES, versions=versions())
     (out/'demo.json').write_text(json.dumps(report, indent=1)+'\n')
     show_report(report)
     return report

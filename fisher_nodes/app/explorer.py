@@ -160,7 +160,8 @@ def load_models(
     check_models(out)
     for task,fisher in fishers.items():
         check_fisher(task, fisher, count_nodes(out[task]))
-        if fisher.meta.get('weight_hash'): check_measured_on(f'Fisher of {task!r}', fisher.meta, hash_weights(out[task]))
+        if not fisher.meta.get('weight_hash'): continue
+        check_measured_on(f'Fisher of {task!r}', fisher.meta, hash_weights(out[task]))
     return out
 
 # %% ../../nbs/app/01_explorer.ipynb #d8d41b4a

@@ -25,7 +25,8 @@ def node_shares(
     products = weights*fishers/largest.masked_fill(largest==0, 1)
     total = products.sum(0)
     empty = total==0
-    return torch.where(empty, weights/weights.sum(), products/total.masked_fill(empty, 1)), int(empty.sum())
+    shares = products/total.masked_fill(empty, 1)
+    return torch.where(empty, weights/weights.sum(), shares), int(empty.sum())
 
 # %% ../../nbs/core/04_averaging.ipynb #avg00013
 def plain_shares(weights:Tensor)->Tensor: # shape `(M, 1)`
@@ -48,7 +49,7 @@ def _along(shares:Tensor, axis:int, shape:Sequence[int])->Tensor:
     return shares.view([-1 if i==axis else 1 for i in range(len(shape))])
 
 def weighted_mean(
-    tensors:Iterable[Tensor], # the same parameter of every model, M of them; gone through once if `dtype` is given
+    tensors:Iterable[Tensor], # one parameter of M models; gone through once if `dtype` is given
     shares:Tensor, # shape `(M, rows)`, or `(M, 1)` for all rows alike
     dtype:torch.dtype|None=None, # of the result; None is the widest among them
     axis:int=0, # that the rows lie along
@@ -80,10 +81,11 @@ def _lay(place:Place, found:Sequence[tuple[str,Tensor]], size:int, weights:Tenso
     "The shares of every slice, laid along the rows of the parameter."
     kinds = ' and '.join(dict.fromkeys(k for k,_ in found))
     if all(s.shape[1]==1 for _,s in found) and len(found)==1: return Shares(kinds, found[0][1])
-    axis,total = next(o.axis for o in place.slices if o.rows is not None),(weights/weights.sum()).double()
-    out = total[:,None].repeat(1, size)
+    axis = next(o.axis for o in place.slices if o.rows is not None)
+    out = plain_shares(weights).repeat(1, size)
     for part,(_,shares) in zip(place.slices, found):
-        out[:,part.rows] = shares.expand(-1, len(part.rows)) if shares.shape[1]==1 else shares[:,part.nodes]
+        one = shares.shape[1]==1
+        out[:,part.rows] = shares.expand(-1, len(part.rows)) if one else shares[:,part.nodes]
     return Shares(kinds, out, axis)
 
 # %% ../../nbs/core/04_averaging.ipynb #avg00008
@@ -110,11 +112,22 @@ def plan_shares(
 def _check_nodes(task:str, kind:str, i:int, got:Tensor, want:int):
     "`ValueError` unless `got` holds `want` finite numbers that are not negative."
     where = f'Fisher of {task!r}, {kind} of layer {i}'
-    if tuple(got.shape)!=(want,): raise ValueError(f'{where}: shape {tuple(got.shape)}, expected ({want},)')
+    if tuple(got.shape)!=(want,):
+        raise ValueError(f'{where}: shape {tuple(got.shape)}, expected ({want},)')
     bad = ~(torch.isfinite(got) & (got>=0))
     if not bad.any(): return
     j = int(bad.nonzero()[0,0])
     raise ValueError(f'{where}: node {j} is {got[j].item()}, expected a finite number of at least 0')
+
+_MISSING = 'Fisher of {!r} has no nodes of kind {!r}, which the model has; measure it anew'
+_DEPTH = 'Fisher of {!r} has {} layers of heads and {} of rows; the model has {}'
+
+def _check_depth(task:str, fisher:MaskFisher, counts:Mapping[str,Sequence[int]]):
+    "`ValueError` unless the Fisher has every kind of node, in as many layers as the model."
+    if missing := [k for k in counts if k not in fisher.kinds]:
+        raise ValueError(_MISSING.format(task, missing[0]))
+    if any(len(fisher.kinds[k])!=len(n) for k,n in counts.items()):
+        raise ValueError(_DEPTH.format(task, len(fisher.heads), len(fisher.rows), len(counts['head'])))
 
 def check_fisher(
     task:str, # for the message
@@ -124,12 +137,8 @@ def check_fisher(
     "`ValueError` unless the Fisher fits the model; names task, layer and node."
     if not isinstance(fisher, MaskFisher):
         raise TypeError(f'Fisher of {task!r} must be a MaskFisher, got {type(fisher).__name__}')
-    if missing := [k for k in counts if k not in fisher.kinds]:
-        raise ValueError(f'Fisher of {task!r} has no nodes of kind {missing[0]!r}, which the model has; measure it anew')
-    depth = {k: len(fisher.kinds[k]) for k in counts}
-    if any(depth[k]!=len(n) for k,n in counts.items()):
-        raise ValueError(f'Fisher of {task!r} has {len(fisher.heads)} layers of heads and {len(fisher.rows)} of rows; '
-                         f'the model has {len(counts["head"])}')
+    _check_depth(task, fisher, counts)
+    names = dict(head='heads', row='rows')
     for kind,layers in counts.items():
-        names = dict(head='heads', row='rows')
-        for i,n in enumerate(layers): _check_nodes(task, names.get(kind, kind), i, fisher.kinds[kind][i], n)
+        name,found = names.get(kind, kind),fisher.kinds[kind]
+        for i,n in enumerate(layers): _check_nodes(task, name, i, found[i], n)

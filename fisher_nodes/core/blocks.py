@@ -89,11 +89,12 @@ def kth_smallest(
 )->float:
     "The number that would stand at place `k` if all were sorted."
     prefix = 0
+    def held(shift): return torch.cat(list(_with_prefix(parts(), prefix, shift)))
+    def as_float(bits): return bits.view(torch.float64).item()
     for shift in (2*_BITS, _BITS, 0):
         counts = _count(_with_prefix(parts(), prefix, shift+_BITS), shift)
         edges = counts.cumsum(0)
         i = int(torch.searchsorted(edges, k, right=True))
         prefix,k = prefix<<_BITS|i, k-int(edges[i]-counts[i])
-        if shift and counts[i]<=few:
-            return torch.cat(list(_with_prefix(parts(), prefix, shift))).kthvalue(k+1).values.view(torch.float64).item()
-    return torch.tensor(prefix).view(torch.float64).item()
+        if shift and counts[i]<=few: return as_float(held(shift).kthvalue(k+1).values)
+    return as_float(torch.tensor(prefix))

@@ -25,7 +25,7 @@ class Attention:
     value:str
     output:str # reads the heads side by side
     norm:str='' # below the layer: the norm that goes with the block, if schemes are to name it
-    order:str='blocks' # of a fused matrix: 'blocks' is q, k, v; 'groups' is q, k, v of one key head after another
+    order:str='blocks' # of a fused matrix: q, k, v; or 'groups': q, k, v of one key head after another
     kind:str='head' # of its nodes
 
 @dataclass(frozen=True)
@@ -49,12 +49,15 @@ class Family:
 
 # %% ../../nbs/core/00_families.ipynb #c2556a99
 _LAYER = 'encoder.layer.{}'
-_ENCODER = (Attention(f'{_LAYER}.attention', 'self.query', 'self.key', 'self.value', 'output.dense', norm='output.LayerNorm'),
-            FFN(_LAYER, 'intermediate.dense', 'output.dense', norm='output.LayerNorm'))
+_QKV = ('self.query', 'self.key', 'self.value')
+_NORM = 'output.LayerNorm'
+_ENCODER = (Attention(f'{_LAYER}.attention', *_QKV, 'output.dense', norm=_NORM),
+            FFN(_LAYER, 'intermediate.dense', 'output.dense', norm=_NORM))
 _OUTSIDE = dict(embeddings=r'embeddings\..*', pooler=r'pooler\..*')
 
-FAMILIES = {'bert': Family(_ENCODER, _OUTSIDE),
-    **{o: Family(_ENCODER, _OUTSIDE, skips_padding=True) for o in ('roberta', 'xlm-roberta', 'camembert')}}
+_ROBERTA = Family(_ENCODER, _OUTSIDE, skips_padding=True)
+FAMILIES = {'bert': Family(_ENCODER, _OUTSIDE), 'roberta': _ROBERTA, 'xlm-roberta': _ROBERTA,
+            'camembert': _ROBERTA}
 
 # %% ../../nbs/core/00_families.ipynb #7b308207
 def find_family(
@@ -120,21 +123,25 @@ class Nodes:
     after:Site # after the activation, where the released code's FFN masks stand; for heads the same
 
 # %% ../../nbs/core/00_families.ipynb #fa000010
-def _matrix(module:nn.Module, name:str, role:str, kind:str, rows:Tensor, nodes:Tensor)->Iterator[tuple[str,Slice]]:
+_Pairs = Iterator[tuple[str,Slice]] # parameters and what they hold
+
+def _matrix(module:nn.Module, name:str, role:str, kind:str, rows:Tensor, nodes:Tensor)->_Pairs:
     "The slices of a matrix's outputs: weight, and bias where there is one."
     yield f'{name}.weight', Slice(role, kind, out_axis(module), rows, nodes)
     if module.bias is not None: yield f'{name}.bias', Slice(role, kind, 0, rows, nodes)
 
-def _reader(module:nn.Module, name:str, role:str, kind:str, nodes:Tensor)->Iterator[tuple[str,Slice]]:
+def _reader(module:nn.Module, name:str, role:str, kind:str, nodes:Tensor)->_Pairs:
     "The slices of a matrix that reads nodes: its weight along the inputs; its bias belongs to none."
-    yield f'{name}.weight', Slice(role, kind, 1-out_axis(module), torch.arange(len(nodes)), nodes)
+    rows = torch.arange(len(nodes))
+    yield f'{name}.weight', Slice(role, kind, 1-out_axis(module), rows, nodes)
     if module.bias is not None: yield f'{name}.bias', Slice(role)
 
-def _expect(name:str, got:int, want:int, what:str):
+def _expect(name:str, module:nn.Module, want:int, what:str):
     "`ValueError` unless a matrix has as many outputs as its nodes take."
+    got = sizes(module)[1]
     if got!=want: raise ValueError(f'{name!r} has {got} outputs, expected {want}: {what}')
 
-def _collect(pairs:Iterator[tuple[str,Slice]])->dict[str,tuple[Slice,...]]:
+def _collect(pairs:_Pairs)->dict[str,tuple[Slice,...]]:
     "Slices by parameter."
     found = {}
     for name,o in pairs: found[name] = (*found.get(name, ()), o)
@@ -156,30 +163,50 @@ def head_size(
 # %% ../../nbs/core/00_families.ipynb #fa000013
 def _heads(b:Attention, name:str, block:nn.Module, config)->tuple[int,int,int]:
     "Numbers of heads and of key heads, and the width of one; `ValueError` if the matrices do not fit."
-    width,fused = sizes(block.get_submodule(b.output))[0],b.query==b.key
+    fused = b.query==b.key
+    width = sizes(block.get_submodule(b.output))[0]
     d = head_size(block, config, width)
     H,rows = width//d,sizes(block.get_submodule(b.key))[1]
     G = (rows//d-H)//2 if fused else rows//d
-    if H*d!=width or G<1 or H%G: raise ValueError(f'{name!r} has heads of {d} in {width} columns and {rows} key rows')
-    _expect(f'{name}.{b.key}', rows, (H+2*G)*d if fused else G*d, f'{H} heads and {G} key heads of {d}')
-    if not fused: _expect(f'{name}.{b.query}', sizes(block.get_submodule(b.query))[1], H*d, f'{H} heads of {d}')
-    if not fused: _expect(f'{name}.{b.value}', sizes(block.get_submodule(b.value))[1], G*d, f'{G} key heads of {d}')
+    if H*d!=width or G<1 or H%G:
+        raise ValueError(f'{name!r} has heads of {d} in {width} columns and {rows} key rows')
+    _expect_heads(b, name, block, H, G, d)
     return H, G, d
+
+def _expect_heads(b:Attention, name:str, block:nn.Module, H:int, G:int, d:int):
+    "`ValueError` naming a matrix whose outputs are not those of its heads."
+    def expect(path, want, what): _expect(f'{name}.{path}', block.get_submodule(path), want, what)
+    fused = b.query==b.key
+    expect(b.key, (H+2*G)*d if fused else G*d, f'{H} heads and {G} key heads of {d}')
+    if fused: return
+    expect(b.query, H*d, f'{H} heads of {d}')
+    expect(b.value, G*d, f'{G} key heads of {d}')
+
+# %% ../../nbs/core/00_families.ipynb #2beadfa3
+def _role_rows(b:Attention, counts:Mapping[str,int], groups:int)->dict[str,Tensor]:
+    "The rows of query, key and value in their matrices."
+    if b.query==b.key: return split_roles(counts, b.order, groups)
+    return {role: torch.arange(n) for role,n in counts.items()}
+
+def _attention_slices(b:Attention, name:str, block:nn.Module, H:int, G:int, d:int)->_Pairs:
+    "Every parameter of an attention block, and what it holds."
+    head,group = (torch.arange(n).repeat_interleave(d) for n in (H, G))
+    shared = 'group' if G<H else 'head'
+    nodes = dict(query=('head', head), key=(shared, group), value=(shared, group))
+    rows = _role_rows(b, {r: len(o) for r,(_,o) in nodes.items()}, G)
+    for r,(kind,o) in nodes.items():
+        path = getattr(b, r)
+        yield from _matrix(block.get_submodule(path), f'{name}.{path}', r, kind, rows[r], o)
+    output = block.get_submodule(b.output)
+    yield from _reader(output, f'{name}.{b.output}', 'attention_output', 'head', head)
 
 def _attention(b:Attention, name:str, layer:int, block:nn.Module, config)->Nodes:
     "Compile the heads of one layer."
     H,G,d = _heads(b, name, block, config)
-    head,group = (torch.arange(n).repeat_interleave(d) for n in (H, G))
-    nodes,kinds = dict(query=head, key=group, value=group),dict(query='head')
-    counts = {r: len(v) for r,v in nodes.items()}
-    rows = split_roles(counts, b.order, G) if b.query==b.key else {r: torch.arange(n) for r,n in counts.items()}
-    def pairs():
-        for r in nodes:
-            module,kind = getattr(b, r),kinds.get(r, 'group' if G<H else 'head')
-            yield from _matrix(block.get_submodule(module), f'{name}.{module}', r, kind, rows[r], nodes[r])
-        yield from _reader(block.get_submodule(b.output), f'{name}.{b.output}', 'attention_output', 'head', head)
+    counts = dict(head=H) | (dict(group=G) if G<H else {})
+    slices = _collect(_attention_slices(b, name, block, H, G, d))
     site = Site(block.get_submodule(b.output), 'input', H)
-    return Nodes(name, layer, b.kind, dict(head=H, **dict(group=G) if G<H else {}), d, _collect(pairs()), site, site)
+    return Nodes(name, layer, b.kind, counts, d, slices, site, site)
 
 # %% ../../nbs/core/00_families.ipynb #fa000015
 def _columns(rows:Tensor, width:int)->slice|None:
@@ -188,19 +215,29 @@ def _columns(rows:Tensor, width:int)->slice|None:
     step = int(rows[1]-rows[0]) if len(rows)>1 else 1
     return slice(int(rows[0]), int(rows[-1])+1, step)
 
+def _neuron_rows(b:FFN, D:int)->dict[str,Tensor]:
+    "The rows of the matrices that go up; of one matrix if both are fused."
+    if b.gate!=b.up: return dict(ffn_in=torch.arange(D), gate=torch.arange(D))
+    pair = ('gate','ffn_in') if b.first=='gate' else ('ffn_in','gate')
+    return split_roles(dict.fromkeys(pair, D), b.order, D)
+
+def _ffn_slices(b:FFN, name:str, block:nn.Module, D:int, rows:Mapping[str,Tensor])->_Pairs:
+    "Every parameter of a feed-forward block, and what it holds."
+    paths,node = dict(ffn_in=b.up) | (dict(gate=b.gate) if b.gate else {}),torch.arange(D)
+    width = 2*D if b.gate==b.up else D
+    for o in paths.values(): _expect(f'{name}.{o}', block.get_submodule(o), width, f'{D} neurons')
+    for r,o in paths.items():
+        yield from _matrix(block.get_submodule(o), f'{name}.{o}', r, 'row', rows[r], node)
+    yield from _reader(block.get_submodule(b.down), f'{name}.{b.down}', 'ffn_out', 'row', node)
+
 def _ffn(b:FFN, name:str, layer:int, block:nn.Module, config)->Nodes:
     "Compile the neurons of one layer."
     up,down = block.get_submodule(b.up),block.get_submodule(b.down)
-    D,fused = sizes(down)[0],b.gate==b.up
-    node,pair = torch.arange(D),('gate','ffn_in') if b.first=='gate' else ('ffn_in','gate')
-    rows = split_roles(dict.fromkeys(pair, D), b.order, D) if fused else dict(ffn_in=node, gate=node)
-    modules = dict(ffn_in=b.up) | (dict(gate=b.gate) if b.gate else {})
-    for o in modules.values(): _expect(f'{name}.{o}', sizes(block.get_submodule(o))[1], D*(1+fused), f'{D} neurons')
-    def pairs():
-        for r,o in modules.items(): yield from _matrix(block.get_submodule(o), f'{name}.{o}', r, 'row', rows[r], node)
-        yield from _reader(down, f'{name}.{b.down}', 'ffn_out', 'row', node)
+    D = sizes(down)[0]
+    rows = _neuron_rows(b, D)
+    slices = _collect(_ffn_slices(b, name, block, D, rows))
     site = Site(up, 'output', D, _columns(rows['ffn_in'], sizes(up)[1]))
-    return Nodes(name, layer, b.kind, dict(row=D), 1, _collect(pairs()), site, Site(down, 'input', D))
+    return Nodes(name, layer, b.kind, dict(row=D), 1, slices, site, Site(down, 'input', D))
 
 # %% ../../nbs/core/00_families.ipynb #fa000017
 _COMPILE = {Attention: _attention, FFN: _ffn}
@@ -210,17 +247,25 @@ def _places(path:str, modules:Mapping[str,nn.Module])->list[tuple]: # numbers an
     pattern = re.compile(re.escape(path).replace(r'\{\}', r'(\d+)'))
     return sorted((tuple(map(int, m.groups())), name) for name in modules if (m:=pattern.fullmatch(name)))
 
+def _compile(b:Attention|FFN, name:str, layer:int, block:nn.Module, config)->Nodes:
+    "A block of one layer; `ValueError` if it has not the modules that its family says."
+    try: return _COMPILE[type(b)](b, name, layer, block, config)
+    except AttributeError as e:
+        raise ValueError(f'block {name!r} is not as its family says: {e}') from None
+
+def _stack(path:str)->str: return path.split('{}')[0] # where a path's layers are
+
 def find_nodes(
     model:PreTrainedModel, # with or without a task head
 )->list[Nodes]: # in the order of the forward pass
     "The compiled blocks of a body; `ValueError` naming what does not fit."
     family,body = find_family(model),model.base_model
     modules,found = dict(body.named_modules(remove_duplicate=False)),[]
+    stacks = [_stack(b.path) for b in family.blocks]
     for i,b in enumerate(family.blocks):
-        stack = min(j for j,o in enumerate(family.blocks) if o.path.split('{}')[0]==b.path.split('{}')[0])
         for layer,(numbers,name) in enumerate(_places(b.path, modules)):
-            try: found.append(((stack, numbers, i), _COMPILE[type(b)](b, name, layer, modules[name], body.config)))
-            except AttributeError as e: raise ValueError(f'block {name!r} is not as its family says: {e}') from None
+            order = stacks.index(stacks[i]), numbers, i
+            found.append((order, _compile(b, name, layer, modules[name], body.config)))
     if not found: raise ValueError(f'the body has no blocks at {[o.path for o in family.blocks]}')
     return [o for _,o in sorted(found, key=lambda o: o[0])]
 
@@ -236,17 +281,27 @@ class Place:
 
 def _norms(family:Family, blocks:list[Nodes])->dict[str,tuple[str,int]]: # module -> role and layer
     "The norms that schemes can name."
-    roles = {(b.kind, b.path): (b.norm, 'attention_norm' if isinstance(b, Attention) else 'ffn_norm') for b in family.blocks}
-    def of(o): return roles[o.kind, re.sub(r'\d+', '{}', o.name)]
-    return {f'{o.name}.{of(o)[0]}': (of(o)[1], o.layer) for o in blocks if of(o)[0]}
+    named = {(b.kind, b.path): b for b in family.blocks}
+    def row(o): return named[o.kind, re.sub(r'\d+', '{}', o.name)]
+    def role(b): return 'attention_norm' if isinstance(b, Attention) else 'ffn_norm'
+    pairs = [(o, row(o)) for o in blocks]
+    return {f'{o.name}.{b.norm}': (role(b), o.layer) for o,b in pairs if b.norm}
 
 def _layer_of(name:str, family:Family)->int|None:
     "The number of the layer that a parameter lies in."
-    starts = {re.escape(b.path.split('{}')[0]) for b in family.blocks}
+    starts = {re.escape(_stack(b.path)) for b in family.blocks}
     found = [m for o in starts if (m:=re.match(rf'{o}(\d+)\.', name))]
     return int(found[0][1]) if found else None
 
 # %% ../../nbs/core/00_families.ipynb #ed88dbec
+def _plain_place(name:str, ndim:int, family:Family)->Place:
+    "The place of a parameter without nodes; `ValueError` for a matrix inside a layer."
+    layer = _layer_of(name, family)
+    if layer is not None and ndim>1:
+        raise ValueError(f'parameter {name!r} belongs to 0 parts of the architecture; expected exactly one')
+    role = next((r for r,pattern in family.roles.items() if re.fullmatch(pattern, name)), 'other')
+    return Place((Slice(role),), layer)
+
 def find_places(
     model:PreTrainedModel, # with or without a task head
 )->dict[str,Place]: # for every floating-point tensor of the body's state, in its order
@@ -257,12 +312,7 @@ def find_places(
     def place(name, t):
         if name in owned: return owned[name]
         role,layer = norms.get(name.rpartition('.')[0], (None, None))
-        if role: return Place((Slice(role),), layer)
-        layer = _layer_of(name, family)
-        if layer is not None and t.ndim>1:
-            raise ValueError(f'parameter {name!r} belongs to 0 parts of the architecture; expected exactly one')
-        role = next((r for r,pattern in family.roles.items() if re.fullmatch(pattern, name)), 'other')
-        return Place((Slice(role),), layer)
+        return Place((Slice(role),), layer) if role else _plain_place(name, t.ndim, family)
     return {n: place(n, t) for n,t in model.base_model.state_dict().items() if t.is_floating_point()}
 
 # %% ../../nbs/core/00_families.ipynb #164390cd

@@ -85,13 +85,17 @@ class MaskGradients:
         self.leaves,self.grads,self.used = [],[],False
 
     def _attach(self, k:int, site:Site):
-        if site.side=='output': return site.module.register_forward_hook(lambda m,args,z: self._watch(k, z, m.bias))
-        return site.module.register_forward_pre_hook(lambda m,args: (self._watch(k, args[0]), *args[1:]))
+        def at_output(m, args, z): return self._watch(k, z, m.bias)
+        def at_input(m, args): return self._watch(k, args[0]), *args[1:]
+        if site.side=='output': return site.module.register_forward_hook(at_output)
+        return site.module.register_forward_pre_hook(at_input)
 
 # %% ../../nbs/core/01_nodes.ipynb #3a0d9d8d
+_PASSES = 'two passes through the body have {} and {} rows; one example must be one row'
+
 @patch
 def _watch(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None=None)->Tensor:
-    "Ask for the gradient of `x` at site `k`; the first site, and one below which nothing asks, becomes a leaf."
+    "Ask for the gradient of `x` at site `k`; the first, and one below which nothing asks, becomes a leaf."
     if k==0 or not x.requires_grad:
         x = x.detach().requires_grad_()
         self.leaves,self.used = [*([] if self.used else self.leaves), x],False
@@ -105,8 +109,7 @@ def _add(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None, grad:Tensor):
     if site.columns is not None:
         x,grad,bias = [o if o is None else o[...,site.columns] for o in (x, grad, bias)]
     new = node_gradients(x, grad, site.nodes, bias, self.sums)
-    if old is not None and len(old)!=len(new):
-        raise ValueError(f'two passes through the body have {len(old)} and {len(new)} rows; one example must be one row')
+    if old is not None and len(old)!=len(new): raise ValueError(_PASSES.format(len(old), len(new)))
     self.grads[k] = new if old is None else old+new
 
 # %% ../../nbs/core/01_nodes.ipynb #23a325c1
@@ -127,7 +130,8 @@ def per_example(self:MaskGradients,
 # %% ../../nbs/core/01_nodes.ipynb #881045f6
 def _check_reached(layer:int, g:Tensor|None, n:int):
     "`ValueError` unless a site saw `n` rows, and a gradient reached it."
-    if g is None: raise ValueError(f'no gradient reached layer {layer}: do the losses depend on the whole body?')
+    if g is None:
+        raise ValueError(f'no gradient reached layer {layer}: do the losses depend on the whole body?')
     if len(g)!=n: raise ValueError(f'{n} losses for {len(g)} rows in the body; one example must be one row')
 
 @patch

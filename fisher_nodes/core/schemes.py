@@ -10,7 +10,7 @@ __all__ = ['WHOLE', 'BY_NODE', 'KINDS', 'Scheme', 'PAPER', 'SCHEMES', 'ALIASES',
 from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
-from .families import Place, Slice
+from .families import Slice
 from .fisher import MaskFisher
 
 # %% ../../nbs/core/03_schemes.ipynb #1d5bc072
@@ -76,4 +76,5 @@ def weight_of(
     kind = scheme.get(part.role, scheme.get('ffn_in', 'one') if part.role=='gate' else 'one')
     if kind not in BY_NODE or part.kind in BY_NODE[kind]: return kind
     if not part.kind and part.role in ('attention_output', 'ffn_out'): return 'one' # a bias behind all nodes
-    raise ValueError(f'role {part.role!r} of the scheme is weighted by {kind}, but has nodes of kind {part.kind or None!r}')
+    has = f'has nodes of kind {part.kind or None!r}'
+    raise ValueError(f'role {part.role!r} of the scheme is weighted by {kind}, but {has}')

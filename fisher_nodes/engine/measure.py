@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.families import find_family
-from ..core.fisher import (
-    ESTIMATORS, VARIANTS, MaskFisher, is_regression, list_variants)
+from ..core.fisher import ESTIMATORS, VARIANTS, MaskFisher, is_regression, list_variants
 from .batches import Batch, Batches, is_dataset, make_batches
 from .devices import check_placed, find_device, precision_context, to_device
 from .files import open_saved, read_meta, versions, whole_file
@@ -93,7 +92,7 @@ def describe_data(data:Any)->str:
 def hashing(
     model:PreTrainedModel, # which keeps its weights inside
 )->Iterator[Callable[[],str]]: # a call that waits for it
-    "The fingerprint of a model's body, taken beside other work: by a thread, on a GPU in a stream, of its own."
+    "The fingerprint of a model's body, taken beside other work: by a thread, on a GPU in a stream."
     stream = torch.cuda.Stream(model.device) if model.device.type=='cuda' else None
     if stream: stream.wait_stream(torch.cuda.current_stream(model.device))
     def run():
@@ -119,7 +118,8 @@ def check_known(
     shown:Iterable|None=None, # what the message lists; None is all
 ):
     "`ValueError` listing what exists."
-    if value not in known: raise ValueError(f'`{name}` is {value!r}; expected one of {list(known if shown is None else shown)}')
+    listed = list(known if shown is None else shown)
+    if value not in known: raise ValueError(f'`{name}` is {value!r}; expected one of {listed}')
 
 def check_choices(
     model:PreTrainedModel,
@@ -134,7 +134,8 @@ def check_choices(
     check_known('labels', labels, ESTIMATORS)
     check_known('matrices', matrices, MATRICES)
     if VARIANTS[variant].diagonal and (labels!='empirical' or matrices):
-        raise ValueError(f'the released code knows true labels and diagonals only, not {labels=}, {matrices=}')
+        given = f'{labels=}, {matrices=}'
+        raise ValueError(f'the released code knows true labels and diagonals only, not {given}')
     if labels!='empirical' and (loss is not None or is_regression(model)):
         raise ValueError(f'{labels=} needs the built-in loss of a classification head')
 
@@ -182,6 +183,42 @@ def _noted(about:Statistic, **choices)->dict[str,Any]:
     found = {k: choices[k] for k in ('variant', 'one_at_a_time') if k in about.takes}
     return found | (dict(estimator=choices['labels']) if 'labels' in about.takes else {})
 
+_OF_COLLECTORS = ('variant', 'matrices', 'one_at_a_time') # choices that a collector may take
+
+def _collect(about:Statistic, model:PreTrainedModel, choices:dict[str,Any])->Collector:
+    "The collector of a statistic, with those choices that it takes."
+    taken = signature(about.collect).parameters
+    return about.collect(model, **{k: choices[k] for k in _OF_COLLECTORS if k in taken})
+
+@contextmanager
+def _ready(about:Statistic, model:PreTrainedModel, choices:dict[str,Any], device, precision)->Iterator[tuple]:
+    "A frozen model, a collector that watches it, and the fingerprint of its weights, on the way."
+    with (torch.inference_mode(False), torch.set_grad_enabled('labels' in about.takes),
+          frozen_eval(model, device), precision, hashing(model) as weight_hash,
+          _collect(about, model, choices) as collector):
+        yield collector, weight_hash
+
+def _read(about:Statistic, collector:Collector, model:PreTrainedModel, data, choices, run)->Batches:
+    "The batches of a run."
+    read = {k: choices[k] for k in ('variant', 'labels', 'loss')}
+    asked = {k: run[k] for k in ('num_samples', 'seed', 'tokenizer', 'max_length')}
+    tokens = _budget(collector, model, run['batch_tokens'])
+    return statistic_batches(about, model, data, batch_tokens=tokens, **read, **asked)
+
+# %% ../../nbs/engine/09_measure.ipynb #b0ad5fdb
+def _measure(about:Statistic, model:PreTrainedModel, data, choices:dict[str,Any], run:dict[str,Any])->Any:
+    "Run a model that was checked over the data, and say where the result comes from."
+    where = find_device(run['device'] or model.device)
+    precision = precision_context(run['precision'], model, where)
+    with _ready(about, model, choices, run['device'], precision) as (collector, weight_hash):
+        batches = _read(about, collector, model, data, choices, run)
+        work = partial(_accumulate, model, collector, choices['labels'], choices['loss'], run['seed'])
+        n = spread(work, batches, collector.sums, about.what, run['progress'])
+        fields = collector.fields(n, model.dtype)
+        meta = describe_run(model, data, weight_hash(), num_examples=n, seed=run['seed'],
+            precision=run['precision'], device=where.type, **_noted(about, **choices))
+    return about.kind(**fields, num_examples=n, meta=meta)
+
 def measure(
     name:str, # of a statistic, a key of `STATISTICS`
     model:PreTrainedModel|str|Path, # fine-tuned, or its folder or Hub id; comes back as it was
@@ -196,24 +233,11 @@ def measure(
 )->Any: # of the statistic's own class
     "Measure a statistic of a model on data; `ValueError` for bad input, before long work."
     about,run = STATISTICS[name],run_options(**kwargs)
-    model,tokenizer = resolve_model(model, run['tokenizer'])
+    model,run['tokenizer'] = resolve_model(model, run['tokenizer'])
     check_choices(model, variant, labels, matrices, loss)
     check_placed(model, run['device'])
-    where = find_device(run['device'] or model.device)
-    context = precision_context(run['precision'], model, where)
-    own = dict(variant=variant, matrices=matrices, one_at_a_time=one_at_a_time)
-    collect = partial(about.collect, model, **{k: v for k,v in own.items() if k in signature(about.collect).parameters})
-    read = dict(labels=labels, loss=loss, seed=run['seed'])
-    with (torch.inference_mode(False), torch.set_grad_enabled('labels' in about.takes), frozen_eval(model, run['device']),
-          context, hashing(model) as weight_hash, collect() as collector):
-        batches = statistic_batches(about, model, data, variant=variant, num_samples=run['num_samples'],
-            batch_tokens=_budget(collector, model, run['batch_tokens']), tokenizer=tokenizer, max_length=run['max_length'], **read)
-        work = partial(_accumulate, model, collector, labels, loss, run['seed'])
-        n = spread(work, batches, collector.sums, about.what, run['progress'])
-        fields = collector.fields(n, model.dtype)
-        meta = describe_run(model, data, weight_hash(), num_examples=n, seed=run['seed'], precision=run['precision'],
-                            device=where.type, **_noted(about, labels=labels, **own))
-    return about.kind(**fields, num_examples=n, meta=meta)
+    choices = dict(variant=variant, labels=labels, loss=loss, matrices=matrices, one_at_a_time=one_at_a_time)
+    return _measure(about, model, data, choices, run)
 
 # %% ../../nbs/engine/09_measure.ipynb #1de444a2
 @together
@@ -228,8 +252,9 @@ def mask_fisher(
     matrices:str|None=None, # also Equation 3 within a layer, of 'heads' or of 'all'
     **kwargs,
 )->MaskFisher:
-    "Fisher information of every head and FFN row (Equation 4); `ValueError` for bad input, before long work."
-    return measure('mask-fisher', model, data, variant=variant, labels=labels, loss=loss, matrices=matrices, **kwargs)
+    "Fisher information of every head and neuron (Equation 4); `ValueError` for bad input, before long work."
+    choices = dict(variant=variant, labels=labels, loss=loss, matrices=matrices)
+    return measure('mask-fisher', model, data, **choices, **kwargs)
 
 @together
 @delegates(run_options)
@@ -243,7 +268,8 @@ def parameter_fisher(
     **kwargs,
 )->ParameterFisher:
     "Fisher information of every parameter of the body; `ValueError` for bad input, before long work."
-    return measure('full-fisher', model, data, labels=labels, loss=loss, one_at_a_time=one_at_a_time, **kwargs)
+    choices = dict(labels=labels, loss=loss, one_at_a_time=one_at_a_time)
+    return measure('full-fisher', model, data, **choices, **kwargs)
 
 @together
 @delegates(run_options)
@@ -263,7 +289,8 @@ def save(self:MaskFisher|ParameterStatistic,
     "Write one safetensors file, metadata included; it appears whole or not at all."
     if not is_main(): return
     tensors = {k: v.contiguous().clone() for k,v in self.tensors().items()}
-    about = dict(format='pt', kind=type(self).__name__, num_examples=str(self.num_examples), meta=json.dumps(self.meta))
+    about = dict(format='pt', kind=type(self).__name__, num_examples=str(self.num_examples))
+    about['meta'] = json.dumps(self.meta)
     with whole_file(path) as part: save_file(tensors, part, about)
 
 # %% ../../nbs/engine/09_measure.ipynb #33ea5d80
@@ -273,8 +300,8 @@ def read_about(
 )->dict[str,Any]: # `num_examples` and `meta`
     "What a file says beside its numbers; `ValueError` for a file that is something else."
     with open_saved(path, kind.__name__) as f: about = f.metadata() or {}
-    meta,old = read_meta(path, about, kind.__name__),'MaskFisher' if kind is MaskFisher else 'unknown' # 0.1 named no kind of masks
-    found = about.get('kind', old)
+    meta = read_meta(path, about, kind.__name__)
+    found = about.get('kind', 'MaskFisher' if kind is MaskFisher else 'unknown') # 0.1 named no kind of masks
     if found!=kind.__name__: raise ValueError(f'{path} is not a saved {kind.__name__}; its kind is {found}')
     return meta
 

@@ -30,20 +30,19 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from ..core.families import find_nodes
-from ..engine.fingerprints import hash_weights
-from ..engine.models import model_name
-from ..engine.batches import Batch, check_num_samples, collate, plan_lengths
-from ..tasks.evaluation import predict
 from ..core.fisher import per_example_loss
+from ..engine.batches import Batch, check_num_samples, collate, plan_lengths
 from ..engine.devices import find_device, precision_context, to_device
-from ..engine.losses import model_logits
-from ..engine.measure import describe_run, statistic_batches, mask_fisher
-from ..engine.measure import linear_grams
-from ..methods.method import STATISTICS
-from ..engine.guard import frozen_eval
-from ..engine.memory import batch_budget, padded_tokens
 from ..engine.files import write_record
-from ..engine.measure import parameter_fisher
+from ..engine.fingerprints import hash_weights
+from ..engine.guard import frozen_eval
+from ..engine.losses import model_logits
+from ..engine.measure import (
+    describe_run, linear_grams, mask_fisher, parameter_fisher, statistic_batches)
+from ..engine.memory import batch_budget, padded_tokens
+from ..engine.models import model_name
+from ..methods.method import STATISTICS
+from ..tasks.evaluation import predict
 
 # %% ../../nbs/experiment/05_bench.ipynb #02f3bbe0
 @contextmanager
@@ -102,7 +101,8 @@ def on_device(batches, device)->list[Batch]:
 
 def make_ready(model, data, **kwargs)->list[Batch]:
     "The batches of a Fisher, on the model's device."
-    return on_device(statistic_batches(STATISTICS['mask-fisher'], model, data, **kwargs).batches, model.device)
+    found = statistic_batches(STATISTICS['mask-fisher'], model, data, **kwargs)
+    return on_device(found.batches, model.device)
 
 def ready_floor(model, data, precision=None, **kwargs)->Callable:
     "The bare pass over batches that are ready."
@@ -118,7 +118,8 @@ def no_model(model, data, precision=None, **kwargs)->Callable:
 def only_batches(model, data, precision=None, **kwargs)->Callable:
     "The batches of a Fisher, one after the other, where they are made."
     about = STATISTICS['mask-fisher']
-    return lambda: list(statistic_batches(about, model, data, batch_tokens=batch_budget(model), **kwargs).batches)
+    def made(): return statistic_batches(about, model, data, batch_tokens=batch_budget(model), **kwargs)
+    return lambda: list(made().batches)
 
 def ready_call(function, **given)->Callable:
     "A function of model and data that needs no preparation."
@@ -231,6 +232,20 @@ def describe_machine(device:torch.device)->dict[str,Any]:
     return dict(device=device.type, threads=torch.get_num_threads(), machine_name=gpu)
 
 # %% ../../nbs/experiment/05_bench.ipynb #6a2c0edf
+def _check_steps(steps:Sequence[str]|None)->list[str]:
+    "Names of steps; `ValueError` for one that is not timed on rows."
+    names = list(steps or ROW_STEPS)
+    unknown = [o for o in names if o not in ROW_STEPS]
+    if not unknown: return names
+    raise ValueError(f'unknown step {unknown[0]!r}; expected some of {list(ROW_STEPS)}')
+
+def _row_entries(seconds:Mapping[str,Sequence[float]], flops:int)->list[dict[str,Any]]:
+    "What was found of every step, and operations per second where they are those of one pass."
+    found = [step_entry(k, v, floor_share=floor_share(seconds, k)) for k,v in seconds.items()]
+    for o in found:
+        if o['what'] in PAIR: o['flops_per_second'] = flops/o['seconds']
+    return found
+
 def bench(
     model:PreTrainedModel, # with a task head
     data:Any, # a `datasets.Dataset` of training rows
@@ -244,9 +259,7 @@ def bench(
     **kwargs, # `tokenizer` and `max_length`
 )->dict[str,Any]: # `steps`, one entry each, and what they ran on
     "Seconds of the Fisher step in several ways on the same rows."
-    names, where = list(steps or ROW_STEPS), find_device(device or model.device)
-    if unknown := [o for o in names if o not in ROW_STEPS]:
-        raise ValueError(f'unknown step {unknown[0]!r}; expected some of {list(ROW_STEPS)}')
+    where, names = find_device(device or model.device), _check_steps(steps)
     precision_context(precision, model, where)
     how = dict(num_samples=num_samples, seed=seed, **kwargs)
     with frozen_eval(model, where):
@@ -255,12 +268,10 @@ def bench(
         seconds, peak = take_turns(calls, rounds, where), peak_flops(where, precision)
     lengths = true_lengths(batches)
     flops = pass_flops(model, lengths)
-    found = [step_entry(k, v, floor_share=floor_share(seconds, k)) for k,v in seconds.items()]
-    for o in found:
-        if o['what'] in PAIR: o['flops_per_second'] = flops/o['seconds']
-    return dict(steps=found, model=model_name(model), num_examples=len(lengths), batch_tokens=budget,
-        precision=precision, dtype=str(model.dtype), peak_flops_per_second=peak, tokens=sum(lengths),
-        padded_tokens=sum(map(padded_tokens, batches)), flops=flops, **describe_machine(where))
+    return dict(steps=_row_entries(seconds, flops), model=model_name(model), num_examples=len(lengths),
+        batch_tokens=budget, precision=precision, dtype=str(model.dtype), peak_flops_per_second=peak,
+        tokens=sum(lengths), padded_tokens=sum(map(padded_tokens, batches)), flops=flops,
+        **describe_machine(where))
 
 # %% ../../nbs/experiment/05_bench.ipynb #9d39286b
 SHAPES = dict(toy=(16, 2, 4), small=(256, 4, 4), minilm=(384, 6, 12))
@@ -308,6 +319,16 @@ def shape_batches(model, lengths:Sequence[int], examples:str=BY_LENGTH, batch_to
 def as_inputs(batches): return [o.inputs for o in batches]
 
 # %% ../../nbs/experiment/05_bench.ipynb #f26f36f6
+def _shape_entry(model, name:str, seconds:Mapping, lengths, batches, **about)->dict[str,Any]:
+    "What was found of one step on random rows."
+    n, flops = len(lengths), STEPS[name].flops
+    o = step_entry(name, seconds[name], num_examples=n, mean_length=sum(lengths)/n, **about)
+    o['padded_tokens'] = sum(map(padded_tokens, batches))
+    o['examples_per_second'] = n/o['seconds']
+    if flops: o['flops_per_second'] = flops(model, lengths)/o['seconds']
+    if flops is pass_flops and 'floor' in seconds: o['floor_share'] = floor_share(seconds, name)
+    return o
+
 def time_shape(
     model:PreTrainedModel, # on the device to time
     lengths:Sequence[int], # tokens of every example
@@ -320,17 +341,11 @@ def time_shape(
     about |= dict(layers=len(layer_sizes(model)), precision=precision, batch_tokens=tokens)
     used = {k: lengths[::STEPS[k].share] for k in steps}
     ready = {k: shape_batches(model, o, STEPS[k].examples, tokens) for k,o in used.items()}
-    def given(k): return Dataset.from_dict(random_columns(used[k])) if STEPS[k].rows else as_inputs(ready[k])
+    def given(k):
+        return Dataset.from_dict(random_columns(used[k])) if STEPS[k].rows else as_inputs(ready[k])
     calls = {k: STEPS[k].ready(model, given(k), precision=precision) for k in steps}
     seconds = take_turns(calls, rounds, model.device)
-    def one(k, n, flops):
-        o = step_entry(k, seconds[k], num_examples=n, mean_length=sum(used[k])/n, **about)
-        o['padded_tokens'] = sum(map(padded_tokens, ready[k]))
-        o['examples_per_second'] = n/o['seconds']
-        if flops: o['flops_per_second'] = flops(model, used[k])/o['seconds']
-        if flops is pass_flops and 'floor' in seconds: o['floor_share'] = floor_share(seconds, k)
-        return o
-    return [one(k, len(used[k]), STEPS[k].flops) for k in steps]
+    return [_shape_entry(model, k, seconds, used[k], ready[k], **about) for k in steps]
 
 # %% ../../nbs/experiment/05_bench.ipynb #bba8d226
 def fisher_error(model, lengths:Sequence[int], precision:str)->float:
@@ -385,12 +400,10 @@ def summary(found:dict[str,Any])->str:
         of_floor=rows.floor_share, of_peak=rows.flops_per_second/rows.peak_flops_per_second)
     return shown.to_string(na_rep='', float_format='{:.3f}'.format)
 
-def run_bench_shapes(
-    argv:Sequence[str]|None=None, # words after the program's name; None: from the shell
-):
-    "Time a shape and write JSON."
+def _shape_options(argv:Sequence[str]|None)->argparse.Namespace:
+    "What the shell asks for."
     parser = argparse.ArgumentParser(
-        'python -m fisher_nodes.experiment.bench', description=run_bench_shapes.__doc__)
+        'python -m fisher_nodes.experiment.bench', description='Time a shape and write JSON.')
     def add(name, says, **kwargs): parser.add_argument(name, help=says, **kwargs)
     add('--shape', 'bert-large on a GPU, small elsewhere', choices=SHAPES)
     add('--device', 'cpu, cuda, cuda:1, … (cpu)', default='cpu')
@@ -398,16 +411,26 @@ def run_bench_shapes(
     add('--rounds', 'how often to time each step (3)', type=int, default=3)
     add('--compiled', 'time compiled layers too (on a GPU)', action=argparse.BooleanOptionalAction)
     add('--out', 'JSON file to write', required=True)
-    o = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+def _time_compiled(shape:str, device, rounds:int, steps:Sequence[Mapping])->list[dict[str,Any]]:
+    "Compiled layers, with the examples and the precision of earlier steps."
+    lengths = random_lengths(steps[0]['num_examples'])
+    how = dict(precision=steps[-1]['precision'], rounds=rounds, varies='compiled')
+    return time_shape(random_model(shape, device), lengths, COMPILED, **how)
+
+def run_bench_shapes(
+    argv:Sequence[str]|None=None, # words after the program's name; None: from the shell
+):
+    "Time a shape and write JSON."
+    o = _shape_options(argv)
     gpu, out = o.device.startswith('cuda'), Path(o.out)
     shape = o.shape or ('bert-large' if gpu else 'small')
     found = bench_shapes(shape, o.device, o.num_samples, o.rounds)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_record(out, **found)
     if gpu if o.compiled is None else o.compiled:
-        model, n = random_model(shape, o.device), found['steps'][0]['num_examples']
-        how = dict(precision=found['steps'][-1]['precision'], rounds=o.rounds, varies='compiled')
-        found['steps'] += time_shape(model, random_lengths(n), COMPILED, **how)
+        found['steps'] += _time_compiled(shape, o.device, o.rounds, found['steps'])
         write_record(out, **found)
     print(summary(found))
 

@@ -214,15 +214,15 @@ def finetune_glue(
     "Fine-tune one checkpoint per GLUE task, or keep the ones that are there."
     out, tasks = Path(out), check_tasks(tasks)
     check_recipe(1 if epochs is None else epochs, learning_rate, batch_size)
-    same = dict(learning_rate=learning_rate, batch_size=batch_size, num_layers=num_layers)
-    same |= dict(precision=precision, seed=seed)
+    same = dict(learning_rate=learning_rate, batch_size=batch_size, num_layers=num_layers,
+        precision=precision, seed=seed)
     data, wanted, done = _plan(base, out, tasks, same | dict(num_samples=num_samples, epochs=epochs))
     todo = sorted((o for o in tasks if o not in done), key=lambda o: RECIPES[o].start is not None)
     validation = {task: load_task(f'glue:{task}', 'validation')[0] for task in todo}
+    same |= dict(num_samples=num_samples, device=device, progress=progress)
     for task in tqdm(todo, desc='fine-tune', unit='task', disable=not progress):
-        start, epochs = RECIPES[task].start, wanted[task]['epochs']
+        start = RECIPES[task].start
         finetune(out/start if start else base, data[task], task, out=out/task,
-            validation=validation[task], epochs=epochs, num_samples=num_samples,
-            device=device, progress=progress, **same)
+            validation=validation[task], epochs=wanted[task]['epochs'], **same)
         done[task] = json.loads((out/task/TRAINED).read_text())
     return {task: done[task] for task in tasks}

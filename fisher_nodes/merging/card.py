@@ -12,13 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig
 from yaml import YAMLError
 from ..engine.files import RECIPE
-from ..engine.models import find_file, hub_commit
+from ..engine.models import find_file
 from .recipe import unnamed
 
 # %% ../../nbs/merging/03_card.ipynb #6516739d
@@ -36,7 +35,8 @@ def read_card(
     path = find_file(config, 'README.md')
     if path is None: return None
     try: data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, TypeError, AttributeError, YAMLError) as e: return dict(error=' '.join(str(e).split())[:100])
+    except (ValueError, TypeError, AttributeError, YAMLError) as e:
+        return dict(error=' '.join(str(e).split())[:100])
     return {k: _plain(data[k]) for k in (*LICENSE, 'language', 'datasets') if data.get(k)}
 
 # %% ../../nbs/merging/03_card.ipynb #970552f7
@@ -45,21 +45,23 @@ def agreed_license(
 )->dict[str,str]: # metadata fields
     "The licence that all sources state, or `other` and why."
     stated = [tuple((o or {}).get(k) for k in LICENSE) for o in cards]
-    if all(o[0] for o in stated) and len(set(map(str, stated)))==1:
-        return {k: v for k,v in zip(LICENSE, stated[0]) if v}
-    return dict(license='other', license_name=DIFFER if all(o[0] for o in stated) else UNSTATED)
+    if not all(o[0] for o in stated): return dict(license='other', license_name=UNSTATED)
+    if len(set(map(str, stated)))!=1: return dict(license='other', license_name=DIFFER)
+    return {k: v for k,v in zip(LICENSE, stated[0]) if v}
 
 # %% ../../nbs/merging/03_card.ipynb #a54a2337
 MODULES = ('Transformer', 'Pooling', 'Normalize')
 
 def _module_files(modules:Any)->Iterator[str]:
     "The files of a `modules.json`; `ValueError` for what a merge cannot keep."
-    if not isinstance(modules, list) or not modules: raise ValueError('modules.json is not a list of modules')
+    if not isinstance(modules, list) or not modules:
+        raise ValueError('modules.json is not a list of modules')
     for i,o in enumerate(modules):
         kind,path = str(o.get('type')),str(o.get('path'))
         if not (kind.startswith('sentence_transformers.') and kind.split('.')[-1] in MODULES):
             raise ValueError(f'module {kind} has weights or code of its own')
-        if not re.fullmatch('' if i==0 else r'[0-9]+_[A-Za-z]+', path): raise ValueError(f'module {kind} is in {path!r}')
+        place = '' if i==0 else r'[0-9]+_[A-Za-z]+'
+        if not re.fullmatch(place, path): raise ValueError(f'module {kind} is in {path!r}')
         yield f'{path}/config.json' if path else 'sentence_bert_config.json'
 
 def read_modules(
@@ -72,6 +74,7 @@ def read_modules(
     found |= {o: find_file(config, o) for o in ('config_sentence_transformers.json', *names)}
     return {k: json.loads(o.read_text()) for k,o in found.items() if o is not None}
 
+# %% ../../nbs/merging/03_card.ipynb #9d43beee
 def agreed_modules(
     configs:Mapping[str,PretrainedConfig], # task -> config of its source
 )->dict[str,Any]|None: # `files`, or `why` there are none; None if no source has any
@@ -80,32 +83,45 @@ def agreed_modules(
     except (ValueError, AttributeError) as e: return dict(why=str(e))
     if not found: return None
     first,*others = found.values()
-    return dict(files=first) if all(o==first for o in others) else dict(why=f'the files of {list(found)} differ')
+    if all(o==first for o in others): return dict(files=first)
+    return dict(why=f'the files of {list(found)} differ')
 
 # %% ../../nbs/merging/03_card.ipynb #652c660d
+def _all_finite(metrics:Any)->bool:
+    "Whether it is a finite number for each metric, of at least one."
+    if not isinstance(metrics, Mapping) or not metrics: return False
+    return all(isinstance(v, Real) and abs(v)<float('inf') for v in metrics.values())
+
 def check_scores(
     scores:Any, # task -> metric -> number
     tasks:Sequence[str], # that may occur
 )->dict[str,dict[str,float]]:
     "The scores as plain numbers; `ValueError` for anything else."
-    if not isinstance(scores, Mapping) or not scores: raise ValueError(f'`scores` must be a mapping from task to metrics, got {scores!r}')
+    if not isinstance(scores, Mapping) or not scores:
+        raise ValueError(f'`scores` must be a mapping from task to metrics, got {scores!r}')
     for t,o in scores.items():
-        if t not in tasks: raise ValueError(f'`scores` has {t!r}, which is not among the tasks {list(tasks)}')
-        bad = not isinstance(o, Mapping) or not o or [k for k,v in o.items() if not (isinstance(v, Real) and abs(v)<float('inf'))]
-        if bad: raise ValueError(f'`scores` of {t!r} must be a finite number for each metric, got {o!r}')
+        if t not in tasks:
+            raise ValueError(f'`scores` has {t!r}, which is not among the tasks {list(tasks)}')
+        if not _all_finite(o):
+            raise ValueError(f'`scores` of {t!r} must be a finite number for each metric, got {o!r}')
     return {t: {str(k): float(v) for k,v in o.items()} for t,o in scores.items()}
+
+# %% ../../nbs/merging/03_card.ipynb #9d8d904a
+def _dataset_fields(task:str, spec:Any)->dict[str,str]:
+    "What metadata say of the data set of a task."
+    if not str(spec).startswith('glue:'): return dict(dataset_type=task, dataset_name=task)
+    name = spec.removeprefix('glue:')
+    return dict(dataset_type='nyu-mll/glue', dataset_name=f'GLUE {name}', dataset_config=name)
 
 def eval_results(
     report:Mapping[str,Any], # with `scores`
     recipe:Mapping[str,Any]|None, # knows which tasks are of GLUE
 )->list[EvalResult]:
     "Scores as the metadata of a model card holds them."
-    data,out = (recipe or {}).get('data') or {},[]
-    for task,metrics in report.get('scores', {}).items():
-        name = (data.get(task) or '').removeprefix('glue:') if str(data.get(task)).startswith('glue:') else None
-        about = dict(dataset_type='nyu-mll/glue', dataset_name=f'GLUE {name}', dataset_config=name) if name else dict(dataset_type=task, dataset_name=task)
-        out += [EvalResult(task_type='text-classification', metric_type=k, metric_value=v, **about) for k,v in metrics.items()]
-    return out
+    data = (recipe or {}).get('data') or {}
+    found = [(t, k, v) for t,o in report.get('scores', {}).items() for k,v in o.items()]
+    return [EvalResult(task_type='text-classification', metric_type=k, metric_value=v,
+                       **_dataset_fields(t, data.get(t))) for t,k,v in found]
 
 # %% ../../nbs/merging/03_card.ipynb #0dcc7529
 @dataclass(frozen=True)
@@ -120,12 +136,31 @@ def origins(
     report:Mapping[str,Any],
 )->list[Origin]:
     "Everything that the weights come from."
-    found = report['tasks'] | ({'base': dict(report['base_source'], model=report['base'])} if report.get('base_source') else {})
+    base = report.get('base_source')
+    found = report['tasks'] | ({'base': dict(base, model=report['base'])} if base else {})
     return [Origin(t, o['model'], bool(o.get('hub')), o.get('card')) for t,o in found.items()]
 
+# %% ../../nbs/merging/03_card.ipynb #c767a1d9
 def _union(values)->list[str]|None:
     "All words of several words and lists, each once."
-    return list(dict.fromkeys(w for o in values for w in ([o] if isinstance(o, str) else o or []))) or None
+    lists = [[o] if isinstance(o, str) else o or [] for o in values]
+    return list(dict.fromkeys(w for o in lists for w in o)) or None
+
+def _languages(cards:Sequence[Mapping|None])->list[str]|None:
+    "The languages that all cards state alike."
+    found = [sorted(_union([(c or {}).get('language')]) or []) for c in cards]
+    return (found[0] or None) if all(o==found[0] for o in found) else None
+
+def _datasets(cards:Sequence[Mapping|None], recipe:Mapping|None)->list[str]|None:
+    "The data sets that cards state, and GLUE if statistics were measured on it."
+    specs = ((recipe or {}).get('data') or {}).values()
+    glue = any(str(o).startswith('glue:') for o in specs)
+    return _union([*[(c or {}).get('datasets') for c in cards], ['nyu-mll/glue']*glue])
+
+def _tags(report:Mapping[str,Any])->list[str]:
+    "What the model is found by."
+    sentences = 'files' in (report.get('sentence_transformers') or {})
+    return ['merge', 'fisher-mask-nodes', report['method'], *['sentence-transformers']*sentences]
 
 def card_data(
     report:Mapping[str,Any],
@@ -135,12 +170,11 @@ def card_data(
 )->ModelCardData:
     "The metadata of a merged model."
     cards = [o.card for o in origins(report)]
-    languages = [sorted(_union([(c or {}).get('language')]) or []) for c in cards]
-    glue = ['nyu-mll/glue']*any(str(o).startswith('glue:') for o in ((recipe or {}).get('data') or {}).values())
     ids,scores = _union(o.model for o in origins(report) if o.hub),eval_results(report, recipe)
-    return ModelCardData(base_model=ids, base_model_relation='merge' if ids else None, library_name='transformers', pipeline_tag=pipeline,
-        tags=['merge', 'fisher-mask-nodes', report['method'], *['sentence-transformers']*('files' in (report.get('sentence_transformers') or {}))],
-        datasets=_union([*[(c or {}).get('datasets') for c in cards], glue]), language=languages[0] if all(o==languages[0] for o in languages) and languages[0] else None,
+    return ModelCardData(
+        base_model=ids, base_model_relation='merge' if ids else None,
+        library_name='transformers', pipeline_tag=pipeline, tags=_tags(report),
+        datasets=_datasets(cards, recipe), language=_languages(cards),
         model_name=name if scores else None, eval_results=scores or None, **agreed_license(cards))
 
 # %% ../../nbs/merging/03_card.ipynb #4bfea0bf
@@ -156,18 +190,23 @@ def _license_words(o:Origin)->str:
     "What a source states of its licence."
     card = o.card or {}
     said = ' '.join(str(card[k]) for k in LICENSE if card.get(k))
-    return said or ('not stated: it has no model card' if o.card is None else f'not stated{": its card cannot be read"*("error" in card)}')
+    if said: return said
+    if o.card is None: return 'not stated: it has no model card'
+    return 'not stated' + ': its card cannot be read'*('error' in card)
 
 def _weighting(report:Mapping[str,Any])->list[tuple[str,str,int]]:
     "For each kind of weight: its roles and how many numbers they have."
-    kinds = dict.fromkeys(o['weight'] for o in report['roles'].values())
-    roles = {k: [r for r,o in report['roles'].items() if o['weight']==k] for k in kinds}
-    return [('nothing: plain average' if k=='one' else k, ', '.join(rs), sum(report['roles'][r]['elements'] for r in rs)) for k,rs in roles.items()]
+    out = {}
+    for role,o in report['roles'].items():
+        roles,count = out.get(o['weight'], ([], 0))
+        out[o['weight']] = [*roles, role],count+o['elements']
+    words = dict(one='nothing: plain average')
+    return [(words.get(k, k), ', '.join(roles), count) for k,(roles,count) in out.items()]
 
 def _task_rows(report:Mapping[str,Any])->list[tuple]:
     "For each task: model, λ, examples, scores."
-    scores = lambda t: ', '.join(f'{k} {v:.4g}' for k,v in report.get('scores', {}).get(t, {}).items())
-    count = lambda o: (o['fisher'] or {}).get('num_examples', '')
+    def scores(t): return ', '.join(f'{k} {v:.4g}' for k,v in report.get('scores', {}).get(t, {}).items())
+    def count(o): return (o['fisher'] or {}).get('num_examples', '')
     return [(t, o['model'], f'{o["weight"]:g}', count(o), scores(t)) for t,o in report['tasks'].items()]
 
 # %% ../../nbs/merging/03_card.ipynb #2bb2e8b0
@@ -179,7 +218,8 @@ One Transformer body for {n} tasks, merged with [fisher_nodes](https://github.co
 {load}
 ```
 
-`Merged.from_pretrained({where})` of fisher_nodes loads all tasks on one body; `logits(**batch)` answers them in one pass.
+`Merged.from_pretrained({where})` of fisher_nodes loads all tasks on one body; \
+`logits(**batch)` answers them in one pass.
 
 ## What was merged
 
@@ -205,14 +245,17 @@ One Transformer body for {n} tasks, merged with [fisher_nodes](https://github.co
 def _settings(report:Mapping[str,Any])->list[tuple[str,Any]]:
     "Method, seed and options, in words."
     options = {k: v for k,v in report['options'].items() if k not in ('scheme', 'variant')}
-    found = [('method', report['method']), ('variant', report['options'].get('variant')), ('seed', report['seed']), ('base', report['base']),
-             *options.items(), *((f'version of {k}', v) for k,v in report['versions'].items())]
-    return [o for o in found if o[1] is not None]
+    found = dict(method=report['method'], variant=report['options'].get('variant'))
+    found |= {k: report[k] for k in ('seed', 'base')}
+    versions = [(f'version of {k}', v) for k,v in report['versions'].items()]
+    return [o for o in (*found.items(), *options.items(), *versions) if o[1] is not None]
 
 def _notes(report:Mapping[str,Any])->str:
     "What else a user should know."
     zero,st = report['zero_fisher'],report.get('sentence_transformers') or {}
-    out = [f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.']*any(zero.values())
+    out = []
+    if any(zero.values()):
+        out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
     if 'files' in st: out.append('The body also loads with `SentenceTransformer`.')
     if 'why' in st: out.append(f'The files of sentence-transformers were not kept: {st["why"]}.')
     return '\n'.join(out)
@@ -220,16 +263,35 @@ def _notes(report:Mapping[str,Any])->str:
 # %% ../../nbs/merging/03_card.ipynb #b9244937
 def _loading(where:str, task:str, auto:str, tokenizer:bool)->str:
     "Three lines of Python."
-    words = f'AutoTokenizer.from_pretrained({json.dumps(where, ensure_ascii=False)})'
-    return '\n'.join([f'from transformers import {auto}' + ', AutoTokenizer'*tokenizer,
-                      f'model = {auto}.from_pretrained({json.dumps(where, ensure_ascii=False)}, subfolder="{task}")', *[f'tokenizer = {words}']*tokenizer])
+    place = json.dumps(where, ensure_ascii=False)
+    lines = [f'from transformers import {auto}' + ', AutoTokenizer'*tokenizer,
+             f'model = {auto}.from_pretrained({place}, subfolder="{task}")']
+    if tokenizer: lines.append(f'tokenizer = AutoTokenizer.from_pretrained({place})')
+    return '\n'.join(lines)
 
+# %% ../../nbs/merging/03_card.ipynb #a5ca5911
 def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool)->str:
     "Whether and how the merge can be made again."
     if recipe is None: return 'No recipe was recorded.'
-    if gone := unnamed(recipe): return f'`{RECIPE}` has no name for {", ".join(gone)}; with these it would be\n`fisher-nodes merge {RECIPE} --out DIR`.'
+    command,gone = f'`fisher-nodes merge {RECIPE} --out DIR`',', '.join(unnamed(recipe))
+    if gone: return f'`{RECIPE}` has no name for {gone}; with these it would be\n{command}.'
     change = '\nThe weights were changed after merging; the recipe repeats the merge, not the change.'
-    return f'`fisher-nodes merge {RECIPE} --out DIR`' + change*changed
+    return command + change*changed
+
+# %% ../../nbs/merging/03_card.ipynb #d136b85d
+_SAME = 'All sources state the same licence.'
+_UNLIKE = 'The sources do not all state the same licence. Look at each before using this model.'
+_PIPELINES = dict( # class of transformers -> what the Hub calls its use
+    AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction')
+
+def _tables(report:Mapping[str,Any])->dict[str,str]:
+    "The tables of a card, by their places in the text."
+    licences = [(o.role, o.model, _license_words(o)) for o in origins(report)]
+    return dict(
+        tasks=table(['task', 'model', 'λ', 'examples', 'scores'], _task_rows(report)),
+        how=table(['setting', 'value'], _settings(report)),
+        weights=table(['weighted by the Fisher of', 'parameters', 'numbers'], _weighting(report)),
+        licences=table(['source', 'model', 'licence'], licences))
 
 def model_card(
     report:Mapping[str,Any], # of a `Merged`
@@ -240,13 +302,12 @@ def model_card(
     changed:bool=False, # whether the weights were changed after merging
 )->ModelCard:
     "The model card of a merged model."
-    tasks,sources = list(report['tasks']),origins(report)
-    one = agreed_license([o.card for o in sources]).get('license_name') not in (DIFFER, UNSTATED)
-    words = dict(title=f'Merged: {", ".join(tasks)}', n=len(tasks), load=_loading(where, tasks[0], auto, tokenizer), where=json.dumps(where, ensure_ascii=False),
-        tasks=table(['task', 'model', 'λ', 'examples', 'scores'], _task_rows(report)), how=table(['setting', 'value'], _settings(report)),
-        weights=table(['weighted by the Fisher of', 'parameters', 'numbers'], _weighting(report)), notes=_notes(report),
-        licence='All sources state the same licence.' if one else 'The sources do not all state the same licence. Look at each before using this model.',
-        licences=table(['source', 'model', 'licence'], [(o.role, o.model, _license_words(o)) for o in sources]), repeat=_repeat_words(recipe, changed))
-    pipeline = dict(AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction').get(auto)
-    data = card_data(report, recipe, where.split('/')[-1], pipeline)
-    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{_CARD.format(**words)}')
+    tasks = list(report['tasks'])
+    licence = agreed_license([o.card for o in origins(report)]).get('license_name')
+    words = dict(
+        title=f'Merged: {", ".join(tasks)}', n=len(tasks), where=json.dumps(where, ensure_ascii=False),
+        load=_loading(where, tasks[0], auto, tokenizer), notes=_notes(report),
+        licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME, repeat=_repeat_words(recipe, changed))
+    data = card_data(report, recipe, where.split('/')[-1], _PIPELINES.get(auto))
+    text = _CARD.format(**words, **_tables(report))
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}')

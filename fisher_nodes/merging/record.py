@@ -49,18 +49,23 @@ def roles_report(
             o['elements'] += _numbers(part, state[name])
     return out
 
+# %% ../../nbs/merging/05_record.ipynb #dcc754db
 def count_zeros(
     statistics:Sequence[Any], # of all models
 )->dict[str,int]: # kind of node -> how many
     "Nodes where no model has any Fisher."
     fishers = [f for f in statistics if isinstance(f, MaskFisher)]
-    def count(kind): return sum(int((torch.stack(o)==0).all(0).sum()) for o in zip(*(f.kinds[kind] for f in fishers)))
+    def count(kind):
+        layers = zip(*(f.kinds[kind] for f in fishers))
+        return sum(int((torch.stack(o)==0).all(0).sum()) for o in layers)
     others = [k for k in (fishers[0].kinds if fishers else ()) if k not in ('head', 'row')]
     return dict(heads=count('head'), rows=count('row'), **{k: count(k) for k in others})
 
+# %% ../../nbs/merging/05_record.ipynb #d5f552bd
 def _origin(config:Any)->dict[str,Any]:
     "Whether a model is from the Hub, its commit if that was noted, and what its model card states."
-    return dict(hub=hub_commit(config) is not None, revision=getattr(config, '_commit_hash', None), card=read_card(config))
+    commit = getattr(config, '_commit_hash', None)
+    return dict(hub=hub_commit(config) is not None, revision=commit, card=read_card(config))
 
 def describe_base(base:Any)->dict[str,Any]:
     "Name and origin of the base, for the report."
@@ -72,6 +77,15 @@ def describe_base(base:Any)->dict[str,Any]:
     note_commit(config, reference, place)
     return dict(base=model_name(reference.name), base_source=_origin(config))
 
+def _sources(job:Job, models:Mapping[str,PreTrainedModel])->dict[str,dict]:
+    "For each task: its model, λ, what was measured, and origin."
+    out = {}
+    for (t,m),weight in zip(models.items(), job.weights.tolist()):
+        measured = job.statistics[t].meta if t in job.statistics else None
+        out[t] = dict(model=model_name(m), weight=weight, fisher=measured, **_origin(m.config))
+    return out
+
+# %% ../../nbs/merging/05_record.ipynb #133da344
 def merge_report(
     request:MergeRequest,
     job:Job,
@@ -81,15 +95,14 @@ def merge_report(
 )->dict[str,Any]:
     "What was weighted, averaged and copied, and from where."
     copied = [n for n in job.model.base_model.state_dict() if n not in rule.kinds]
-    found = job.statistics
-    tasks = {t: dict(model=model_name(m), weight=w, fisher=found[t].meta if t in found else None, **_origin(m.config))
-             for (t,m),w in zip(models.items(), job.weights.tolist())}
     scheme = _scheme_of(request)
     options = request.options | ({} if scheme is None else dict(scheme=dict(scheme)))
-    return dict(method=request.method, **base, seed=job.seed, options=options, tasks=tasks,
-                roles=roles_report(job.model, rule.kinds, scheme), zero_fisher=count_zeros(list(found.values())),
-                averaged=dict(rule.counts), copied=copied, versions=versions(),
-                sentence_transformers=agreed_modules({t: m.config for t,m in models.items()}))
+    return dict(
+        method=request.method, **base, seed=job.seed, options=options, tasks=_sources(job, models),
+        roles=roles_report(job.model, rule.kinds, scheme),
+        zero_fisher=count_zeros(list(job.statistics.values())),
+        averaged=dict(rule.counts), copied=copied, versions=versions(),
+        sentence_transformers=agreed_modules({t: m.config for t,m in models.items()}))
 
 # %% ../../nbs/merging/05_record.ipynb #101accec
 def _name(o:Any)->str|None:
@@ -103,8 +116,11 @@ def _model_entry(given:Any, model:PreTrainedModel, weight_hash:str)->dict[str,An
     "A model by name, with fingerprints of its body and head."
     name = _name(getattr(as_reference(given), 'name', None))
     head,commit = head_tensors(model),getattr(model.config, '_commit_hash', None)
-    return dict(model=name, **(dict(revision=commit) if _on_hub(name) and commit else {}),
-                weight_hash=weight_hash, **(dict(head_hash=hash_tensors(head)) if head else {}))
+    entry = dict(model=name)
+    if _on_hub(name) and commit: entry['revision'] = commit
+    entry['weight_hash'] = weight_hash
+    if head: entry['head_hash'] = hash_tensors(head)
+    return entry
 
 def _base_entry(base:Any, weight_hash:str, origin:Mapping|None)->dict[str,Any]:
     "The base by name, with its fingerprint."
@@ -118,6 +134,7 @@ def _measuring(request:MergeRequest, lengths:Mapping[str,int])->dict[str,Any]:
     how = {k: getattr(request, k) for k in ('num_samples', 'labels', 'precision')}
     return how | ({'max_length': found} if found else {})
 
+# %% ../../nbs/merging/05_record.ipynb #6953e172
 def merge_recipe(
     request:MergeRequest,
     models:Mapping[str,PreTrainedModel], # task -> model
@@ -134,5 +151,7 @@ def merge_recipe(
     for k in ('data', 'fishers'):
         if getattr(request, k): out[k] = {t: _name(o) for t,o in getattr(request, k).items()}
     if request.data: out |= _measuring(request, lengths)
-    if rest := {k: v for k,v in request.options.items() if k not in ('variant', 'scheme')}: out['options'] = rest
-    return out | {k: None for k in ('loss', 'tokenizer') if getattr(request, k) is not None} | dict(versions=versions())
+    options = {k: v for k,v in request.options.items() if k not in ('variant', 'scheme')}
+    if options: out['options'] = options
+    out |= {k: None for k in ('loss', 'tokenizer') if getattr(request, k) is not None}
+    return out | dict(versions=versions())

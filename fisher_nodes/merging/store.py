@@ -8,14 +8,13 @@ __all__ = ['MOST_OPEN', 'DTYPES', 'OLD_NAMES', 'OpenFile', 'TensorSlot', 'read_s
 
 # %% ../../nbs/merging/02_store.ipynb #a1967680
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
 from weakref import WeakSet, finalize
 import torch
 from torch import Tensor
@@ -24,10 +23,11 @@ from ..engine.files import open_saved
 from ..engine.fingerprints import TensorHash
 
 # %% ../../nbs/merging/02_store.ipynb #4c615460
-MOST_OPEN,_KEPT = 64,WeakSet() # a system may allow a few hundred; of more files, each is opened when it is used
+MOST_OPEN = 64 # a system may allow a few hundred; of more files, each is opened when it is used
+_KEPT = WeakSet() # those that stay open
 
 class OpenFile:
-    "A file that stays open while somebody refers to it, so that the system sees how it is read on; one thread at a time uses it."
+    "A file that stays open while somebody refers to it; one thread at a time uses it."
     def __init__(self,
         path:Path,
         mode:str, # of `open`
@@ -35,12 +35,14 @@ class OpenFile:
         self.path,self.mode,self.lock,self.raw = path,mode,Lock(),None
         if len(_KEPT)<MOST_OPEN:
             self.raw = open(path, mode, buffering=0)
-            finalize(self, self.raw.close); _KEPT.add(self)
+            finalize(self, self.raw.close)
+            _KEPT.add(self)
 
     @contextmanager
     def at(self, start:int)->Iterator[FileIO]:
         "The file, at a place."
-        with self.lock, open(self.path, self.mode, buffering=0) if self.raw is None else nullcontext(self.raw) as f:
+        closed = self.raw is None
+        with self.lock, open(self.path, self.mode, buffering=0) if closed else nullcontext(self.raw) as f:
             f.seek(start)
             yield f
 
@@ -87,13 +89,16 @@ class TensorSlot:
         "First byte, and shape, of some rows."
         if rows is ...: return self.start,self.shape
         first,last,_ = rows.indices(self.shape[0])
-        return self.start+first*prod(self.shape[1:])*self.stored.itemsize, (last-first, *self.shape[1:])
+        row = prod(self.shape[1:])*self.stored.itemsize
+        return self.start+first*row, (last-first, *self.shape[1:])
 
     def __getitem__(self,
         rows:slice, # or `...` for all
     )->Tensor: # a new tensor
         "Read some rows."
-        if self.stored is None: raise ValueError(f'{self.path} has a tensor of a type that is not known; known are {list(DTYPES)}')
+        if self.stored is None:
+            raise ValueError(f'{self.path} has a tensor of a type that is not known; '
+                             f'known are {list(DTYPES)}')
         start,shape = self._bytes(rows)
         data = torch.empty(prod(shape)*self.stored.itemsize, dtype=torch.uint8, device='cpu')
         self.file.read(start, memoryview(data.numpy()))
@@ -105,10 +110,19 @@ class TensorSlot:
     ):
         "Write some rows."
         start,shape = self._bytes(rows)
-        if tuple(values.shape)!=tuple(shape): raise ValueError(f'expected shape {tuple(shape)}, got {tuple(values.shape)}')
-        self.file.write(start, memoryview(values.to(self.stored).contiguous().flatten().view(torch.uint8).numpy()))
+        if tuple(values.shape)!=tuple(shape):
+            raise ValueError(f'expected shape {tuple(shape)}, got {tuple(values.shape)}')
+        flat = values.to(self.stored).contiguous().flatten()
+        self.file.write(start, memoryview(flat.view(torch.uint8).numpy()))
 
 # %% ../../nbs/merging/02_store.ipynb #d8422309
+def _slots(file:OpenFile, start:int, table:Mapping)->dict[str,TensorSlot]:
+    "What a table says, of tensors whose bytes begin at `start`."
+    def slot(dtype, shape, data_offsets):
+        found = DTYPES.get(dtype)
+        return TensorSlot(file, start+data_offsets[0], tuple(shape), found, found)
+    return {n: slot(**o) for n,o in table.items() if n!='__metadata__'}
+
 def read_slots(
     path:str|Path, # a safetensors file
 )->dict[str,TensorSlot]: # in the order of the file
@@ -116,9 +130,7 @@ def read_slots(
     with open_saved(path, 'model'), open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
         table = json.loads(f.read(size))
-    table.pop('__metadata__', None)
-    file = OpenFile(Path(path), 'rb')
-    return {n: TensorSlot(file, 8+size+o['data_offsets'][0], tuple(o['shape']), *[DTYPES.get(o['dtype'])]*2) for n,o in table.items()}
+    return _slots(OpenFile(Path(path), 'rb'), 8+size, table)
 
 def folder_slots(
     folder:Path, # of a saved model
@@ -126,27 +138,33 @@ def folder_slots(
     "Where the tensors of a model are, in one file or in those of its index."
     one,index = folder/'model.safetensors',folder/'model.safetensors.index.json'
     if one.is_file(): return read_slots(one)
-    files = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+    found = json.loads(index.read_text())['weight_map']
+    files = sorted(set(found.values()))
     return {n: o for f in files for n,o in read_slots(folder/f).items()}
 
 # %% ../../nbs/merging/02_store.ipynb #7049c32e
+def _table(tensors:Mapping[str,Tensor])->tuple[dict[str,dict],int]:
+    "The table of a file, and how many bytes its tensors take."
+    codes = {t: c for c,t in DTYPES.items()}
+    table,end = {'__metadata__': dict(format='pt')},0
+    for n in sorted(tensors, key=lambda n: (list(codes).index(tensors[n].dtype), n)):
+        t,begin = tensors[n],end
+        end += t.numel()*t.element_size()
+        table[n] = dict(dtype=codes[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
+    return table,end
+
 def make_file(
     path:Path,
     tensors:Mapping[str,Tensor], # of these types and shapes; values are not looked at
 )->dict[str,TensorSlot]: # where to write them
     "A safetensors file with a table and nothing in it yet."
-    codes,table,end = {t: c for c,t in DTYPES.items()},{'__metadata__': dict(format='pt')},0
-    for n in sorted(tensors, key=lambda n: (list(codes).index(tensors[n].dtype), n)):
-        t,begin = tensors[n],end
-        end += t.numel()*t.element_size()
-        table[n] = dict(dtype=codes[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
+    table,size = _table(tensors)
     head = json.dumps(table, separators=(',', ':'), ensure_ascii=False).encode()
     head += b' '*(-len(head)%8)
     with open(path, 'xb') as f:
         f.write(len(head).to_bytes(8, 'little')+head)
-        f.truncate(8+len(head)+end)
-    file = OpenFile(path, 'r+b')
-    return {n: TensorSlot(file, 8+len(head)+o['data_offsets'][0], tuple(o['shape']), *[DTYPES[o['dtype']]]*2) for n,o in table.items() if n!='__metadata__'}
+        f.truncate(8+len(head)+size)
+    return _slots(OpenFile(path, 'r+b'), 8+len(head), table)
 
 # %% ../../nbs/merging/02_store.ipynb #ae1763b1
 OLD_NAMES = {'LayerNorm.weight': 'LayerNorm.gamma', 'LayerNorm.bias': 'LayerNorm.beta'}
@@ -162,9 +180,12 @@ def find_slot(
     names = [o for n in dict.fromkeys((name, old)) for o in (f'{prefix}.{n}', n) if o in slots]
     where = next(iter(slots.values())).path.parent
     if not names: raise ValueError(f'{name} is not in {where}')
-    if len({o.removeprefix(f'{prefix}.') for o in names})>1: raise ValueError(f'{where} has both {names[0]} and {names[-1]}; which is meant?')
-    if slots[names[0]].stored is None: raise ValueError(f'{names[0]} in {where} is of a type that is not known; known are {list(DTYPES)}')
-    return replace(slots[names[0]], dtype=dtype)
+    found = slots[names[0]]
+    if len({o.removeprefix(f'{prefix}.') for o in names})>1:
+        raise ValueError(f'{where} has both {names[0]} and {names[-1]}; which is meant?')
+    if found.stored is None:
+        raise ValueError(f'{names[0]} in {where} is of a type that is not known; known are {list(DTYPES)}')
+    return replace(found, dtype=dtype)
 
 # %% ../../nbs/merging/02_store.ipynb #495a7373
 class MemoryStore:
@@ -195,7 +216,8 @@ class FileStore:
         threads:int, # parameters worked on at once
     ):
         self.bodies,self.result,self.device,self.threads = bodies,result,device,threads
-        self.hashes:dict[str|None,dict[str,TensorHash]] = {t: {} for t in (*bodies, None)} # None is the result
+        tasks = (*bodies, None) # None is the result
+        self.hashes:dict[str|None,dict[str,TensorHash]] = {t: {} for t in tasks}
 
     def sizes(self)->dict[str,int]: # in the order of the files
         "Bytes of every parameter."

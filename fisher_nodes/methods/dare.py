@@ -42,10 +42,12 @@ def dare_rule(
     "DARE: drop at random, scale up, then task arithmetic."
     draws = {}
     def draw(task, name):
-        if (rows:=rows_meant(name)) is ... or not rows.start: draws[task,name] = seeded(f'{job.seed} {task} {name}')
+        rows = rows_meant(name)
+        if rows is ... or not rows.start: draws[task,name] = seeded(f'{job.seed} {task} {name}')
         return draws[task,name]
     def combine(name, tensors):
         base = base_beside(job, name, tensors[0])
-        thin = [base+drop_elements(t.double()-base, density, draw(task, name)) for task,t in zip(job.states, tensors)]
+        vectors = zip(job.states, (t.double()-base for t in tensors))
+        thin = [base+drop_elements(v, density, draw(task, name)) for task,v in vectors]
         return add_task_vectors(base, thin, job.weights, scale).to(widest(tensors))
     return vector_rule(job, combine)

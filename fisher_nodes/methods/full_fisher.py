@@ -75,9 +75,8 @@ def _check_shared(model:PreTrainedModel):
     body,names = {id(p) for p in model.base_model.parameters()},defaultdict(list)
     for name,p in model.named_parameters(remove_duplicate=False):
         if id(p) in body: names[id(p)].append(name)
-    for shared in names.values():
-        if len(shared)>1:
-            raise ValueError(f'parameters {" and ".join(shared)} are one tensor; each must have a place of its own')
+    shared = next((' and '.join(o) for o in names.values() if len(o)>1), None)
+    if shared: raise ValueError(f'parameters {shared} are one tensor; each must have a place of its own')
 
 # %% ../../nbs/methods/03_full_fisher.ipynb #f6e96a13
 def parameter_modules(
@@ -90,8 +89,8 @@ def parameter_modules(
     found = {name: m for name,m in body.named_modules() if any(True for _ in m.parameters(recurse=False))}
     for name,m in found.items():
         if type(m) not in SQUARES:
-            known = ', '.join(o.__name__ for o in SQUARES)
-            raise ValueError(f'the parameters of {name!r} belong to a {type(m).__name__}; expected one of {known}')
+            known,got = ', '.join(o.__name__ for o in SQUARES),type(m).__name__
+            raise ValueError(f'the parameters of {name!r} belong to a {got}; expected one of {known}')
     return found
 
 # %% ../../nbs/methods/03_full_fisher.ipynb #f2a7908d
@@ -224,7 +223,8 @@ def parameter_shapes(model:PreTrainedModel)->dict[str,tuple]: # name within the 
     "What a `ParameterFisher` of a model must have."
     return {n: tuple(p.shape) for n,p in model.base_model.named_parameters()}
 
-@statistic('full-fisher', kind=ParameterFisher, what='parameter Fisher', takes=('labels', 'loss', 'one_at_a_time'), shapes=parameter_shapes)
+@statistic('full-fisher', kind=ParameterFisher, what='parameter Fisher', shapes=parameter_shapes,
+    takes=('labels', 'loss', 'one_at_a_time'))
 def collect_squares(
     model:PreTrainedModel, # of a supported family
     one_at_a_time:bool=False, # every example by itself: the same numbers, slower
@@ -246,7 +246,9 @@ def element_mean(
         top.addcmul_(c, t.detach().to(top))
         total += c
     out,empty = top.div_(total),total==0
-    if count:=int(empty.sum()): out = torch.where(empty, weighted_mean(tensors, plain_shares(weights)).double(), out)
+    if count:=int(empty.sum()):
+        mean = weighted_mean(tensors, plain_shares(weights))
+        out = torch.where(empty, mean.double(), out)
     return out.to(widest(tensors)), count
 
 # %% ../../nbs/methods/03_full_fisher.ipynb #72b0b341

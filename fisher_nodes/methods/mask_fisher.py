@@ -6,8 +6,7 @@
 __all__ = ['MATRICES', 'MaskSquares', 'mask_fisher_rule']
 
 # %% ../../nbs/methods/02_mask_fisher.ipynb #3e65cb7f
-from collections.abc import Callable, Mapping
-from copy import copy
+from collections.abc import Mapping
 from typing import Any
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ..core.families import count_nodes, find_places
 from ..core.fisher import VARIANTS, MaskFisher, outer_each, pack, square_each
 from ..core.kernel import fast_sums
 from ..core.nodes import MaskGradients
-from ..core.schemes import Scheme, get_scheme
+from ..core.schemes import get_scheme
 from .method import Collector, Job, Rule, merge_method, statistic
 
 # %% ../../nbs/methods/02_mask_fisher.ipynb #5adcd556
@@ -26,13 +25,17 @@ MATRICES = {None: (), 'heads': ('head',), 'all': ('head', 'row')} # kinds whose 
 
 class _Sums(dict):
     "Sums by name and layer."
-    def add(self, key:tuple, value:Tensor): self[key] = value if key not in self else self[key].add_(value)
+    def add(self, key:tuple, value:Tensor):
+        self[key] = value if key not in self else self[key].add_(value)
 
-def _fits(task:str, fisher:Any, model:PreTrainedModel): check_fisher(task, fisher, count_nodes(model))
+def _fits(task:str, fisher:Any, model:PreTrainedModel):
+    "An error unless a Fisher is of that model."
+    check_fisher(task, fisher, count_nodes(model))
 
-@statistic('mask-fisher', kind=MaskFisher, what='mask Fisher', takes=('variant', 'labels', 'loss', 'matrices'), check=_fits)
+@statistic('mask-fisher', kind=MaskFisher, what='mask Fisher', check=_fits,
+    takes=('variant', 'labels', 'loss', 'matrices'))
 class MaskSquares(Collector):
-    "Inside the block, `add` puts the squared mask gradients of a batch's examples aside, and `commit` into `sums`."
+    "Inside the block, `add` puts a batch's squared mask gradients aside, and `commit` into `sums`."
     def __init__(self,
         model:PreTrainedModel, # of a supported family
         variant:str='paper', # a name in `VARIANTS`
@@ -69,8 +72,9 @@ class MaskSquares(Collector):
     def fields(self, n:int, dtype:torch.dtype)->dict[str,Any]:
         "The mean over examples, or the sum where the variant says so."
         scale,wide = 1/n if self.how.mean else 1.,torch.promote_types(dtype, torch.float32)
-        names,kinds = dict(head='heads', row='rows'),dict.fromkeys(k for k,_ in self.sums)
-        layers = {k: [(v*scale).to('cpu', wide) for (o,_),v in sorted(self.sums.items()) if o==k] for k in kinds}
+        names = dict(head='heads', row='rows')
+        layers = {k: [] for k,_ in self.sums}
+        for (k,_),v in sorted(self.sums.items()): layers[k].append((v*scale).to('cpu', wide))
         return {names.get(k, k): pack(v) for k,v in layers.items()}
 
 # %% ../../nbs/methods/02_mask_fisher.ipynb #c239b057

@@ -8,14 +8,14 @@ __all__ = ['CALL', 'WRITTEN', 'METHODS', 'STATISTICS', 'Job', 'Rule', 'explain',
            'check_numbers', 'check_statistic', 'load_methods']
 
 # %% ../../nbs/methods/00_method.ipynb #a0eb49f0
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
 from pkgutil import iter_modules
-from typing import Any, NoReturn
+from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -44,15 +44,16 @@ class Job:
         name:str, # may be a `Block`
     )->torch.dtype:
         "The widest type that a parameter has in any of the models."
-        return widest([(o.tensors if isinstance(o, Blocks) else o)[name] for o in self.states.values()])
+        tensors = [o.tensors if isinstance(o, Blocks) else o for o in self.states.values()]
+        return widest([o[name] for o in tensors])
 
 @dataclass(frozen=True)
 class Rule:
     "How to merge any parameter of a job."
-    combine:Callable[[str,Sequence[Tensor]],Tensor] # name, which may be a `Block`, and tensors -> merged tensor
+    combine:Callable[[str,Sequence[Tensor]],Tensor] # name or `Block`, and tensors -> merged tensor
     kinds:Mapping[str,str] # name -> what weights it
     counts:dict[str,int]=field(default_factory=dict) # what was averaged, while combining
-    once:bool=False # whether `combine` goes through the tensors once, so that they need not be there all at a time
+    once:bool=False # whether `combine` goes through the tensors once; then they need not be there together
     whole:Collection[str]=() # names that are never cut into blocks of rows
 
 # %% ../../nbs/methods/00_method.ipynb #f1ebb7c8
@@ -62,7 +63,8 @@ _EXPECTED = dict( # pydantic's kind of error -> what was expected, from its cont
     finite_number='a finite number', float_type='a finite number', float_parsing='a finite number',
     int_type='a whole number', int_parsing='a whole number', int_from_float='a whole number',
     bool_type='True or False', bool_parsing='True or False', string_type='a word',
-    literal_error='one of {expected}', dict_type='a mapping from task to value', mapping_type='a mapping', none_required='nothing', too_short='a mapping from task to value')
+    literal_error='one of {expected}', dict_type='a mapping from task to value', mapping_type='a mapping',
+    none_required='nothing', too_short='a mapping from task to value')
 
 CALL = '`{name}`{of} is {got!r}; expected {expected}' # how an argument is refused
 WRITTEN = '`{name}`{of} must be {expected}, got {got!r}' # and what stands in a file
@@ -76,7 +78,8 @@ def explain(
     if e['type'] in ('value_error', 'assertion_error'): return str(e['ctx']['error'])
     name,*rest = [str(o) for o in e['loc'] if o!='[key]'] or ['value']
     expected = _EXPECTED[e['type']].format(**e.get('ctx', {})) if e['type'] in _EXPECTED else e['msg']
-    return sentence.format(name=name, of=''.join(f' of {o!r}' for o in rest[:1]), got=e['input'], expected=expected)
+    of = ''.join(f' of {o!r}' for o in rest[:1])
+    return sentence.format(name=name, of=of, got=e['input'], expected=expected)
 
 # %% ../../nbs/methods/00_method.ipynb #4196f3b3
 def plain_value(o:Any)->Any:
@@ -98,7 +101,8 @@ class MergeMethod:
     @cached_property
     def fields(self)->type[BaseModel]:
         "The options as a pydantic model."
-        found = {k: (p.annotation, p.default) for k,p in signature(self.rule, eval_str=True).parameters.items() if k!='job'}
+        taken = signature(self.rule, eval_str=True).parameters
+        found = {k: (p.annotation, p.default) for k,p in taken.items() if k!='job'}
         config = ConfigDict(extra='forbid', strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
         return create_model(self.name, __config__=config, **found)
 
@@ -124,7 +128,8 @@ def merge_method(
     "Register a function `(job, **options)->Rule` as a way of merging; `ValueError` for a name that is taken."
     def register(f:Callable[...,Rule])->Callable[...,Rule]:
         taken = METHODS.get(name)
-        if taken and taken.rule.__qualname__!=f.__qualname__: raise ValueError(f'there is a method {name!r} already')
+        if taken and taken.rule.__qualname__!=f.__qualname__:
+            raise ValueError(f'there is a method {name!r} already')
         METHODS[name] = MergeMethod(name, f, **needs)
         return f
     return register
@@ -140,8 +145,10 @@ class Collector:
 
     def __enter__(self): return self
     def __exit__(self, *_): pass
-    def begin(self, size:int, mask:Tensor|None): "Before the model runs on `size` examples with that `attention_mask`."
-    def add(self, weights:Tensor, losses:Tensor, retain_graph:bool): "After every loss, of shape `(B,)`, with weights of the same shape."
+    def begin(self, size:int, mask:Tensor|None):
+        "Before the model runs on `size` examples with that `attention_mask`."
+    def add(self, weights:Tensor, losses:Tensor, retain_graph:bool):
+        "After every loss, of shape `(B,)`, with weights of the same shape."
     def commit(self): "After a batch, which is now done."
     def fields(self, n:int, dtype:torch.dtype)->dict[str,Any]:
         "What the result is made of, from the sums over `n` examples, on the CPU."
@@ -158,7 +165,8 @@ class ParameterStatistic:
     def tensors(self)->dict[str,Tensor]: return dict(self.values)
 
     @classmethod
-    def from_tensors(cls, tensors:Mapping[str,Tensor], **about)->'ParameterStatistic': return cls(tensors, **about)
+    def from_tensors(cls, tensors:Mapping[str,Tensor], **about)->'ParameterStatistic':
+        return cls(tensors, **about)
 
     def __len__(self)->int: return len(self.values)
 
@@ -188,7 +196,7 @@ class Statistic:
     takes:tuple[str,...]=() # choices that it knows: `variant`, `labels`, `loss`, …
     shapes:Callable[[PreTrainedModel],dict[str,tuple]]|None=None # of a `ParameterStatistic`: name -> shape
     squares:Callable[[Tensor],Tensor]=lambda v: v # which of a tensor's numbers are squares
-    check:Callable|None=None # task, result, model -> an error unless it fits; None compares shapes and numbers
+    check:Callable|None=None # task, result, model -> an error unless it fits; None compares shapes
 
 STATISTICS:dict[str,Statistic] = {}
 
@@ -209,8 +217,10 @@ def check_shapes(
     shapes:Mapping[str,tuple], # wanted: name -> shape
 ):
     "`ValueError` unless there is one of floating-point numbers, of the right shape, for every name."
-    missing, extra = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
-    if missing or extra: raise ValueError(f'{what} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}')
+    missing = [n for n in shapes if n not in tensors]
+    extra = [n for n in tensors if n not in shapes]
+    if missing or extra:
+        raise ValueError(f'{what} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}')
     for name,o in tensors.items():
         if not (o.dtype and o.dtype.is_floating_point):
             raise ValueError(f'{what}, {name}: numbers of type {o.dtype}, expected floating-point ones')
@@ -224,9 +234,10 @@ def check_numbers(
 ):
     "`ValueError` unless all are finite, squares at least 0, and a gram symmetric."
     bad = torch.cat([v[~torch.isfinite(v)], squares[squares<0]])
-    if len(bad):
-        raise ValueError(f'{what}: {bad[0].item()} is among the numbers; expected finite ones, and squares of at least 0')
-    if squares is not v and (v-v.T).abs().max()>1e-3*squares.max(): raise ValueError(f'{what}: not symmetric')
+    want = 'expected finite ones, and squares of at least 0'
+    if len(bad): raise ValueError(f'{what}: {bad[0].item()} is among the numbers; {want}')
+    if squares is not v and (v-v.T).abs().max()>1e-3*squares.max():
+        raise ValueError(f'{what}: not symmetric')
 
 def check_statistic(
     task:str, # for the message

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from ..core.averaging import plain_shares, weighted_mean
-from ..core.families import find_family, out_axis, sizes
+from ..core.families import find_family, sizes
 from .method import (
     Collector, Job, ParameterStatistic, Rule, mean_of_sums, merge_method, statistic, widen)
 
@@ -51,7 +51,8 @@ def linear_modules(
     find_family(model)
     found = {n: m for n,m in model.base_model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     if found: return found
-    raise ValueError(f'{type(model.base_model).__name__} has no linear layer, so that RegMean would be the plain average')
+    body = type(model.base_model).__name__
+    raise ValueError(f'{body} has no linear layer, so that RegMean would be the plain average')
 
 def gram_shapes(model:PreTrainedModel)->dict[str,tuple]: # name of a weight within the body -> shape
     "What the `Grams` of a model must have."
@@ -102,8 +103,8 @@ def _watch(self:InputGrams, name:str, module:nn.Module, args:tuple):
 def _product(self:InputGrams, name:str, x:Tensor)->Tensor:
     "The Gram matrix of `x`; `ValueError` unless it has the batch's rows and tokens."
     if len(x)!=self.size or (x.ndim==3 and self.tokens not in (None, x.shape[1])):
-        raise ValueError(
-            f'{name!r} saw an input of shape {tuple(x.shape)} for {self.size} examples of {self.tokens} tokens')
+        saw,want = tuple(x.shape),f'{self.size} examples of {self.tokens} tokens'
+        raise ValueError(f'{name!r} saw an input of shape {saw} for {want}')
     with torch.autocast(x.device.type, enabled=False): return gram(x, self.kept)
 
 # %% ../../nbs/methods/04_regmean.ipynb #d91ecdf2
@@ -161,7 +162,8 @@ def regmean_rule(
     def combine(name, tensors):
         if kinds[name]=='one': return weighted_mean(tensors, plain_shares(job.weights), job.dtype(name))
         weights = (t.T for t in tensors) if name in turned else tensors
-        out,unused = regression_mean(weights, lambda: (g[name] for g in grams), job.weights, off_diagonal, name)
+        def of_name(): return (g[name] for g in grams)
+        out,unused = regression_mean(weights, of_name, job.weights, off_diagonal, name)
         counts['unused_inputs'] += unused
         return out.T.contiguous() if name in turned else out
     return Rule(combine, kinds, counts, once=True, whole={n for n,k in kinds.items() if k=='gram'})

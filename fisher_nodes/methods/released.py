@@ -29,11 +29,16 @@ def fill_zeros(
         layers = [torch.stack(o) for o in zip(*(f.kinds[kind] for f in fishers))]
         filled = [o.masked_fill((o==0).all(0), 1) for o in layers]
         return [tuple(o[j] for o in filled) for j in range(len(fishers))]
-    kinds = {dict(head='heads', row='rows').get(k, k): fill(k) for k in (fishers[0].kinds if fishers else ())}
-    return [MaskFisher(num_examples=f.num_examples, meta=f.meta, **{k: v[j] for k,v in kinds.items()}) for j,f in enumerate(fishers)]
+    names = dict(head='heads', row='rows')
+    kinds = {names.get(k, k): fill(k) for k in (fishers[0].kinds if fishers else ())}
+    def new(j, f):
+        layers = {k: v[j] for k,v in kinds.items()}
+        return MaskFisher(num_examples=f.num_examples, meta=f.meta, **layers)
+    return [new(j, f) for j,f in enumerate(fishers)]
 
 # %% ../../nbs/methods/09_released.ipynb #01e7d00f
-VARIANTS['released'] = Variant('after', square_mean, mean=False, replacement=True, batch_size=32, prepare=fill_zeros, diagonal=True)
+VARIANTS['released'] = Variant('after', square_mean, mean=False, replacement=True, batch_size=32,
+    prepare=fill_zeros, diagonal=True)
 VARIANTS.update({
     'batch-mean': Variant(reduce=square_mean, mean=False, batch_size=32, diagonal=True, ablation=True),
     'after-gelu': Variant('after', ablation=True),

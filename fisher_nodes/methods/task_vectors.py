@@ -46,4 +46,5 @@ def task_arithmetic_rule(
     scale:float=.4, # factor on the sum of task vectors
 )->Rule:
     "Task arithmetic."
-    return vector_rule(job, lambda name,tensors: add_task_vectors(job.base[name], tensors, job.weights, scale))
+    def combine(name, tensors): return add_task_vectors(job.base[name], tensors, job.weights, scale)
+    return vector_rule(job, combine)

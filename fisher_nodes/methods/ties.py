@@ -27,7 +27,8 @@ def trim_threshold(
     state,base = [o if isinstance(o, Blocks) else Blocks(o) for o in (state, base)]
     shapes = {n: tuple(o.shape) for n,o in state.tensors.items()}
     size = sum(map(prod, shapes.values()))
-    def sizes(): return ((t:=state[b].double()).sub(base[b].to(t)).abs() for n,s in shapes.items() for b in cut(n, s, 4))
+    blocks = [b for n,s in shapes.items() for b in cut(n, s, 4)]
+    def sizes(): return ((t:=state[b].double()).sub(base[b].to(t)).abs() for b in blocks)
     return kth_smallest(sizes, size-max(1, round(density*size)))
 
 def elect_and_mean(

@@ -203,6 +203,20 @@ def check_validation(
     "Find what is wrong with the validation rows before training, not after."
     if is_dataset(data): make_batches(model, data, **kwargs)
 
+# %% ../../nbs/tasks/03_finetuning.ipynb #41da043b
+def _prepare(model, data, task:Task, num_layers, precision, tokenizer, max_length, num_samples, validation,
+             seed:int, device)->tuple[Any,PreTrainedModel,Any,dict]: # body, new model, rows, how text is read
+    "Everything that training needs, checked."
+    base = load_body(model)
+    set_seed(seed)
+    new = new_model(base, task, num_layers)
+    tokenizer = load_tokenizer(model, tokenizer, needed=is_raw(data))
+    precision_context(precision, new, device)
+    text = dict(tokenizer=tokenizer, max_length=max_length or task.max_length)
+    rows = training_rows(new, data, num_samples, seed, **text)
+    check_validation(new, validation, **text)
+    return base, new, rows, text
+
 # %% ../../nbs/tasks/03_finetuning.ipynb #b5e9ad96
 def finetune(
     model:PreTrainedModel|str|Path, # a model with or without a head, a folder or a Hub id
@@ -229,18 +243,12 @@ def finetune(
     start = time.perf_counter()
     task = data_task(data, task)
     device = find_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    recipe = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
-    recipe |= dict(precision=precision)
+    recipe = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed,
+        precision=precision)
     folder = whole_folder(out, TRAINED, overwrite, WEIGHTS)
     with folder as files, TemporaryDirectory(dir=files) as scratch, keep_rng():
-        base = load_body(model)
-        set_seed(seed)
-        new = new_model(base, task, num_layers)
-        tokenizer = load_tokenizer(model, tokenizer, needed=is_raw(data))
-        precision_context(precision, new, device)
-        text = dict(tokenizer=tokenizer, max_length=max_length or task.max_length)
-        rows = training_rows(new, data, num_samples, seed, **text)
-        check_validation(new, validation, **text)
+        base, new, rows, text = _prepare(model, data, task, num_layers, precision, tokenizer, max_length,
+            num_samples, validation, seed, device)
         losses = train_model(new, rows, scratch, device, progress=progress, **recipe)
         scores = None
         if validation is not None: scores = evaluate(new, validation, task, progress=progress, **text)
@@ -248,5 +256,5 @@ def finetune(
             task=asdict(task), num_examples=len(rows), max_length=text['max_length'],
             num_layers=num_layers, **recipe, losses=losses, scores=scores,
             seconds=round(time.perf_counter()-start, 2), device=device.type, versions=versions())
-        save_all(new, tokenizer, files, record)
+        save_all(new, text['tokenizer'], files, record)
     return new.eval()

@@ -65,14 +65,19 @@ def best_order(
     return max(orders, key=lambda order: near[range(len(near)),order].sum())
 
 # %% ../../nbs/tasks/02_labels.ipynb #d5efe8fc
+def _confusion(labels:np.ndarray, answers:np.ndarray, n:int)->np.ndarray:
+    "How often each class got each answer, shape `(n, n)`."
+    counts = np.zeros((n, n), dtype=int)
+    np.add.at(counts, (labels, answers), 1)
+    return counts
+
 def judge_order(
     labels:np.ndarray, # class of each row, shape `(N,)`
     answers:np.ndarray, # output with the largest logit, shape `(N,)`
     num_labels:int, # outputs of the head
 )->dict[str,Any]: # the finding
     "What rows say about the order of a head's outputs."
-    counts, own = np.zeros((num_labels, num_labels), dtype=int), tuple(range(num_labels))
-    np.add.at(counts, (labels, answers), 1)
+    own, counts = tuple(range(num_labels)), _confusion(labels, answers, num_labels)
     size = counts.sum(1, keepdims=True)
     shares, clear = counts/np.maximum(size, 1), 2/max(num_labels*size.min().item(), 1)**.5
     best = best_order(shares)

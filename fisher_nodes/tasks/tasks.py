@@ -271,6 +271,11 @@ METRICS = dict(accuracy=from_sklearn('accuracy_score'), f1=from_sklearn('f1_scor
     pearson=correlation('pearsonr'), spearmanr=correlation('spearmanr'))
 
 # %% ../../nbs/tasks/00_tasks.ipynb #6be2d4cb
+def _all_metrics(task:Task, predictions, references)->dict[str,float]:
+    "Every metric of a task."
+    p, r = np.asarray(predictions), np.asarray(references)
+    return {name: float(METRICS[name](p, r)) for name in task.metrics}
+
 def task_metric(
     task:Any, # a `Task`, or a name in `GLUE`
 )->Any: # an `evaluate.Metric` that computes all metrics of the task
@@ -279,16 +284,13 @@ def task_metric(
     import evaluate
     task = as_task(task)
     value = datasets.Value('int64' if task.labels else 'float64')
+    info = evaluate.MetricInfo(description=f'{task.name}: {task.metrics}', citation='',
+        features=datasets.Features(dict(predictions=value, references=value)))
     class TaskMetric(evaluate.Metric):
         "Metrics of one task, without a download and without a cache folder."
-        def _info(self):
-            features = datasets.Features(dict(predictions=value, references=value))
-            said = f'{task.name}: {task.metrics}'
-            return evaluate.MetricInfo(description=said, citation='', features=features)
+        def _info(self): return info
         def _build_data_dir(self): return ''
-        def _compute(self, predictions, references):
-            p, r = np.asarray(predictions), np.asarray(references)
-            return {name:float(METRICS[name](p, r)) for name in task.metrics}
+        def _compute(self, predictions, references): return _all_metrics(task, predictions, references)
     return TaskMetric(config_name=task.name, keep_in_memory=True)
 
 # %% ../../nbs/tasks/00_tasks.ipynb #9e55d80c

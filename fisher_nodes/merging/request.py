@@ -312,6 +312,7 @@ def ask(
     named = name_models(models)
     given = {k: plain_value(v) for k,v in asked.items() if k in MergeRequest.model_fields}
     for k in BY_TASK: given[k] = _as_mapping(k, given.get(k), list(named))
-    options = {k: plain_value(v) for k,v in asked.items() if k not in given}
-    try: return MergeRequest(models=named, **given, options=options)
+    own = {k: plain_value(v) for k,v in asked.items() if k not in given}
+    if own: given['options'] = dict(given.get('options') or {}) | own
+    try: return MergeRequest(models=named, **given)
     except ValidationError as e: raise ValueError(explain(e, CALL)) from None

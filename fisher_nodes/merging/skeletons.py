@@ -16,8 +16,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from ..core.blocks import Blocks
 from ..engine.fingerprints import check_hash, hash_tensors
-from ..engine.models import (
-    FILES, ModelReference, as_reference, check_single, fetch_model, head_tensors, model_errors, note_commit)
+from fisher_nodes.engine.models import (
+    FILES, ModelReference, as_reference, check_index, check_single, fetch_model, head_tensors,
+    model_errors, note_commit)
 from .merged import DTYPE
 from .store import OLD_NAMES, TensorSlot, find_slot, folder_slots
 
@@ -73,18 +74,22 @@ def _check_skeleton(task:str, found:Skeleton, reference:ModelReference):
 
 # %% ../../nbs/merging/06_skeletons.ipynb #091e308d
 def _dtype_of(config:PretrainedConfig, slots:Mapping[str,TensorSlot])->torch.dtype:
-    "The type that transformers loads a model in: float32 before version 5, then what the config or the files say."
+    "What transformers loads a model in: float32 before version 5, then as config or files say."
     if int(transformers.__version__.split('.')[0])<5: return torch.float32
     stored = (o.stored for o in slots.values() if o.stored is not None and o.stored.is_floating_point)
     return getattr(config, DTYPE, None) or next(stored, torch.float32)
 
-def _exact(model:PreTrainedModel, slots:Mapping[str,TensorSlot])->dict[str,TensorSlot]|None: # None unless all are there
+def _exact(
+    model:PreTrainedModel,
+    slots:Mapping[str,TensorSlot],
+)->dict[str,TensorSlot]|None: # None unless all are there
     "The slot of every tensor of a model, by the model's names."
     prefix = f'{model.base_model_prefix}.'
     found = {n: slots.get(n) or slots.get(prefix+n) for n in model.state_dict()}
-    fits = all(o and o.stored is not None and o.shape==tuple(t.shape) for o,t in zip(found.values(), model.state_dict().values()))
+    def fits(o, t): return o and o.stored is not None and o.shape==tuple(t.shape)
+    whole = all(map(fits, found.values(), model.state_dict().values()))
     old = any(n.endswith(tuple(OLD_NAMES.values())) for n in slots)
-    return found if fits and not old else None
+    return found if whole and not old else None
 
 def open_plain(
     reference:ModelReference,
@@ -92,6 +97,7 @@ def open_plain(
 )->Skeleton|None: # None where transformers must look
     "A model in files whose tensors have the model's own names."
     place = fetch_model(reference)
+    check_index(Path(place))
     try:
         config = AutoConfig.from_pretrained(place)
         note_commit(config, reference, place)

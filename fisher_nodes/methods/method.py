@@ -259,3 +259,4 @@ def load_methods():
     pages = import_module('fisher_nodes.methods')
     for o in iter_modules(pages.__path__): import_module(f'{pages.__name__}.{o.name}')
     for o in entry_points(group='fisher_nodes.methods'): o.load()
+    for name in sorted(METHODS): METHODS[name] = METHODS.pop(name) # the same order, whatever came first

@@ -25,6 +25,7 @@ LAYERS = dict( # each imports only from those above it here
 CONSTANTS = dict( # the public names that can have no docstring
     GLUE='The GLUE tasks by name: columns, classes, metrics.',
     METHODS='The ways to merge by name: what each measures, whether it needs `base`, its options.',
+    Source='The name of `ModelReference` in version 0.1.',
     SCHEMES="Which Fisher weights which role's parameters, by name.")
 
 def first_line(o)->str:
@@ -39,7 +40,7 @@ def definitions(tree)->dict: # name to first line of its docstring
     return {name: what for name,what in found.items() if not re.search(r'(^|\.)_', name)}
 
 def constants(tree)->list[str]:
-    targets = [o.targets[0] for o in tree.body if isinstance(o, ast.Assign)]
+    targets = [o.target if isinstance(o, ast.AnnAssign) else o.targets[0] for o in tree.body if isinstance(o, (ast.Assign, ast.AnnAssign))]
     return [o.id for o in targets if isinstance(o, ast.Name) and not o.id.startswith('_')]
 
 def page(text:str)->str: # file below `nbs/`
@@ -59,11 +60,16 @@ def layer(name:str)->str: # Markdown
     modules = sorted((o for o in sources if o.split('.')[0]==name), key=lambda o: page(sources[o]))
     return '\n'.join([f'## {name}\n\n{LAYERS[name]}\n', *map(section, modules)])
 
+def homes()->dict: # public name to the module that defines it
+    "A name may be imported from a module that completes it, such as one that gives it `save`."
+    found = {n: m for m,text in sources.items() for n in (*constants(ast.parse(text)), *definitions(ast.parse(text)))}
+    return {name: found.get(name, module) for module,names in _PLACES.items() for name in names}
+
 def public()->str: # Markdown
     rows = []
-    for module,names in _PLACES.items():
+    for name,module in homes().items():
         what = definitions(ast.parse(sources[module])) | CONSTANTS
-        rows += [(name, lookup.doc(f'fisher_nodes.{module}.{name}') or page(sources[module]), what[name]) for name in names]
+        rows.append((name, lookup.doc(f'fisher_nodes.{module}.{name}') or page(sources[module]), what[name]))
     return '\n'.join(['## From the package itself {#sec-public}', '`from fisher_nodes import merge`, for instance.', '', table(sorted(rows, key=lambda o: o[0].lower()))])
 
 sources = {'.'.join(o.relative_to(package).with_suffix('').parts): o.read_text(encoding='utf-8') for o in package.rglob('[!_]*.py')}

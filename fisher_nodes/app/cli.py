@@ -103,9 +103,10 @@ def import_methods(
 ):
     "Import what registers methods; `ValueError` for what cannot be found."
     for name in names or ():
-        if not name.endswith('.py'): import_module(name)
-        elif not Path(name).is_file(): raise ValueError(f'--import: {name} is not a file')
-        else: run_path(name, run_name=Path(name).stem)
+        is_file = name.endswith('.py')
+        if is_file and not Path(name).is_file(): raise ValueError(f'--import: {name} is not a file')
+        try: run_path(name, run_name=Path(name).stem) if is_file else import_module(name)
+        except Exception as e: raise ValueError(f'--import: {name}: {type(e).__name__}: {e}') from e
 
 def read_value(
     text:str, # `true`, `false`, a number, or a word

@@ -118,7 +118,7 @@ class MaskFisher:
     def layer(self,
         i:int, # counted from 0
     )->tuple[Tensor,Tensor]: # heads `(H,)` and rows `(D,)`
-        "The Fishers of one layer; works for all models."
+        "Heads and rows of one layer; other kinds are in `kinds`."
         return self.heads[i], self.rows[i]
 
     def __len__(self)->int: return len(self.heads)

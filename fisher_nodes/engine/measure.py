@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_batches', 'describe_data', 'hashing', 'describe_run', 'check_known', 'check_choices', 'statistic_batches',
-           'run_options', 'measure', 'mask_fisher', 'parameter_fisher', 'linear_grams', 'read_about']
+           'run_options', 'measure', 'mask_fisher', 'parameter_fisher', 'linear_grams', 'save_statistic', 'read_about',
+           'load_statistic']
 
 # %% ../../nbs/engine/09_measure.ipynb #190f6273
 import json
@@ -16,7 +17,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 import torch
-from fastcore.basics import patch
 from fastcore.meta import delegates
 from safetensors.torch import save_file
 from torch import Tensor
@@ -282,8 +282,8 @@ def linear_grams(
     return measure('grams', model, data, **kwargs)
 
 # %% ../../nbs/engine/09_measure.ipynb #365a08a9
-@patch
-def save(self:MaskFisher|ParameterStatistic,
+def save_statistic(
+    self:MaskFisher|ParameterStatistic,
     path:str|Path, # file to write; its folder must exist
 ):
     "Write one safetensors file, metadata included; it appears whole or not at all."
@@ -305,11 +305,14 @@ def read_about(
     if found!=kind.__name__: raise ValueError(f'{path} is not a saved {kind.__name__}; its kind is {found}')
     return meta
 
-@patch(cls_method=True)
-def load(cls:MaskFisher|ParameterStatistic,
+def load_statistic(
+    cls:type, # of the result
     path:str|Path, # a file that `save` wrote
 )->Any: # of that class
     "Read what `save` wrote; `ValueError` for a file that is something else."
     about = read_about(path, cls)
     with open_saved(path, cls.__name__) as f: tensors = {k: f.get_tensor(k) for k in f.keys()}
     return cls.from_tensors(tensors, **about)
+
+for kind in (MaskFisher, ParameterStatistic):
+    kind.save,kind.load = save_statistic,classmethod(load_statistic)

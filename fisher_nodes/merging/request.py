@@ -107,6 +107,7 @@ ModelLike = Annotated[Any, BeforeValidator(as_model)]
 # %% ../../nbs/merging/00_request.ipynb #6a6c1bee
 def _spec(o:Any)->Any:
     "A data spec; rows and batches as they are."
+    if isinstance(o, (bool, int, float)): raise _expected('rows, batches or a data spec')
     if not isinstance(o, (str, Path)): return o
     name = str(o)
     is_glue = name.startswith('glue:')
@@ -191,6 +192,8 @@ def method_options(
 )->dict[str,Any]:
     "All options of the method, given or default; `ValueError` for one that it does not know."
     known,given = METHODS[method].options,dict(options)
+    if beside := [k for k in ('variant', 'scheme') if k in options]:
+        raise ValueError(f'`{beside[0]}` stands beside `options`, not in it')
     if scheme is not None: given['scheme'] = scheme
     if 'variant' in known: given['variant'] = variant
     _check_options(method, given, near)
@@ -304,6 +307,11 @@ def _as_mapping(name:str, value:Any, tasks:Sequence[str])->Any:
     if value is None: return None
     return {t: plain_value(o) for t,o in match_tasks(value, tasks, name).items()}
 
+def _one_each(given:Mapping[str,Any], own:Mapping[str,Any])->dict[str,Any]:
+    "Options from both places; `ValueError` for one that is in both."
+    if twice := [k for k in own if k in given]: raise ValueError(f'option {twice[0]!r} is given twice')
+    return dict(given) | dict(own)
+
 def ask(
     models:Any, # task -> model, folder, Hub id or `ModelReference`; or a list of them
     **asked, # the other fields of `MergeRequest`, and options of the method
@@ -313,6 +321,6 @@ def ask(
     given = {k: plain_value(v) for k,v in asked.items() if k in MergeRequest.model_fields}
     for k in BY_TASK: given[k] = _as_mapping(k, given.get(k), list(named))
     own = {k: plain_value(v) for k,v in asked.items() if k not in given}
-    if own: given['options'] = dict(given.get('options') or {}) | own
+    if own: given['options'] = _one_each(given.get('options') or {}, own)
     try: return MergeRequest(models=named, **given)
     except ValidationError as e: raise ValueError(explain(e, CALL)) from None

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from ..core.blocks import Blocks
 from ..engine.fingerprints import check_hash, hash_tensors
 from fisher_nodes.engine.models import (
-    FILES, ModelReference, as_reference, check_index, check_single, fetch_model, head_tensors,
-    model_errors, note_commit)
+    FILES, ModelReference, as_reference, check_index, check_single, fetch_model, head_tensors, model_errors,
+    note_commit)
 from .merged import DTYPE
 from .store import OLD_NAMES, TensorSlot, find_slot, folder_slots
 
@@ -73,11 +73,12 @@ def _check_skeleton(task:str, found:Skeleton, reference:ModelReference):
     check_hash(what, reference.head_hash, lambda: hash_tensors(head_tensors(found.model)))
 
 # %% ../../nbs/merging/06_skeletons.ipynb #091e308d
-def _dtype_of(config:PretrainedConfig, slots:Mapping[str,TensorSlot])->torch.dtype:
+def _dtype_of(config:PretrainedConfig, slots:Mapping[str,TensorSlot])->torch.dtype|None: # None: not known
     "What transformers loads a model in: float32 before version 5, then as config or files say."
     if int(transformers.__version__.split('.')[0])<5: return torch.float32
-    stored = (o.stored for o in slots.values() if o.stored is not None and o.stored.is_floating_point)
-    return getattr(config, DTYPE, None) or next(stored, torch.float32)
+    stored = {o.stored for o in slots.values() if o.stored is not None and o.stored.is_floating_point}
+    said = getattr(config, DTYPE, None)
+    return said or (next(iter(stored)) if len(stored)==1 else None)
 
 def _exact(
     model:PreTrainedModel,
@@ -104,7 +105,7 @@ def open_plain(
         slots = folder_slots(_folder(place, config))
         with torch.device('meta'): model = Auto.from_config(config).eval()
     except (OSError, ValueError, KeyError, RuntimeError): return None # transformers will say why
-    dtype = _dtype_of(config, slots)
+    if not isinstance(dtype := _dtype_of(config, slots), torch.dtype): return None
     found = _exact(model.to(dtype), slots)
     if found is None: return None
     setattr(model.config, DTYPE, dtype)

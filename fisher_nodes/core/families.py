@@ -87,7 +87,8 @@ def split_roles(
     groups:int=1, # how many groups there are
 )->dict[str,Tensor]: # role -> its rows
     "The rows of every role in a fused matrix."
-    if order not in ('blocks','groups'): raise ValueError(f"`order` is {order!r}; expected 'blocks' or 'groups'")
+    if order not in ('blocks','groups'):
+        raise ValueError(f"`order` is {order!r}; expected 'blocks' or 'groups'")
     rows = torch.arange(sum(counts.values()))
     if order=='blocks': return dict(zip(counts, rows.split(list(counts.values()))))
     parts = rows.view(groups, -1).split([n//groups for n in counts.values()], 1)

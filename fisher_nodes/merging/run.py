@@ -290,21 +290,23 @@ def _name_culprit(job:Job, inputs:Inputs, name:str):
     raise ValueError(f'{name} is not finite after merging, though all models are: '
                      'the base is not, or numbers become too large')
 
-def _checked(job:Job, method:str, block:Block, rows:Any)->Tensor: # of the type that the models have
+def _checked(job:Job, block:Block, rows:Any)->Tensor: # of the type that the models have
     "What a rule gave; `ValueError` unless it is floating-point numbers in the shape of the parameter."
     like = job.model.base_model.state_dict()[str(block)].shape
     want = like if block.rows is ... else (len(range(*block.rows.indices(like[0]))), *like[1:])
-    got = tuple(rows.shape) if isinstance(rows, Tensor) and rows.is_floating_point() else type(rows).__name__
+    numbers = isinstance(rows, Tensor) and rows.is_floating_point()
+    got = tuple(rows.shape) if numbers else getattr(rows, 'dtype', type(rows).__name__)
     if got==tuple(want): return rows.to(job.dtype(block))
-    raise ValueError(f'method {method!r} gave {got} for {block}, expected floating-point numbers of shape {tuple(want)}')
+    raise ValueError(f'the rule gave {got} for {block}; '
+                     f'expected floating-point numbers of shape {tuple(want)}')
 
-def _merge_block(job:Job, inputs:Inputs, method:str, rule:Rule, store:Any, block:Block):
+def _merge_block(job:Job, inputs:Inputs, rule:Rule, store:Any, block:Block):
     "Merge some rows."
     tensors = (store.read(t, block) for t in job.states)
     if not rule.once: tensors = list(tensors)
     merged = block in rule.kinds
     rows = rule.combine(block, tensors) if merged else next(iter(tensors)).clone()
-    if merged: rows = _checked(job, method, block, rows)
+    if merged: rows = _checked(job, block, rows)
     if merged and not all_finite(rows): _name_culprit(job, inputs, str(block))
     store.write(block, rows)
 
@@ -334,7 +336,7 @@ def _merge_parameters(job:Job, inputs:Inputs, rule:Rule, store:Any, bar:tqdm):
     "Merge all that a store has, first what is taken whole; `bar` counts bytes."
     sizes = store.sizes()
     def merge_one(name):
-        for b in store.blocks(name, name in rule.whole): _merge_block(job, inputs, request.method, rule, store, b)
+        for b in store.blocks(name, name in rule.whole): _merge_block(job, inputs, rule, store, b)
         return sizes[name]
     for n in [n for n in sizes if n in rule.whole]: bar.update(merge_one(n))
     with _workers(store.threads) as workers:
@@ -608,7 +610,8 @@ def merge_stored(
 def _check_no_measuring(given:Mapping[str,Any]):
     "`ValueError` for what only `merge` takes, since measuring runs models."
     only = ('data', 'num_samples', 'labels', 'precision', 'loss', 'max_length', 'result', 'versions')
-    if odd := [k for k in only if k in given]: raise ValueError(f'`merge_files` measures nothing; it takes no {odd}')
+    odd = [k for k in only if k in given]
+    if odd: raise ValueError(f'`merge_files` measures nothing; it takes no {odd}')
 
 @delegates(merge_options, keep=True)
 def merge_files(

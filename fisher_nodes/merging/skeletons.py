@@ -73,7 +73,10 @@ def _check_skeleton(task:str, found:Skeleton, reference:ModelReference):
     check_hash(what, reference.head_hash, lambda: hash_tensors(head_tensors(found.model)))
 
 # %% ../../nbs/merging/06_skeletons.ipynb #091e308d
-def _dtype_of(config:PretrainedConfig, slots:Mapping[str,TensorSlot])->torch.dtype|None: # None: not known
+def _dtype_of(
+    config:PretrainedConfig,
+    slots:Mapping[str,TensorSlot],
+)->torch.dtype|None: # None where files of several types leave it to transformers
     "What transformers loads a model in: float32 before version 5, then as config or files say."
     if int(transformers.__version__.split('.')[0])<5: return torch.float32
     stored = {o.stored for o in slots.values() if o.stored is not None and o.stored.is_floating_point}

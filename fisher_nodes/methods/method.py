@@ -121,14 +121,17 @@ class MergeMethod:
 # %% ../../nbs/methods/00_method.ipynb #d69a9987
 METHODS:dict[str,MergeMethod] = {}
 
-_FIELDS = ('models', 'fishers', 'data', 'base', 'weights', 'seed', 'num_samples', 'labels', 'loss', 'device', 'progress')
+_FIELDS = ('models', 'fishers', 'data', 'base', 'weights', 'seed', 'num_samples',
+           'labels', 'loss', 'device', 'progress')
 
 def _check_rule(f:Callable[...,Rule]):
     "`ValueError` unless a function can be a method."
     first,*options = signature(f).parameters.values()
-    if first.name!='job': raise ValueError(f'the first parameter of {f.__name__!r} must be `job`, got {first.name!r}')
+    if first.name!='job':
+        raise ValueError(f'the first parameter of {f.__name__!r} must be `job`, got {first.name!r}')
     for p in options:
-        if p.name in _FIELDS: raise ValueError(f'{f.__name__!r} cannot have an option {p.name!r}; that is what every merge is asked')
+        if p.name in _FIELDS:
+            raise ValueError(f'{f.__name__!r} cannot have an option {p.name!r}, which every merge has')
         if p.default is p.empty or p.annotation is p.empty:
             raise ValueError(f'option {p.name!r} of {f.__name__!r} needs a type and a default')
 

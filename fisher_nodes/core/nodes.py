@@ -18,7 +18,9 @@ from .families import Nodes, Site, find_nodes
 # %% ../../nbs/core/01_nodes.ipynb #4c50d333
 CHUNK = defaultdict(lambda: 2**22, cpu=2**18) # numbers multiplied at once: what a cache holds
 
-def sum_type(x:Tensor)->torch.dtype: return torch.promote_types(x.dtype, torch.float32)
+def sum_type(x:Tensor)->torch.dtype:
+    "What products of `x` are added up in: float32, or better."
+    return torch.promote_types(x.dtype, torch.float32)
 
 def plain_sums(
     x:Tensor, # shape `(B, T, width)`

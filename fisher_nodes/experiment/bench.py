@@ -14,7 +14,7 @@ __all__ = ['BY_LENGTH', 'SMALLER', 'ONE', 'EIGHTS', 'THIRTY_TWOS', 'IN_ORDER', '
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -316,7 +316,9 @@ def shape_batches(model, lengths:Sequence[int], examples:str=BY_LENGTH, batch_to
         plan = plan_lengths(model.device.type, limit)(lengths)
     return on_device([Batch(o, collate(columns, lengths, o, {})) for o in plan], model.device)
 
-def as_inputs(batches): return [o.inputs for o in batches]
+def as_inputs(batches:Iterable[Batch])->list[dict]:
+    "What a model takes of every batch."
+    return [o.inputs for o in batches]
 
 # %% ../../nbs/experiment/05_bench.ipynb #f26f36f6
 def _shape_entry(model, name:str, seconds:Mapping, lengths, batches, **about)->dict[str,Any]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import fisher_nodes
+from fisher_nodes.experiment.results import load_results
 
 HERE = Path(__file__).parent/'fixtures'
 sys.path.insert(0, str(HERE))
@@ -81,8 +82,5 @@ def test_grid(tmp_path, glue):
 def test_an_old_grid_is_read(tmp_path):
     "Results of 0.1 make the same table."
     shutil.copytree(OLD/'results', tmp_path/'results')
-    table = fisher_nodes.load_results(tmp_path/'results') if hasattr(fisher_nodes, 'load_results') else None
-    if table is None:
-        from fisher_nodes.experiment.results import load_results
-        table = load_results(tmp_path/'results')
+    table = load_results(tmp_path/'results')
     assert len(table) > 100 and set(table.name) == set(make.GRID['methods'])

@@ -452,3 +452,15 @@ def test_memory_does_not_grow_with_the_number_of_models(tmp_path):
     peaks = [int(subprocess.run([sys.executable, '-c', PEAK, str(tmp_path/'in'), str(n), str(tmp_path/f'out{n}')],
                                 check=True, capture_output=True, text=True).stdout) for n in (2, 10)]
     assert max(peaks) < size, (peaks, size)
+
+def test_work_on_a_block_does_not_grow_with_the_model(tmp_path, monkeypatch):
+    "A body's state is gathered a few times a merge, however many blocks there are: each time takes milliseconds."
+    folders, calls, plain = make(tmp_path, 2), [], BertModel.state_dict
+    monkeypatch.setattr(BertModel, 'state_dict', lambda self, *a, **kw: (calls.append(1), plain(self, *a, **kw))[1])
+    counts = []
+    for size in (1 << 22, 1500):
+        monkeypatch.setattr(blocks, 'BLOCK', size)
+        calls.clear()
+        merge_files(folders, method='average', out=tmp_path/str(size))
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0, counts

@@ -566,7 +566,7 @@ MISTAKES = ValueError, TypeError, NotImplementedError, OSError, SafetensorError
 def _is_main()->bool: return os.environ.get('RANK', '0')=='0'
 
 def _prepare_streams():
-    "Let a terminal without λ show something else, and only the main process speak."
+    "Let a terminal without λ show something else."
     for o in (sys.stdout, sys.stderr):
         if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace')
 
@@ -586,8 +586,8 @@ def main(
 )->int: # exit status: 0, 2 for bad input, 130 when interrupted
     "Run `fisher-nodes`."
     _prepare_streams()
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = make_parser(words[0] if words else '').parse_args(words)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser(given[0] if given else '').parse_args(given)
     if not _is_main(): sys.stdout = sys.stderr = open(os.devnull, 'w')
     try: _answer(args)
     except MISTAKES as e: return _mistake(args, e)

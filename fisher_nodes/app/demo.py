@@ -16,21 +16,18 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
-
 from ..engine.batches import check_num_samples, sample_rows
-from ..engine.models import load_model
-from ..tasks.evaluation import evaluate, predict
-from ..tasks.finetuning import finetune, load_body
-from ..engine.files import versions
+from ..engine.files import OutputExistsError, differences, is_merged, versions
 from ..engine.measure import describe_data, mask_fisher
+from ..engine.models import load_model
+from ..experiment.plots import compare_heads, new_figure
 from ..merging.merged import Merged
 from ..merging.run import merge
-from ..engine.files import OutputExistsError, differences, is_merged
-from ..experiment.plots import compare_heads, new_figure
+from ..tasks.evaluation import evaluate, predict
+from ..tasks.finetuning import finetune, load_body
 from ..tasks.tasks import Task, as_dataset
 
 # %% ../../nbs/app/00_demo.ipynb #68d60c55

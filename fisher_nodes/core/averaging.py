@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .families import Place, Slice
-from .fisher import MaskFisher
+from .fisher import MaskFisher, part_name
 from .schemes import BY_NODE, WHOLE, Scheme, weight_of
 
 # %% ../../nbs/core/04_averaging.ipynb #4fe43273
@@ -30,8 +30,8 @@ def node_shares(
 
 # %% ../../nbs/core/04_averaging.ipynb #avg00013
 def plain_shares(weights:Tensor)->Tensor: # shape `(M, 1)`
-    "Shares of λ alone."
-    return (weights/weights.sum()).double()[:,None]
+    "Shares of λ alone, as where all Fishers are equal."
+    return node_shares(torch.ones(len(weights), 1), weights)[0]
 
 # %% ../../nbs/core/04_averaging.ipynb #036ffd15
 def widest(
@@ -138,7 +138,6 @@ def check_fisher(
     if not isinstance(fisher, MaskFisher):
         raise TypeError(f'Fisher of {task!r} must be a MaskFisher, got {type(fisher).__name__}')
     _check_depth(task, fisher, counts)
-    names = dict(head='heads', row='rows')
     for kind,layers in counts.items():
-        name,found = names.get(kind, kind),fisher.kinds[kind]
+        name,found = part_name(kind),fisher.kinds[kind]
         for i,n in enumerate(layers): _check_nodes(task, name, i, found[i], n)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'square_each', 'outer_each', 'is_regression', 'per_example_loss',
-           'draw_labels', 'pack', 'MaskFisher', 'Variant', 'list_variants']
+           'draw_labels', 'pack', 'MaskFisher', 'part_name', 'Variant', 'list_variants']
 
 # %% ../../nbs/core/02_fisher.ipynb #66af3c24
 import random
@@ -127,7 +127,11 @@ class MaskFisher:
         return f'MaskFisher({nodes}; {self.num_examples} examples)'
 
 # %% ../../nbs/core/02_fisher.ipynb #f93bdec6
-_NAMES = dict(head='heads', row='rows') # in a file; other kinds have their own names
+def part_name(
+    kind:str, # of nodes
+)->str: # as an argument of `MaskFisher`, in its files and in messages
+    "What a `MaskFisher` calls the Fishers of a kind."
+    return dict(head='heads', row='rows').get(kind, kind)
 
 def _layers(tensors:Mapping[str,Tensor], name:str)->NodeTensors|None:
     "What is called `name.0`, `name.1`, …; None without any."
@@ -137,7 +141,7 @@ def _layers(tensors:Mapping[str,Tensor], name:str)->NodeTensors|None:
 @patch
 def tensors(self:MaskFisher)->dict[str,Tensor]: # `heads.0`, `rows.0`, `head_matrices.0`, …
     "The numbers as tensors by name."
-    parts = {_NAMES.get(k, k): v for k,v in self.kinds.items()}
+    parts = {part_name(k): v for k,v in self.kinds.items()}
     parts |= {f'{k}_matrices': v for k,v in self.matrices.items()}
     return {f'{k}.{i}': t for k,v in parts.items() for i,t in enumerate(v)}
 

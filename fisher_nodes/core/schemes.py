@@ -47,9 +47,11 @@ def _check_entry(role:str, kind:str):
         raise ValueError(f'kind {kind!r} of role {role!r} is unknown; expected one of {list(KINDS)}')
 
 def get_scheme(
-    scheme:str|Scheme, # a name in `SCHEMES`, or your own table, role -> weight
+    scheme:str|Scheme|None, # a name in `SCHEMES`, or your own table, role -> weight; None is the variant's
+    variant:str|None=None, # of the Fisher; its scheme has its name
 )->Scheme:
     "The table of a scheme, aliases resolved; `ValueError` for an unknown name or weight."
+    if scheme is None: scheme = variant
     if isinstance(scheme, str):
         if scheme in SCHEMES: return SCHEMES[scheme]
         raise ValueError(f'`scheme` is {scheme!r}; expected one of {list(SCHEMES)} or a table')

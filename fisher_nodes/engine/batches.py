@@ -198,6 +198,11 @@ class Batch(NamedTuple):
     rows:list[int] # row in the data set, or running number in the caller's own batches
     inputs:dict[str,Tensor] # what the model takes, and `labels`
 
+    @property
+    def features(self)->dict[str,Tensor]:
+        "What the model takes, without `labels`, so that it works out no loss of its own."
+        return {k: v for k,v in self.inputs.items() if k!='labels'}
+
 class Batches(NamedTuple):
     "Batches to go through once."
     batches:Iterable[Batch]

@@ -40,7 +40,7 @@ def batch_logits(
     batch:Batch, # rows and inputs
 )->Tensor: # shape `(B, num_labels)`, on the CPU
     "Logits of one batch, checked."
-    inputs = {k: to_device(v, model.device) for k,v in batch.inputs.items() if k!='labels'}
+    inputs = {k: to_device(v, model.device) for k,v in batch.features.items()}
     logits = model_logits(model, inputs)
     logits = logits.to('cpu', torch.promote_types(logits.dtype, torch.float32))
     check_logits(logits, batch.rows)
@@ -77,6 +77,5 @@ def weighted_losses(
         losses = _own_losses(model, batch, loss)
         yield torch.ones(len(losses), device=losses.device), losses
         return
-    inputs = {k: v for k,v in batch.inputs.items() if k!='labels'}
-    logits = model_logits(model, inputs)
+    logits = model_logits(model, batch.features)
     yield from ESTIMATORS[labels](model, logits, batch.inputs.get('labels'), batch.rows, seed)

@@ -28,7 +28,7 @@ from .devices import check_placed, find_device, precision_context, to_device
 from .files import open_saved, read_meta, versions, whole_file
 from .fingerprints import hash_weights
 from .guard import frozen_eval
-from .losses import check_logits, check_losses, model_logits, weighted_losses
+from .losses import batch_logits, check_losses, weighted_losses
 from .memory import part, run_batches, shared_budget
 from .models import model_name, resolve_model
 from .processes import is_main, together
@@ -42,11 +42,6 @@ from ..methods.regmean import Grams
 load_methods()
 
 # %% ../../nbs/engine/09_measure.ipynb #96b919ca
-def _forward(model:PreTrainedModel, batch:Batch):
-    "Run a batch for what hooks see of it, and look at its answers."
-    logits = model_logits(model, {k: v for k,v in batch.inputs.items() if k!='labels'})
-    check_logits(logits.to('cpu', torch.promote_types(logits.dtype, torch.float32)), batch.rows)
-
 def _measure_batch(model, collector:Collector, labels, loss, seed, batch:Batch)->list[Tensor]:
     "Measure one batch; its losses."
     batch = batch._replace(inputs={k: to_device(v, model.device) for k,v in batch.inputs.items()})
@@ -56,7 +51,7 @@ def _measure_batch(model, collector:Collector, labels, loss, seed, batch:Batch)-
         seen.append(losses.detach())
         if model.device.type=='cpu': check_losses(seen[-1:], batch.rows)
         collector.add(weights, losses, retain_graph=labels=='exact')
-    if not collector.backward: _forward(model, batch)
+    if not collector.backward: batch_logits(model, batch) # for what hooks see of it
     collector.commit()
     return seen
 
@@ -77,7 +72,6 @@ def _accumulate(model, collector:Collector, labels, loss, seed, batches:Iterable
         seen += losses
         rows += batch.rows*len(losses)
         n += len(batch.rows)
-    if n==0: raise ValueError('`data` is empty: no examples')
     if seen: check_losses(seen, rows)
     return n
 

@@ -68,7 +68,7 @@ def bare_pass(
     with frozen_eval(model, compiled=True), context, first_leaf(model) as leaves:
         for batch in batches:
             labels = batch.inputs['labels']
-            logits = model_logits(model, {k: v for k,v in batch.inputs.items() if k!='labels'})
+            logits = model_logits(model, batch.features)
             torch.autograd.grad(per_example_loss(model, logits, labels).sum(), leaves)
 
 # %% ../../nbs/experiment/05_bench.ipynb #33be1f10

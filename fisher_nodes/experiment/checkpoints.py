@@ -11,16 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
 from tqdm.auto import tqdm
-
-from ..engine.fingerprints import hash_weights
-from ..engine.models import model_name
 from ..engine.batches import check_num_samples
-from ..engine.models import load_tokenizer
-from ..tasks.finetuning import check_recipe, finetune, first_layers, load_body
-from ..engine.measure import describe_data
 from ..engine.files import TRAINED, OutputExistsError, check_folder, differences
+from ..engine.fingerprints import hash_weights
+from ..engine.measure import describe_data
+from ..engine.models import load_tokenizer, model_name
+from ..tasks.finetuning import check_recipe, finetune, first_layers, load_body
 from ..tasks.tasks import GLUE, PAPER_TASKS, load_task
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #219b0069

@@ -23,23 +23,22 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
-from ..engine.fingerprints import hash_tensors
-from ..engine.models import model_name
-from ..engine.batches import check_num_samples, sample_rows, tokenize
-from .checkpoints import find_checkpoints
-from ..engine.models import load_model, load_tokenizer, model_errors
-from ..tasks.evaluation import evaluate
 from ..core.fisher import MaskFisher
-from ..engine.devices import find_device
-from ..tasks.labels import check_alignment, reorder_labels
 from ..core.schemes import PAPER
-from ..methods.method import STATISTICS
-from ..methods.released import RELEASED
-from ..engine.measure import measure
-from ..merging.run import load_base, merge
-from ..methods.method import METHODS
+from ..engine.batches import check_num_samples, sample_rows, tokenize
+from ..engine.devices import find_device
 from ..engine.files import differences, write_record
-from ..engine.processes import alone, exchange, find_rank, from_main, is_main, own_share, together
+from ..engine.fingerprints import hash_tensors
+from ..engine.measure import measure
+from ..engine.models import load_model, load_tokenizer, model_errors, model_name
+from ..engine.processes import (
+    alone, exchange, find_rank, from_main, is_main, own_share, together)
+from .checkpoints import find_checkpoints
+from ..merging.run import load_base, merge
+from ..methods.method import METHODS, STATISTICS, Statistic
+from ..methods.released import RELEASED
+from ..tasks.evaluation import evaluate
+from ..tasks.labels import check_alignment, reorder_labels
 from ..tasks.tasks import PAPER_TASKS, Task, load_task
 
 # %% ../../nbs/experiment/01_grid.ipynb #9ed76b3f
@@ -53,7 +52,7 @@ class Entry:
     options:Mapping[str,Any]=field(default_factory=dict) # of the method
 
     @property
-    def statistic(self)->Any: # with `kind`, `measure` and `takes`; None if nothing is measured
+    def statistic(self)->Statistic|None: # None if nothing is measured
         "What is measured of each model."
         return STATISTICS.get(METHODS[self.method].statistic)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from ..core.families import find_places
 from ..core.fisher import MaskFisher
-from ..core.schemes import get_scheme, weight_of
+from ..core.schemes import weight_of
 from ..engine.files import versions
 from ..engine.fingerprints import hash_tensors
 from ..engine.models import (
@@ -24,11 +24,6 @@ from .request import MergeRequest
 from ..methods.method import Job, Rule
 
 # %% ../../nbs/merging/05_record.ipynb #7ba4d67e
-def _scheme_of(request:MergeRequest)->Mapping[str,str]|None:
-    "The table that a request names; None for a method without one."
-    if 'scheme' not in request.options: return None
-    return get_scheme(request.variant if request.scheme is None else request.scheme)
-
 def _numbers(part:Any, t:Tensor)->int:
     "How many numbers of a parameter a slice has."
     return t.numel() if part.rows is None else t.numel()//t.shape[part.axis]*len(part.rows)
@@ -36,7 +31,7 @@ def _numbers(part:Any, t:Tensor)->int:
 def roles_report(
     model:PreTrainedModel, # any of the models
     kinds:Mapping[str,str], # of the rule
-    scheme:Mapping[str,str]|None, # of the request
+    scheme:Mapping[str,str]|None, # `scheme_table` of the request
 )->dict[str,dict]: # role -> weight, tensors, elements
     "For each role: kind of weight, tensors, elements."
     state,out,places = model.base_model.state_dict(),{},find_places(model)
@@ -95,7 +90,7 @@ def merge_report(
 )->dict[str,Any]:
     "What was weighted, averaged and copied, and from where."
     copied = [n for n in job.model.base_model.state_dict() if n not in rule.kinds]
-    scheme = _scheme_of(request)
+    scheme = request.scheme_table
     options = request.options | ({} if scheme is None else dict(scheme=dict(scheme)))
     return dict(
         method=request.method, **base, seed=job.seed, options=options, tasks=_sources(job, models),

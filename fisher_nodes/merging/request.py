@@ -301,6 +301,11 @@ class MergeRequest(BaseModel):
     @property
     def statistic(self)->str|None: return METHODS[self.method].statistic
 
+    @property
+    def scheme_table(self)->Mapping[str,str]|None:
+        "Role -> weight; None for a method without a scheme."
+        return get_scheme(self.scheme, self.variant) if 'scheme' in self.options else None
+
 # %% ../../nbs/merging/00_request.ipynb #7f70095b
 def _as_mapping(name:str, value:Any, tasks:Sequence[str])->Any:
     "A value for every task, which may come as a list."

@@ -26,7 +26,7 @@ from transformers import AutoModel, PreTrainedModel
 from ..core.averaging import widest
 from ..core.blocks import Block, Blocks, cut
 from ..core.families import find_family, find_places
-from ..core.schemes import check_roles, get_scheme
+from ..core.schemes import check_roles
 from ..engine.batches import no_collection
 from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
@@ -46,7 +46,7 @@ from .request import MergeRequest, ask
 from .skeletons import open_model, outline
 from .store import FileStore, MemoryStore, TensorSlot, make_file, read_slots
 from ..methods.method import (
-    METHODS, STATISTICS, Job, ParameterStatistic, Rule, check_numbers, check_shapes, check_statistic)
+    METHODS, STATISTICS, Job, Rule, check_numbers, check_shapes, check_statistic)
 from ..tasks.tasks import load_rows
 
 # %% ../../nbs/merging/07_run.ipynb #904dc33d
@@ -117,12 +117,6 @@ def _check_present(what:str, tensors:Mapping[str,Tensor]):
     raise ValueError(f'{what}: the weights of {away[0]!r} are not in memory, '
                      'but offloaded or on the meta device')
 
-def _check_scheme(request:MergeRequest, model:PreTrainedModel):
-    "`ValueError` for a role that the scheme names and no family has, or a matrix that has no place."
-    scheme = request.variant if request.scheme is None else request.scheme
-    if 'scheme' in request.options: check_roles(get_scheme(scheme))
-    find_places(model)
-
 def find_tokenizer(
     request:MergeRequest,
 )->Any:
@@ -186,11 +180,6 @@ def check_measured_on(
     raise ValueError(f'{what} was measured on other weights ({known}) than its model has ({weight_hash}); '
                      "if that is meant, remove 'weight_hash' from its `meta`")
 
-def _title(task:str, value:Any)->str:
-    "What a message calls a statistic."
-    kind = type(value).__name__ if isinstance(value, ParameterStatistic) else 'Fisher'
-    return f'{kind} of {task!r}'
-
 def check_alike(
     found:Mapping[str,Any], # task -> statistic
     variant:str|None, # that they must have; None accepts any
@@ -238,14 +227,28 @@ def measure_all(
                                     **what, **how) for t,m in bar}
 
 # %% ../../nbs/merging/07_run.ipynb #f38abda7
-def _check_statistics(request:MergeRequest, inputs:Inputs):
-    "An error unless statistics fit their models, in numbers and in weights."
-    for t,o in inputs.statistics.items():
-        check_statistic(t, o, inputs.models[t], STATISTICS[request.statistic])
-        if not o.meta.get('weight_hash'): continue
-        inputs.hashes[t] = hash_weights(inputs.models[t])
-        check_measured_on(_title(t, o), o.meta, inputs.hashes[t])
+def _gather(request:MergeRequest, models:Mapping, bodies:Mapping, statistics:Mapping,
+            find_base:Callable)->Inputs:
+    "All that a request names, loaded or opened; `ValueError` unless models, scheme and base fit together."
+    inputs = Inputs(models, bodies, find_tokenizer(request), statistics=statistics)
+    check_roles(request.scheme_table or {})
+    find_places(inputs.first) # refuses a matrix without a place
+    if request.base is not None: inputs.base = find_base(request.base, inputs.first)
+    inputs.about_base = describe_base(request.base)
+    return inputs
+
+def _check_statistics(request:MergeRequest, inputs:Inputs, check:Callable):
+    "An error unless what was measured fits the models, as `check` finds out, and each other."
+    for t,o in inputs.statistics.items(): check(t, o, inputs.models[t], STATISTICS[request.statistic])
     check_alike(inputs.statistics, request.variant if request.scheme is None else None)
+
+def _check_weights(request:MergeRequest, inputs:Inputs, task:str, found:str):
+    "`ValueError` if what was measured of a task belongs to other weights; keeps their fingerprint."
+    inputs.hashes[task] = found
+    if task not in inputs.statistics: return
+    about = STATISTICS[request.statistic]
+    what = about.of(task) if about.shapes else f'Fisher of {task!r}'
+    check_measured_on(what, inputs.statistics[task].meta, found)
 
 def _read_statistic(request:MergeRequest, given:Any)->Any:
     "What was measured before, read where it is a file."
@@ -262,12 +265,11 @@ def load_inputs(
     check_models(models)
     for t,m in models.items(): _check_present(f'model of {t!r}', dict(m.named_parameters()))
     bodies = {t: m.base_model.state_dict() for t,m in models.items()}
-    inputs = Inputs(models, bodies, find_tokenizer(request), statistics=statistics)
-    _check_scheme(request, inputs.first)
-    if request.base is not None: inputs.base = load_base(request.base, inputs.first)
-    inputs.about_base = describe_base(request.base)
+    inputs = _gather(request, models, bodies, statistics, load_base)
     if request.data is not None: measure_all(request, inputs, device=device, progress=progress)
-    _check_statistics(request, inputs)
+    _check_statistics(request, inputs, check_statistic)
+    for t,o in inputs.statistics.items():
+        if o.meta.get('weight_hash'): _check_weights(request, inputs, t, hash_weights(models[t]))
     return inputs
 
 # %% ../../nbs/merging/07_run.ipynb #a969b3d1
@@ -292,13 +294,12 @@ def _name_culprit(job:Job, inputs:Inputs, name:str):
 
 def _checked(job:Job, block:Block, rows:Any)->Tensor: # of the type that the models have
     "What a rule gave; `ValueError` unless it is floating-point numbers in the shape of the parameter."
-    like = job.model.base_model.state_dict()[str(block)].shape
-    want = like if block.rows is ... else (len(range(*block.rows.indices(like[0]))), *like[1:])
+    want = job.shape(block)
     numbers = isinstance(rows, Tensor) and rows.is_floating_point()
     got = tuple(rows.shape) if numbers else getattr(rows, 'dtype', type(rows).__name__)
-    if got==tuple(want): return rows.to(job.dtype(block))
+    if got==want: return rows.to(job.dtype(block))
     raise ValueError(f'the rule gave {got} for {block}; '
-                     f'expected floating-point numbers of shape {tuple(want)}')
+                     f'expected floating-point numbers of shape {want}')
 
 def _merge_block(job:Job, inputs:Inputs, rule:Rule, store:Any, block:Block):
     "Merge some rows."
@@ -449,7 +450,7 @@ class CheckedBlocks(Blocks):
         squares = self.about.squares(v)
         low,high = torch.aminmax(v) if v.numel() else (v.new_zeros(()),)*2
         if squares is not v or not (low>=0 and high<torch.inf):
-            check_numbers(f'{self.about.kind.__name__} of {self.task!r}, {name}', v, squares)
+            check_numbers(f'{self.about.of(self.task)}, {name}', v, squares)
         return v
 
 # %% ../../nbs/merging/07_run.ipynb #d6386c74
@@ -464,16 +465,13 @@ def open_statistic(
     if not about.shapes: return kind.load(given) if is_file else given
     if isinstance(given, kind):
         return kind(CheckedBlocks(given.values, task, about), given.num_examples, given.meta)
-    if not is_file: raise TypeError(f'expected {kind.__name__} of {task!r}, got {type(given).__name__}')
+    if not is_file: raise TypeError(f'expected {about.of(task)}, got {type(given).__name__}')
     return kind(CheckedBlocks(read_slots(given), task, about), **read_about(given, kind))
 
-def _check_opened(request:MergeRequest, inputs:Inputs):
-    "What can be checked of statistics before their numbers are read."
-    for t,o in inputs.statistics.items():
-        about,model = STATISTICS[request.statistic],inputs.models[t]
-        if not about.shapes: check_statistic(t, o, model, about)
-        else: check_shapes(f'{about.kind.__name__} of {t!r}', o.values.tensors, about.shapes(model))
-    check_alike(inputs.statistics, request.variant if request.scheme is None else None)
+def _check_opened(task:str, value:Any, model:PreTrainedModel, about:Any):
+    "What can be checked of a statistic before its numbers are read."
+    if not about.shapes: check_statistic(task, value, model, about)
+    else: check_shapes(about.of(task), value.values.tensors, about.shapes(model))
 
 # %% ../../nbs/merging/07_run.ipynb #2a91c0ef
 def open_base(
@@ -510,12 +508,8 @@ def open_inputs(
     found = outline(request.models)
     models = {t: o.model for t,o in found.items()}
     check_models(models)
-    bodies = {t: o.body for t,o in found.items()}
-    inputs = Inputs(models, bodies, find_tokenizer(request), statistics=statistics)
-    _check_scheme(request, inputs.first)
-    if request.base is not None: inputs.base = open_base(request.base, inputs.first)
-    inputs.about_base = describe_base(request.base)
-    _check_opened(request, inputs)
+    inputs = _gather(request, models, {t: o.body for t,o in found.items()}, statistics, open_base)
+    _check_statistics(request, inputs, _check_opened)
     return inputs
 
 # %% ../../nbs/merging/07_run.ipynb #c02df65b
@@ -529,9 +523,7 @@ def check_read(
         reference,names = as_reference(request.models[t]),dict(model.base_model.named_parameters())
         found = join_hashes({n: h for n,h in store.hashes[t].items() if n in names})
         check_hash(f'the body of {t!r}, {reference.name},', reference.weight_hash, lambda: found)
-        measured = inputs.statistics.get(t)
-        if measured is not None: check_measured_on(_title(t, measured), measured.meta, found)
-        inputs.hashes[t] = found
+        _check_weights(request, inputs, t, found)
 
 # %% ../../nbs/merging/07_run.ipynb #b5fc0757
 def _hash_result(store:FileStore, merged:Merged)->str:
@@ -627,7 +619,6 @@ def merge_files(
     **kwargs, # of the method, see `METHODS`
 )->Path: # the folder
     "Merge saved models into a saved model without loading any; as `merge(...).save_pretrained(out)` would."
-    check_shard_size(max_shard_size)
     _check_no_measuring(kwargs)
     request = ask(models, fishers=fishers, **kwargs)
     return merge_stored(request, out, max_shard_size, overwrite, device, threads, progress)

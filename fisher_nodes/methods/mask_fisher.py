@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..core.averaging import check_fisher, plan_shares, weighted_mean
 from ..core.blocks import row_shares
 from ..core.families import count_nodes, find_places
-from ..core.fisher import VARIANTS, MaskFisher, outer_each, pack, square_each
+from ..core.fisher import VARIANTS, MaskFisher, outer_each, pack, part_name, square_each
 from ..core.kernel import fast_sums
 from ..core.nodes import MaskGradients
 from ..core.schemes import get_scheme
@@ -72,10 +72,9 @@ class MaskSquares(Collector):
     def fields(self, n:int, dtype:torch.dtype)->dict[str,Any]:
         "The mean over examples, or the sum where the variant says so."
         scale,wide = 1/n if self.how.mean else 1.,torch.promote_types(dtype, torch.float32)
-        names = dict(head='heads', row='rows')
         layers = {k: [] for k,_ in self.sums}
         for (k,_),v in sorted(self.sums.items()): layers[k].append((v*scale).to('cpu', wide))
-        return {names.get(k, k): pack(v) for k,v in layers.items()}
+        return {part_name(k): pack(v) for k,v in layers.items()}
 
 # %% ../../nbs/methods/02_mask_fisher.ipynb #c239b057
 @merge_method('mask-fisher', statistic='mask-fisher')
@@ -87,8 +86,8 @@ def mask_fisher_rule(
     "Equation 5 with the Fishers of masks."
     fishers = VARIANTS[variant].prepare(list(job.statistics.values()))
     shapes = {n: t.shape for n,t in job.model.base_model.state_dict().items()}
-    scheme = get_scheme(variant if scheme is None else scheme)
-    plan = plan_shares(find_places(job.model), shapes, scheme, fishers, job.weights)
+    table = get_scheme(scheme, variant)
+    plan = plan_shares(find_places(job.model), shapes, table, fishers, job.weights)
     def combine(name, tensors):
         o = plan[name]
         return weighted_mean(tensors, row_shares(o.shares, name, o.axis), job.dtype(name), o.axis)

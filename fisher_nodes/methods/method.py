@@ -10,7 +10,7 @@ __all__ = ['CALL', 'WRITTEN', 'METHODS', 'STATISTICS', 'Job', 'Rule', 'explain',
 # %% ../../nbs/methods/00_method.ipynb #a0eb49f0
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.averaging import widest
-from ..core.blocks import Blocks
+from ..core.blocks import Blocks, rows_meant
 
 # %% ../../nbs/methods/00_method.ipynb #c6745aed
 @dataclass(frozen=True)
@@ -40,12 +40,22 @@ class Job:
         "The parameters there are."
         return list(next(iter(self.states.values())))
 
+    def _unread(self, name:str)->list[Any]:
+        "What has the type and the shape of a parameter, in every model; nothing is read from files."
+        return [(o.tensors if isinstance(o, Blocks) else o)[name] for o in self.states.values()]
+
     def dtype(self,
         name:str, # may be a `Block`
     )->torch.dtype:
         "The widest type that a parameter has in any of the models."
-        tensors = [o.tensors if isinstance(o, Blocks) else o for o in self.states.values()]
-        return widest([o[name] for o in tensors])
+        return widest(self._unread(name))
+
+    def shape(self,
+        name:str, # may be a `Block`
+    )->tuple[int,...]:
+        "The shape of a parameter, or of the rows of it that are meant."
+        size,rows = tuple(self._unread(name)[0].shape),rows_meant(name)
+        return size if rows is ... else (len(range(*rows.indices(size[0]))), *size[1:])
 
 @dataclass(frozen=True)
 class Rule:
@@ -60,11 +70,9 @@ class Rule:
 _EXPECTED = dict( # pydantic's kind of error -> what was expected, from its context
     greater_than='a finite number above {gt:g}', greater_than_equal='a finite number of at least {ge:g}',
     less_than='a finite number below {lt:g}', less_than_equal='a finite number of at most {le:g}',
-    finite_number='a finite number', float_type='a finite number', float_parsing='a finite number',
-    int_type='a whole number', int_parsing='a whole number', int_from_float='a whole number',
-    bool_type='True or False', bool_parsing='True or False', string_type='a word',
-    literal_error='one of {expected}', dict_type='a mapping from task to value', mapping_type='a mapping',
-    none_required='nothing', too_short='a mapping from task to value')
+    finite_number='a finite number', float_type='a finite number', int_type='a whole number',
+    bool_type='True or False', string_type='a word', literal_error='one of {expected}',
+    dict_type='a mapping from task to value', too_short='a mapping from task to value')
 
 CALL = '`{name}`{of} is {got!r}; expected {expected}' # how an argument is refused
 WRITTEN = '`{name}`{of} must be {expected}, got {got!r}' # and what stands in a file
@@ -213,6 +221,10 @@ class Statistic:
     squares:Callable[[Tensor],Tensor]=lambda v: v # which of a tensor's numbers are squares
     check:Callable|None=None # task, result, model -> an error unless it fits; None compares shapes
 
+    def of(self, task:str)->str:
+        "What messages call that of a task."
+        return f'{self.kind.__name__} of {task!r}'
+
 STATISTICS:dict[str,Statistic] = {}
 
 def statistic(
@@ -263,14 +275,14 @@ def check_statistic(
     "An error unless it fits the model; names task and parameter."
     if about.check: return about.check(task, value, model)
     if not isinstance(value, about.kind):
-        raise TypeError(f'expected {about.kind.__name__} of {task!r}, got {type(value).__name__}')
-    what = f'{about.kind.__name__} of {task!r}'
-    check_shapes(what, value.values, about.shapes(model))
-    for name,v in value.values.items(): check_numbers(f'{what}, {name}', v, about.squares(v))
+        raise TypeError(f'expected {about.of(task)}, got {type(value).__name__}')
+    check_shapes(about.of(task), value.values, about.shapes(model))
+    for name,v in value.values.items(): check_numbers(f'{about.of(task)}, {name}', v, about.squares(v))
 
 # %% ../../nbs/methods/00_method.ipynb #558aabb2
+@cache
 def load_methods():
-    "Import every page of methods, and those of other packages."
+    "Import every page of methods, and those of other packages; a second call does nothing."
     pages = import_module('fisher_nodes.methods')
     for o in iter_modules(pages.__path__): import_module(f'{pages.__name__}.{o.name}')
     for o in entry_points(group='fisher_nodes.methods'): o.load()

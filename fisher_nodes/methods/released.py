@@ -9,7 +9,7 @@ __all__ = ['RELEASED', 'square_mean', 'fill_zeros']
 from collections.abc import Sequence
 import torch
 from torch import Tensor
-from ..core.fisher import VARIANTS, MaskFisher, Variant
+from ..core.fisher import VARIANTS, MaskFisher, Variant, part_name
 from ..core.schemes import PAPER, SCHEMES
 
 # %% ../../nbs/methods/09_released.ipynb #7e6ab86a
@@ -29,8 +29,7 @@ def fill_zeros(
         layers = [torch.stack(o) for o in zip(*(f.kinds[kind] for f in fishers))]
         filled = [o.masked_fill((o==0).all(0), 1) for o in layers]
         return [tuple(o[j] for o in filled) for j in range(len(fishers))]
-    names = dict(head='heads', row='rows')
-    kinds = {names.get(k, k): fill(k) for k in (fishers[0].kinds if fishers else ())}
+    kinds = {part_name(k): fill(k) for k in (fishers[0].kinds if fishers else ())}
     def new(j, f):
         layers = {k: v[j] for k,v in kinds.items()}
         return MaskFisher(num_examples=f.num_examples, meta=f.meta, **layers)

@@ -17,24 +17,20 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import (
     AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed)
-
 from ..core.families import find_places
-from ..engine.fingerprints import hash_weights
-from ..engine.models import model_name
 from ..engine.batches import (
     collate, dataset_batches, is_dataset, is_raw, make_batches, row_lengths, sample_rows, text_columns)
-from ..engine.models import load_tokenizer, model_errors
-from .evaluation import evaluate
 from ..engine.devices import find_device, precision_context
-from ..engine.files import versions
-from ..engine.measure import describe_data
+from ..engine.files import TRAINED, versions, whole_folder
+from ..engine.fingerprints import hash_weights
 from ..engine.guard import keep_rng
-from ..engine.files import TRAINED, whole_folder
+from ..engine.measure import describe_data
+from ..engine.models import load_tokenizer, model_errors, model_name
+from .evaluation import evaluate
 from .tasks import Task, as_task
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #28e970c0

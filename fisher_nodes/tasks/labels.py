@@ -14,16 +14,13 @@ from copy import deepcopy
 from numbers import Integral
 from pathlib import Path
 from typing import Any
-
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from ..engine.models import model_name
 from ..core.fisher import is_regression
 from ..engine.batches import is_dataset, is_raw, sample_rows
-from ..engine.models import load_model, load_tokenizer
+from ..engine.models import load_model, load_tokenizer, model_name
 from .evaluation import check_task, run_model
 from .tasks import Task, as_task
 

@@ -19,6 +19,8 @@ from fisher_nodes.engine.files import OutputExistsError
 from fisher_nodes.methods.ties import elect_and_mean
 from fisher_nodes.merging.run import merge_files
 from fisher_nodes.merging.store import FileStore
+from fisher_nodes.methods import method as methods
+from fisher_nodes.methods.method import Rule
 from reference import tiny
 
 SIZE = dict(hidden=64, heads=4, intermediate=96, vocab=131) # blocks of eight rows, with many_blocks
@@ -464,3 +466,20 @@ def test_work_on_a_block_does_not_grow_with_the_model(tmp_path, monkeypatch):
         merge_files(folders, method='average', out=tmp_path/str(size))
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0, counts
+
+@pytest.mark.parametrize('whole', [None, ()])
+def test_a_rule_sees_whole_parameters_unless_it_says_otherwise(tmp_path, monkeypatch, whole):
+    "A rule that needs a parameter's norm gives the same from files as in memory, however large the parameter."
+    folders, seen = make(tmp_path, 2), []
+    def unit_vectors(job):
+        def combine(name, tensors):
+            seen.append(name)
+            return sum(t/t.norm().clamp_min(1e-12) for t in tensors)
+        return Rule(combine, dict.fromkeys(job.names, 'norm'), **{} if whole is None else dict(whole=whole))
+    monkeypatch.setitem(methods.METHODS, 'unit-vectors', methods.MergeMethod('unit-vectors', unit_vectors))
+    want = merge(folders, method='unit-vectors').body.state_dict()
+    count = len(seen)
+    got = Merged.from_pretrained(merge_files(folders, method='unit-vectors', out=tmp_path/'out')).body.state_dict()
+    same = all(torch.equal(got[n], t) for n, t in want.items())
+    assert same == (whole is None), 'rows were cut that should be whole' if whole is None else 'nothing was cut'
+    assert (len(seen) == 2*count) == (whole is None)

@@ -337,11 +337,11 @@ def _merge_parameters(job:Job, inputs:Inputs, rule:Rule, store:Any, bar:tqdm):
     "Merge all that a store has, first what is taken whole; `bar` counts bytes."
     sizes = store.sizes()
     def merge_one(name):
-        for b in store.blocks(name, name in rule.whole): _merge_block(job, inputs, rule, store, b)
+        for b in store.blocks(name, rule.takes_whole(name)): _merge_block(job, inputs, rule, store, b)
         return sizes[name]
-    for n in [n for n in sizes if n in rule.whole]: bar.update(merge_one(n))
+    for n in [n for n in sizes if rule.takes_whole(n)]: bar.update(merge_one(n))
     with _workers(store.threads) as workers:
-        for done in workers(merge_one, [n for n in sizes if n not in rule.whole]): bar.update(done)
+        for done in workers(merge_one, [n for n in sizes if not rule.takes_whole(n)]): bar.update(done)
 
 @torch.inference_mode(False)
 @torch.no_grad()

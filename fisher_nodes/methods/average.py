@@ -17,4 +17,4 @@ def average_rule(
     "Equation 5 with equal Fishers."
     shares = plain_shares(job.weights)
     def combine(name, tensors): return weighted_mean(tensors, shares, job.dtype(name))
-    return Rule(combine, dict.fromkeys(job.names, 'one'), once=True)
+    return Rule(combine, dict.fromkeys(job.names, 'one'), once=True, whole=())

@@ -275,4 +275,4 @@ def fisher_rule(
         out,empty = element_mean(tensors, [f[name] for f in fishers], job.weights/norms, floor)
         counts['zero_fisher_elements'] += empty
         return out
-    return Rule(combine, dict.fromkeys(fishers[0], 'parameter'), counts)
+    return Rule(combine, dict.fromkeys(fishers[0], 'parameter'), counts, whole=())

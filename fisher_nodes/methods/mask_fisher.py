@@ -91,4 +91,4 @@ def mask_fisher_rule(
     def combine(name, tensors):
         o = plan[name]
         return weighted_mean(tensors, row_shares(o.shares, name, o.axis), job.dtype(name), o.axis)
-    return Rule(combine, {n: o.kind for n,o in plan.items()}, once=True)
+    return Rule(combine, {n: o.kind for n,o in plan.items()}, once=True, whole=())

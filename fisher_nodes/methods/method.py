@@ -64,7 +64,11 @@ class Rule:
     kinds:Mapping[str,str] # name -> what weights it
     counts:dict[str,int]=field(default_factory=dict) # what was averaged, while combining
     once:bool=False # whether `combine` goes through the tensors once; then they need not be there together
-    whole:Collection[str]=() # names that are never cut into blocks of rows
+    whole:Collection[str]|None=None # names that are never cut into blocks of rows; None is all
+
+    def takes_whole(self, name:str)->bool:
+        "Whether `combine` must see all rows of a parameter at once."
+        return self.whole is None or name in self.whole
 
 # %% ../../nbs/methods/00_method.ipynb #f1ebb7c8
 _EXPECTED = dict( # pydantic's kind of error -> what was expected, from its context

@@ -27,10 +27,10 @@ def add_task_vectors(
 # %% ../../nbs/methods/05_task_vectors.ipynb #acd57b51
 def vector_rule(
     job:Job, # with a base
-    combine:Callable, # as in `Rule`
+    combine:Callable, # as in `Rule`, number by number
 )->Rule:
     "A rule that weights every parameter as a task vector."
-    return Rule(combine, dict.fromkeys(job.names, 'task vector'))
+    return Rule(combine, dict.fromkeys(job.names, 'task vector'), whole=())
 
 def base_beside(
     job:Job, # with a base

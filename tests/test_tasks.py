@@ -38,11 +38,11 @@ def test_files_of_all_kinds(tmp_path, kind, labels, names, ids):
 
 
 @pytest.mark.parametrize('name,content,error,say', [
-    ('a.txt', 'x', ValueError, 'a.txt: expected a file in .parquet, .csv, .jsonl'),
+    ('a.txt', 'x', ValueError, 'a.txt: expected a file in .parquet, .csv, .tsv, .jsonl'),
     ('a.csv', None, FileNotFoundError, 'is not a file'),
     ('a.csv', 'text,kind\na,0\n', ValueError, "no column 'label' among ['text', 'kind']"),
-    ('a.csv', 'id,label\n1,0\n2,1\n', ValueError, "expected one or two text columns, found [] among ['id', 'label']"),
-    ('a.csv', 'a,b,c,label\nx,y,z,0\nx,y,z,1\n', ValueError, "found ['a', 'b', 'c']"),
+    ('a.csv', 'id,label\n1,0\n2,1\n', ValueError, "it is not clear which columns are the text, among ['id', 'label']"),
+    ('a.csv', 'a,b,c,label\nx,y,z,0\nx,y,z,1\n', ValueError, "not clear which columns are the text, among ['a', 'b', 'c', 'label']"),
     ('a.csv', 'text,label\na,0\nb,\nc,1\n', ValueError, "a.csv: column 'label' is empty in 1 rows, first in row 1"),
     ('a.csv', 'text,label\na,0\nb,-1\nc,1\n', ValueError, 'a.csv: row 1 has label -1, expected 0 to 1'),
     ('a.csv', 'text,label\na,0\nb,0\n', ValueError, "only one class, ['LABEL_0']"),
@@ -76,9 +76,9 @@ def test_class_names_stored_in_parquet(tmp_path):
     assert load_task(tmp_path/'a.parquet')[1].labels == ('spam', 'ham')
 
 
-def test_pairs_keep_their_order(tmp_path):
-    rows = [dict(right='a', left='b', label=0), dict(right='c', left='d', label=1)]
-    assert load_task(write(tmp_path/'a.jsonl', rows))[1].text == ('right', 'left')
+def test_pairs_are_read_in_the_order_of_their_meaning(tmp_path):
+    rows = [dict(hypothesis='a', premise='b', label=0), dict(hypothesis='c', premise='d', label=1)]
+    assert load_task(write(tmp_path/'a.jsonl', rows))[1].text == ('premise', 'hypothesis')
 
 
 def test_same_file_same_fingerprint(tmp_path):

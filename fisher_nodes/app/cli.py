@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OWN_OPTIONS', 'TOUR', 'MISTAKES', 'parse_pairs',
-           'for_tasks', 'check_file', 'either', 'run_fisher', 'import_methods', 'read_value', 'run_merge',
+           'for_tasks', 'check_file', 'either', 'two_words', 'run_fisher', 'import_methods', 'read_value', 'run_merge',
            'run_evaluate', 'run_finetune', 'run_demo', 'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench',
            'run_report', 'seed_number', 'count', 'positive', 'Parser', 'request_option', 'make_parser', 'as_cell',
            'make_table', 'show', 'main']
@@ -83,16 +83,37 @@ def _load(name:str):
     from fisher_nodes.engine.models import load_model, load_tokenizer
     return load_model(name), load_tokenizer(name)
 
+def two_words(value:str)->list[str]:
+    "The names of one column or two, between commas."
+    return [o.strip() for o in value.split(',')]
+
+def _per_task(words:Sequence[str]|None, what:str, convert:Callable[[str],Any])->Any:
+    "A value for all tasks, or one for each that is named."
+    if not words: return None
+    if len(words)==1 and '=' not in words[0]: return convert(words[0])
+    return {k: convert(v) for k,v in parse_pairs(words, what).items()}
+
+def _columns(args:argparse.Namespace, task:str|None=None)->dict[str,Any]:
+    "The columns that are named: for all tasks, or for one."
+    found = dict(text=_per_task(args.text, '--text', two_words), label=_per_task(args.label, '--label', str))
+    if task is None: return found
+    return {k: o.get(task) if isinstance(o, dict) else o for k,o in found.items()}
+
+def _load_both(args:argparse.Namespace)->tuple[Any,Any,dict[str,Any]]:
+    "A model, its rows, and how they are read."
+    from fisher_nodes.tasks.tasks import load_rows
+    model,tokenizer = _load(args.model)
+    data,task = load_rows(args.data, model, **_columns(args, ''))
+    length = either(args.max_length, task.max_length)
+    return model, data, dict(tokenizer=tokenizer, text=task.text, max_length=length)
+
 def run_fisher(args:argparse.Namespace)->dict|None:
     "Measure the mask Fisher of one model on one data set."
     from fisher_nodes.engine.measure import mask_fisher
-    from fisher_nodes.tasks.tasks import load_rows
     out = check_file(args.out, args.overwrite)
-    data,task = load_rows(args.data, args.model)
-    model,tokenizer = _load(args.model)
+    model,data,read = _load_both(args)
     how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'precision', 'device'))
-    fisher = mask_fisher(model, data, tokenizer=tokenizer,
-        max_length=either(args.max_length, task.max_length), **how)
+    fisher = mask_fisher(model, data, **read, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(out)
     return {'wrote': str(out), 'num_examples': fisher.num_examples}
@@ -143,7 +164,8 @@ def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
     tasks = dict(data=for_tasks(args.data, models, '--data'),
                  fishers=for_tasks(args.fisher, models, '--fisher'),
                  weights=for_tasks(args.weights, models, '--weights', float))
-    fields = {k: getattr(args, k) for k in ASKED if getattr(args, k) is not None}
+    given = vars(args) | _columns(args)
+    fields = {k: given[k] for k in ASKED if given[k] is not None}
     options = parse_pairs(args.options or [], '--options', 'option')
     return tasks | fields | {k: read_value(v) for k,v in options.items()}
 
@@ -170,25 +192,26 @@ def _merge_models(args:argparse.Namespace):
 
 # %% ../../nbs/app/02_cli.ipynb #b8031b25
 def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
-    "Models, data specs, tokenizer and origin of a merged model (by task), or of one model (by data spec)."
+    "Models, data specs, tokenizers and origin of a merged model (by task), or of one model (by data spec)."
     from fisher_nodes.engine.files import is_merged
     from fisher_nodes.engine.models import model_name
     from fisher_nodes.merging.merged import Merged
     if is_merged(name):
         merged = Merged.from_pretrained(name)
-        return dict(merged), for_tasks(specs, merged, '--data'), merged.tokenizer, merged.report
+        return dict(merged), for_tasks(specs, merged, '--data'), merged.tokenizers, merged.report
     if len(specs)!=1:
         raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
     model,tokenizer = _load(name)
     key = specs[0] if specs[0].startswith('glue:') else Path(specs[0]).name
-    return {key: model}, {key: specs[0]}, tokenizer, dict(model=model_name(model))
+    return {key: model}, {key: specs[0]}, {key: tokenizer}, dict(model=model_name(model))
 
 def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mapping[str,str])->dict[str,tuple]:
     "Rows and task of every data spec; `ValueError` for a split of a file."
     from fisher_nodes.tasks.tasks import load_rows
     if args.split and not any(o.startswith('glue:') for o in specs.values()):
         raise ValueError('--split is about glue:TASK; a file has no splits')
-    return {k: load_rows(v, models[k], either(args.split, 'validation')) for k,v in specs.items()}
+    split = either(args.split, 'validation')
+    return {k: load_rows(v, models[k], split, **_columns(args, k)) for k,v in specs.items()}
 
 def run_evaluate(args:argparse.Namespace)->dict|None:
     "Score a merged model on all its tasks, or one model on one data set."
@@ -196,10 +219,11 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     from fisher_nodes.engine.measure import describe_data
     from fisher_nodes.tasks.evaluation import evaluate
     out = check_file(args.out, args.overwrite) if args.out else None
-    models,specs,tokenizer,source = _models_to_score(args.model, args.data)
+    models,specs,tokenizers,source = _models_to_score(args.model, args.data)
     loaded,split = _rows_to_score(args, models, specs),either(args.split, 'validation')
-    how = dict(tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
-    scores = {k: evaluate(models[k], data, task, **how) for k,(data,task) in loaded.items()}
+    how = _picked(args, ('max_length', 'device', 'precision'))
+    scores = {k: evaluate(models[k], data, task, tokenizer=tokenizers[k], **how)
+              for k,(data,task) in loaded.items()}
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
     if out: write_record(out, scores=scores, data=data, split=split, source=source)
     return scores
@@ -215,8 +239,9 @@ def _finetune_one(args:argparse.Namespace)->dict:
     from fisher_nodes.tasks.finetuning import finetune
     from fisher_nodes.tasks.tasks import load_task
     check_folder(args.out, args.overwrite)
-    data,task = load_task(args.data)
-    def rows(spec): return load_task(spec, 'validation', task.labels or None)[0]
+    columns = _columns(args, '')
+    data,task = load_task(args.data, **columns)
+    def rows(spec): return load_task(spec, 'validation', task.labels or None, **columns)[0]
     validation = rows(args.validation) if args.validation else None
     defaults = dict(epochs=3, learning_rate=5e-5, batch_size=32)
     asked = {k: either(getattr(args, k), v) for k,v in defaults.items()}
@@ -284,13 +309,10 @@ def run_bench(args:argparse.Namespace)->dict|None:
     "Time the Fisher step in several ways on the same rows."
     from fisher_nodes.engine.files import write_record
     from fisher_nodes.experiment.bench import bench
-    from fisher_nodes.tasks.tasks import load_rows
     out = check_file(args.out, args.overwrite)
-    data,task = load_rows(args.data, args.model)
-    model,tokenizer = _load(args.model)
+    model,data,read = _load_both(args)
     how = _picked(args, ('rounds', 'seed', 'device', 'precision'))
-    found = bench(model, data, num_samples=either(args.num_samples, 128), tokenizer=tokenizer,
-        max_length=either(args.max_length, task.max_length), **how)
+    found = bench(model, data, num_samples=either(args.num_samples, 128), **read, **how)
     write_record(out, data=args.data, **found)
     steps = {o['what']: dict(seconds=round(o['seconds'], 3)) for o in found['steps']}
     return {'steps': steps, 'wrote': str(out)}
@@ -339,7 +361,7 @@ class Parser(argparse.ArgumentParser):
 def _option(*names, **kwargs): return names,kwargs
 
 ASKED = ('method', 'base', 'variant', 'scheme', 'seed', 'num_samples', 'labels', 'precision',
-         'max_length') # fields of a request
+         'max_length', 'text', 'label') # fields of a request
 
 def _words_of(name:str)->list[str]|None:
     "The words that an option may be, where they are registered somewhere."
@@ -363,6 +385,8 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
     num_samples=dict(type=count, metavar='N'),
     seed=dict(type=seed_number, default=0),
     max_length=dict(type=count, metavar='TOKENS'),
+    text=dict(nargs='+', metavar='[TASK=]COLUMN[,COLUMN]'),
+    label=dict(nargs='+', metavar='[TASK=]COLUMN'),
     precision={},
     variant=dict(default='paper'),
     labels=dict(default='empirical'),
@@ -372,7 +396,7 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
 
 OPTIONS = dict(
     data=_option('--data', required=True, metavar='SPEC',
-        help='glue:TASK for its training rows, or a .parquet, .csv or .jsonl file with a `label` column'),
+        help='glue:TASK for its training rows, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
     device=_option('--device', metavar='NAME', help='cpu, cuda, cuda:1, …; by default where the model loads'),
@@ -382,8 +406,8 @@ OPTIONS = dict(
     json=_option('--json', action='store_true', help='print the result as JSON, for programs'))
 
 # %% ../../nbs/app/02_cli.ipynb #466e6390
-MEASURING = ['num_samples', 'seed', 'device', 'max_length', 'precision', 'variant', 'labels']
-RUNNING = ['num_samples', 'seed', 'device', 'precision', 'max_length']
+MEASURING = ['num_samples', 'seed', 'device', 'max_length', 'text', 'label', 'precision', 'variant', 'labels']
+RUNNING = ['num_samples', 'seed', 'device', 'precision', 'max_length', 'text', 'label']
 
 COMMANDS = dict(
     demo=(run_demo, ['seed', 'overwrite'], 'fisher-nodes demo --out _demo'),
@@ -396,7 +420,8 @@ COMMANDS = dict(
         '--weights mnli=1 sst2=0.5 --out DIR\n'
         '  fisher-nodes merge a=DIR b=DIR --method average --out DIR\n'
         '  fisher-nodes merge DIR/recipe.yml --out AGAIN'),
-    evaluate=(run_evaluate, ['device', 'max_length', 'precision', 'split', 'seed', 'overwrite'],
+    evaluate=(run_evaluate,
+        ['device', 'max_length', 'text', 'label', 'precision', 'split', 'seed', 'overwrite'],
         'fisher-nodes evaluate DIR --data mnli=glue:mnli sst2=glue:sst2\n'
         '  fisher-nodes evaluate MODEL --data glue:sst2'),
     finetune=(run_finetune, [*RUNNING, 'out', 'overwrite'],
@@ -421,7 +446,7 @@ OWN_OPTIONS = dict(
            _option('--accept-changes', action='store_true',
                help='of a recipe: take models whose weights are not those it recorded'),
            _option('--data', nargs='+', metavar='TASK=SPEC',
-               help='training rows to measure Fishers on; glue:TASK, or a .parquet, .csv or .jsonl file'),
+               help='training rows to measure Fishers on; glue:TASK, or a file of rows'),
            _option('--fisher', nargs='+', metavar='TASK=FILE', help='Fishers measured before'),
            _option('--weights', nargs='+', metavar='TASK=NUMBER', help='λ of Equation 5; 1 by default'),
            _option('--max-shard-size', default='5GB', metavar='SIZE', help='of one file of the body (5GB)'),
@@ -433,7 +458,7 @@ OWN_OPTIONS = dict(
               _option('--out', metavar='FILE', help='also write the scores to a JSON file')],
     finetune=[_option('model', metavar='MODEL', help='folder or Hub id to start from'),
               _option('--data', metavar='SPEC',
-                  help='glue:TASK, or a .parquet, .csv or .jsonl file with a `label` column'),
+                  help='glue:TASK, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
               _option('--glue', type=words, metavar='TASKS',
                   help='all, or some as in mnli,rte: one folder for each'),
               _option('--validation', metavar='SPEC', help='rows to score the result on'),

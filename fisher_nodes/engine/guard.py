@@ -9,6 +9,8 @@ __all__ = ['keep_rng', 'frozen_eval']
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from threading import Lock, RLock
+from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import nn
@@ -72,6 +74,13 @@ def _moved(model:nn.Module, device:str|torch.device)->Iterator[None]:
         yield
     finally: model.to(home)
 
+# %% ../../nbs/engine/02_guard.ipynb #7c9b7b06
+_GUARD,_LOCKS = Lock(),WeakKeyDictionary() # body -> lock
+
+def _turn(model:nn.Module)->RLock:
+    "Held by the one thread that may use a model, or another on the same body."
+    with _GUARD: return _LOCKS.setdefault(getattr(model, 'base_model', model), RLock())
+
 # %% ../../nbs/engine/02_guard.ipynb #0f34705a
 @contextmanager
 def frozen_eval(
@@ -83,4 +92,4 @@ def frozen_eval(
     _check_measurable(model, compiled)
     calls = nullcontext() if compiled else _uncompiled(model)
     place = nullcontext() if device is None else _moved(model, device)
-    with keep_rng(), calls, _frozen(model), place: yield
+    with _turn(model), keep_rng(), calls, _frozen(model), place: yield

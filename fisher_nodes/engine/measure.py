@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..core.families import find_family
 from ..core.fisher import ESTIMATORS, VARIANTS, MaskFisher, is_regression, list_variants
 from .batches import Batch, Batches, is_dataset, make_batches
-from .devices import check_placed, find_device, precision_context, to_device
+from .devices import check_placed, precision_context, running_device, to_device
 from .files import open_saved, read_meta, versions, whole_file
 from .fingerprints import hash_weights
 from .guard import frozen_eval
@@ -161,6 +161,7 @@ def run_options(
     precision:str|None=None, # 'fp32', 'tf32' or 'bf16'; None computes as the model is stored
     tokenizer:Any=None, # for raw text
     max_length:int|None=None, # in tokens, for raw text; None is the model's own limit
+    text:str|Sequence[str]|None=None, # columns of raw text; None goes by record and names
     batch_tokens:int|None=None, # most tokens in a batch of a data set; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
     progress:bool=True, # show a progress bar when it takes more than two seconds
@@ -195,14 +196,14 @@ def _ready(about:Statistic, model:PreTrainedModel, choices:dict[str,Any], device
 def _read(about:Statistic, collector:Collector, model:PreTrainedModel, data, choices, run)->Batches:
     "The batches of a run."
     read = {k: choices[k] for k in ('variant', 'labels', 'loss')}
-    asked = {k: run[k] for k in ('num_samples', 'seed', 'tokenizer', 'max_length')}
+    asked = {k: run[k] for k in ('num_samples', 'seed', 'tokenizer', 'max_length', 'text')}
     tokens = _budget(collector, model, run['batch_tokens'])
     return statistic_batches(about, model, data, batch_tokens=tokens, **read, **asked)
 
 # %% ../../nbs/engine/09_measure.ipynb #b0ad5fdb
 def _measure(about:Statistic, model:PreTrainedModel, data, choices:dict[str,Any], run:dict[str,Any])->Any:
     "Run a model that was checked over the data, and say where the result comes from."
-    where = find_device(run['device'] or model.device)
+    where = running_device(model, run['device'])
     precision = precision_context(run['precision'], model, where)
     with _ready(about, model, choices, run['device'], precision) as (collector, weight_hash):
         batches = _read(about, collector, model, data, choices, run)

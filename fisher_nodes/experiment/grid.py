@@ -25,12 +25,13 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 from ..core.fisher import MaskFisher
 from ..core.schemes import PAPER
-from ..engine.batches import check_num_samples, sample_rows, tokenize
+from ..engine.batches import check_num_samples, sample_rows
 from ..engine.devices import find_device
 from ..engine.files import differences, write_record
 from ..engine.fingerprints import hash_tensors
 from ..engine.measure import measure
 from ..engine.models import load_model, load_tokenizer, model_errors, model_name
+from ..engine.text import tokenize
 from ..engine.processes import (
     alone, exchange, find_rank, from_main, is_main, own_share, together)
 from .checkpoints import find_checkpoints
@@ -199,7 +200,8 @@ def load_checkpoint(
     check_alignment(model, train, about, tokenizer=tokenizer, max_length=about.max_length,
                     device=device, progress=False)
     rows = rows.select(sample_rows(len(rows), limit))
-    tokens = Dataset.from_dict(tokenize(rows, tokenizer, about.max_length))
+    tokens = tokenize([rows[c][:] for c in about.text], tokenizer, about.max_length)
+    tokens = Dataset.from_dict(tokens | dict(labels=rows['label'][:]))
     key = f'{hash_tensors(model.state_dict())}{_content(train)}'
     return Checkpoint(model, tokenizer, about, train, tokens, key)
 

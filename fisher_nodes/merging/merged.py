@@ -12,10 +12,13 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FunctionType
 from typing import Any
+import torch
 import transformers
 from fastcore.basics import patch
 from huggingface_hub import (
@@ -33,18 +36,39 @@ from ..engine.processes import is_main
 from .card import check_scores, model_card
 from .recipe import entry_name, load_recipe, model_names, public_recipe, recipe_text
 from .request import TASK_NAME
+from .store import folder_slots
 
 # %% ../../nbs/merging/04_merged.ipynb #f35c1dd9
+def _drop_replaced(module:nn.Module):
+    "Functions that were put on a module in place of its class's own, which would go on running the original."
+    for name,o in list(vars(module).items()):
+        if not (isinstance(o, FunctionType) and hasattr(type(module), name)): continue
+        delattr(module, name)
+        if name=='forward':
+            warnings.warn(f'`forward` of a {type(module).__name__} was replaced; the merged one runs its own')
+
 def new_copy(
     module:nn.Module,
     memo:dict, # what stands for what, as in `copy.deepcopy`
 )->nn.Module:
-    "A deep copy in evaluation mode, trainable, without the hooks that somebody put on the original."
+    "A deep copy in evaluation mode, trainable, without hooks and code that somebody put on the original."
     new = copy.deepcopy(module, memo).eval().requires_grad_(True)
     for m in new.modules():
+        _drop_replaced(m)
         for name,o in vars(m).items():
             if name.endswith('_hooks') and isinstance(o, dict): o.clear()
     return new
+
+def _own_floats(model:PreTrainedModel)->dict[str,Tensor]:
+    "Parameters and buffers of floating-point numbers that are not the body's."
+    body = {id(o) for o in (*model.base_model.parameters(), *model.base_model.buffers())}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {n: o for n,o in named if id(o) not in body and o.is_floating_point()}
+
+def _widen(head:Mapping[str,Tensor], dtype:torch.dtype):
+    "Give a head the type of its body where that loses nothing; a head of more digits stays as it is."
+    for p in head.values():
+        if torch.promote_types(p.dtype, dtype)==dtype: p.data = p.data.to(dtype)
 
 def with_body(
     model:PreTrainedModel, # its head and config are copied
@@ -54,7 +78,9 @@ def with_body(
     old = model.base_model
     if old is model: return body
     pairs = [*zip(old.modules(), body.modules()), *zip(old.parameters(), body.parameters())]
-    return new_copy(model, {id(a): b for a,b in pairs}).to(body.dtype)
+    new = new_copy(model, {id(a): b for a,b in pairs})
+    _widen(_own_floats(new), body.dtype)
+    return new
 
 # %% ../../nbs/merging/04_merged.ipynb #bb0cfd60
 class Merged(Mapping):
@@ -63,11 +89,14 @@ class Merged(Mapping):
         body:PreTrainedModel, # the merged body
         models:Mapping[str,PreTrainedModel], # task -> model on that body
         report:dict[str,Any], # what was weighted, averaged and skipped, and from where
-        tokenizer=None, # saved with the model if there is one
+        tokenizer=None, # saved with the model if there is one; a mapping from task where they differ
         recipe:dict[str,Any]|None=None, # what was asked of `merge`, in names; see the record page
     ):
         self.body,self.models = body,dict(models)
-        self.report,self.tokenizer,self.recipe = report,tokenizer,recipe
+        self.report,self.recipe = report,recipe
+        several = isinstance(tokenizer, Mapping) and set(tokenizer)==set(models)
+        self.tokenizer = None if several else tokenizer
+        self.tokenizers = dict(tokenizer) if several else dict.fromkeys(models, tokenizer)
 
     def __getitem__(self, task): return self.models[task]
     def __iter__(self): return iter(self.models)
@@ -247,7 +276,7 @@ def _save_words(merged:Merged, folder:Path, place:Path, repo_id:str|None, change
     "Write report, recipe and model card."
     recipe = merged.recipe and public_recipe(merged.recipe, None if repo_id else place)
     auto = _auto_class(merged, {type(m).__name__ for m in merged.values()})
-    with_tokenizer = merged.tokenizer is not None
+    with_tokenizer = all(o is not None for o in merged.tokenizers.values())
     if recipe: (folder/RECIPE).write_text(recipe_text(recipe, changed), encoding='utf-8')
     (folder/MERGED).write_text(json.dumps(merged.report, indent=1))
     card = model_card(merged.report, recipe, repo_id or place.name, auto, with_tokenizer, changed)
@@ -264,8 +293,9 @@ def save_rest(
     "Write all that stands beside the weights of the body."
     _save_config(merged.body, folder)
     for task,model in merged.items(): _save_task(model, files, folder/task)
-    for o in (folder, *(folder/t for t in merged)):
-        if merged.tokenizer is not None: merged.tokenizer.save_pretrained(o)
+    own = {folder: merged.tokenizer} | {folder/t: o for t,o in merged.tokenizers.items()}
+    for where,o in own.items():
+        if o is not None: o.save_pretrained(where)
     _save_modules(merged.report, folder)
     _save_words(merged, folder, place, repo_id, changed)
 
@@ -315,6 +345,19 @@ def _load_any(folder:Path)->PreTrainedModel:
     return cls.from_pretrained(folder, use_safetensors=True, **{DTYPE: 'auto'})
 
 # %% ../../nbs/merging/04_merged.ipynb #bc336584
+def _exact_head(model:PreTrainedModel, folder:Path)->PreTrainedModel:
+    "The model with its head as it is stored, where transformers gave it the type of the body."
+    slots = folder_slots(folder)
+    for n,p in head_tensors(model).items():
+        if n in slots and slots[n].stored!=p.dtype: p.data = slots[n][...]
+    return model
+
+def _load_tokenizers(path:Path, tasks:Sequence[str])->Any:
+    "The tokenizer of all tasks, or, where there is none, that of each."
+    if (found := load_tokenizer(path, needed=False)) is not None: return found
+    own = {t: load_tokenizer(path/t, needed=False) for t in tasks}
+    return own if any(o is not None for o in own.values()) else None
+
 @patch(cls_method=True)
 def from_pretrained(cls:Merged,
     path:str|Path, # a folder that `save_pretrained` wrote, or the Hub id that `push_to_hub` wrote to
@@ -327,11 +370,11 @@ def from_pretrained(cls:Merged,
     report = _read_report(path)
     gone = [t for t in report['tasks'] if not (path/t/'config.json').is_file()]
     if gone: raise ValueError(f'{path} is not whole: the folders of {gone} are missing')
-    models = {t: _load_any(path/t) for t in report['tasks']}
+    models = {t: _exact_head(_load_any(path/t), path/t) for t in report['tasks']}
     body = next(iter(models.values())).base_model
     recipe = load_recipe(path/RECIPE) if (path/RECIPE).is_file() else None
     shared = {t: with_body(m, body) for t,m in models.items()}
-    return cls(body, shared, report, load_tokenizer(path, needed=False), recipe)
+    return cls(body, shared, report, _load_tokenizers(path, list(models)), recipe)
 
 # %% ../../nbs/merging/04_merged.ipynb #df5d3da6
 def _hub_name(api:HfApi, repo_id:str)->str:

@@ -127,7 +127,8 @@ def _measuring(request:MergeRequest, lengths:Mapping[str,int])->dict[str,Any]:
     "How the statistics were measured."
     found = {t: n for t,n in lengths.items() if n}
     how = {k: getattr(request, k) for k in ('num_samples', 'labels', 'precision')}
-    return how | ({'max_length': found} if found else {})
+    columns = {k: getattr(request, k) for k in ('text', 'label') if getattr(request, k) is not None}
+    return how | ({'max_length': found} if found else {}) | columns
 
 # %% ../../nbs/merging/05_record.ipynb #6953e172
 def merge_recipe(

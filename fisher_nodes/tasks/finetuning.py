@@ -11,9 +11,10 @@ import inspect
 import json
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,27 +24,29 @@ from transformers import (
     AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed)
 from ..core.families import find_places
 from ..engine.batches import (
-    collate, dataset_batches, is_dataset, is_raw, make_batches, row_lengths, sample_rows, text_columns)
+    collate, dataset_batches, is_dataset, is_raw, make_batches, row_lengths, sample_rows)
 from ..engine.devices import find_device, precision_context
 from ..engine.files import TRAINED, versions, whole_folder
 from ..engine.fingerprints import hash_weights
 from ..engine.guard import keep_rng
 from ..engine.measure import describe_data
 from ..engine.models import load_tokenizer, model_errors, model_name
-from .evaluation import evaluate
+from ..engine.text import check_text, text_columns
+from .evaluation import evaluate, task_text
 from .tasks import Task, as_task
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #28e970c0
 def data_task(
     data:Any, # a `datasets.Dataset` with a label column
     task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None to read it off `data`
+    text:str|Sequence[str]|None=None, # columns of raw text; None goes by their names
 )->Task: # the task to train for
     "The task of a data set."
-    if task is not None: return as_task(task)
+    if task is not None: return replace(as_task(task), **({'text': tuple(check_text(text))} if text else {}))
     column = next((c for c in ('label','labels') if c in data.column_names), None)
     if column is None: raise ValueError(f'`data` has no column `label` or `labels`, only {data.column_names}')
     feature = data.features[column]
-    text = () if 'input_ids' in data.column_names else tuple(text_columns(data))
+    text = tuple(text_columns(data, text)) if is_raw(data) else ()
     if names := getattr(feature, 'names', None): return Task('task', text, tuple(names))
     if feature.dtype.startswith('float'): return Task('task', text, (), ('pearson','spearmanr'))
     if not feature.dtype.startswith('int'): raise ValueError(f'labels must be numbers, got {feature.dtype}')
@@ -102,7 +105,7 @@ def training_rows(
     data:Any, # a `datasets.Dataset`, tokenised, or raw text with `tokenizer`
     num_samples:int|None=None, # rows to train on; None takes all
     seed:int=0, # of the sample
-    **kwargs, # `tokenizer` and `max_length` of `dataset_batches`
+    **kwargs, # `tokenizer`, `max_length` and `text` of `dataset_batches`
 )->Any: # a `datasets.Dataset` of the model's inputs and `labels`, unpadded
     "Tokenised, checked rows, a seeded sample of them if there are more than `num_samples`."
     from datasets import Dataset
@@ -194,7 +197,7 @@ def save_all(
 def check_validation(
     model:PreTrainedModel, # already with the head of the task
     data:Any, # what `evaluate` will be given, or None
-    **kwargs, # `tokenizer` and `max_length`
+    **kwargs, # `tokenizer`, `max_length` and `text`
 ):
     "Find what is wrong with the validation rows before training, not after."
     if is_dataset(data): make_batches(model, data, **kwargs)
@@ -208,7 +211,7 @@ def _prepare(model, data, task:Task, num_layers, precision, tokenizer, max_lengt
     new = new_model(base, task, num_layers)
     tokenizer = load_tokenizer(model, tokenizer, needed=is_raw(data))
     precision_context(precision, new, device)
-    text = dict(tokenizer=tokenizer, max_length=max_length or task.max_length)
+    text = dict(tokenizer=tokenizer, max_length=max_length or task.max_length, text=task_text(task, data))
     rows = training_rows(new, data, num_samples, seed, **text)
     check_validation(new, validation, **text)
     return base, new, rows, text
@@ -221,6 +224,7 @@ def finetune(
     *,
     out:str|Path, # folder to write: safetensors, tokenizer, `finetune.json`
     validation:Any=None, # labelled rows to score the result on
+    text:str|Sequence[str]|None=None, # columns of raw text; None goes by task and names
     tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
     epochs=3,
     learning_rate:float=5e-5, # peak of the schedule
@@ -237,7 +241,7 @@ def finetune(
     "Fine-tune a copy of a model for a task and save it."
     check_recipe(epochs, learning_rate, batch_size)
     start = time.perf_counter()
-    task = data_task(data, task)
+    task = data_task(data, task, text)
     device = find_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     recipe = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed,
         precision=precision)

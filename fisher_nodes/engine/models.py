@@ -58,7 +58,10 @@ def find_file(
 )->Path|None:
     "A file beside a model's weights; None where there is none."
     where,commit = config._name_or_path,hub_commit(config)
-    if where and Path(where).is_dir(): return o if (o:=Path(where)/name).is_file() else None
+    if where and Path(where).is_dir():
+        if not (found := Path(where)/name).is_file(): return None
+        check_inside(found, Path(where))
+        return found
     if commit is None: return None
     if cached := try_to_load_from_cache(where, name, revision=commit): # a path, or a mark that there is none
         return Path(cached) if isinstance(cached, str) else None

@@ -144,9 +144,10 @@ def check_index(
     places = table.get('weight_map')
     whole = isinstance(table.get('metadata'), dict) and isinstance(places, dict) and places
     files = sorted({str(o) for o in places.values()}) if whole else []
-    if whole and all(re.fullmatch(r'[\w.-]+\.safetensors', o) for o in files): return files
+    def is_below(o): return re.fullmatch(r'[\w./-]+\.safetensors', o) and not {'', '..'}&{*o.split('/')}
+    if whole and all(map(is_below, files)): return files
     raise ValueError(f'{one_line(index)} is not an index of weights: it needs `metadata`, '
-                     'and a `weight_map` from tensors to safetensors files beside it')
+                     'and a `weight_map` from tensors to safetensors files below its folder')
 
 def plain_name(
     name:str, # of a tensor in a file

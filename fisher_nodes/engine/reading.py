@@ -66,14 +66,23 @@ def check_content(
     if start.startswith(_POINTER):
         raise ValueError(f'{one_line(path)} is a pointer of Git LFS and not the file; fetch it with `git lfs pull`')
 
+def _bytes(path:str|Path)->bytes:
+    "A small file; an error that names it if it is none."
+    data = check_regular(path, TEXT_BYTES).read_bytes()
+    check_content(path, data)
+    return data
+
+def _decode(data:bytes)->str:
+    try: return data.decode()
+    except UnicodeDecodeError as e: raise ValueError(f'byte {e.start} is not UTF-8') from None
+
 def read_text(
     path:str|Path,
 )->str:
     "A small file; an error that names it if it is none, or is not UTF-8."
-    data = check_regular(path, TEXT_BYTES).read_bytes()
-    check_content(path, data)
-    try: return data.decode()
-    except UnicodeDecodeError as e: raise ValueError(f'{one_line(path)} is not text in UTF-8: {e}') from None
+    data = _bytes(path)
+    try: return _decode(data)
+    except ValueError as e: raise ValueError(f'{one_line(path)} is not text: {e}') from None
 
 # %% ../../nbs/engine/01a_reading.ipynb #deec3a0f
 DEEPEST,MOST_ENTRIES = 50,10**6 # lists and mappings within each other, and entries in all of them
@@ -106,9 +115,9 @@ def read_json(
     what:str='JSON', # what the file should be, for the message
 )->Any:
     "What a small file says; `ValueError` with its name if it is not JSON of that kind."
-    text = read_text(path)
+    data = _bytes(path)
     try:
-        found = json.loads(text)
+        found = json.loads(_decode(data))
         check_size(found)
         if isinstance(found, kind): return found
         raise ValueError(f'expected {"an object" if kind is dict else "a list"}, got {type(found).__name__}')

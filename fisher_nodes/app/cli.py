@@ -633,5 +633,5 @@ def main(
         _tell(args, 'interrupted')
         return 130
     except (SystemExit, GeneratorExit): raise
-    except BaseException as e: return _mistake(args, e) # libraries in Rust know errors that are no `Exception`
+    except BaseException as e: return _mistake(args, e) # those of Rust are no `Exception`
     return 0

@@ -20,6 +20,7 @@ from annotated_types import Ge, Le
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import EntryNotFoundError
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -70,7 +71,7 @@ def find_file(
 
 # %% ../../nbs/engine/05_models.ipynb #122155c4
 _Size = Annotated[int, Ge(1), Le(10**7)]
-FLOATS = dict(F64='float64', F32='float32', BF16='bfloat16', F16='float16') # of weights, as files and configs say
+FLOATS = dict(F64='float64', F32='float32', BF16='bfloat16', F16='float16') # in files -> in configurations
 
 def _activation(name:str)->str:
     if name in ACT2FN: return name
@@ -78,7 +79,7 @@ def _activation(name:str)->str:
 
 def _dtype(name:Any)->Any:
     if not isinstance(name, str) or name.removeprefix('torch.') in (*FLOATS.values(), 'auto'): return name
-    raise ValueError(f'its weights are of type {one_line(repr(name))}; expected one of {list(FLOATS.values())}')
+    raise ValueError(f'`dtype` must be one of {list(FLOATS.values())}, got {one_line(repr(name))}')
 
 class _Config(BaseModel):
     "What a `config.json` may say, where it says it."
@@ -106,7 +107,8 @@ class _Config(BaseModel):
     def _together(self)->'_Config':
         said,names,pad = self.model_extra,self.id2label,self.pad_token_id
         if said.get('quantization_config') or said.get('compression_config'):
-            raise ValueError('the model is quantised, and such numbers cannot be averaged; give the one before that')
+            raise ValueError('the model is quantised, and its numbers cannot be averaged; '
+                             'give the one before that')
         code = [k for k,v in said.items() if k.endswith('_implementation') and '/' in str(v)]
         if code: raise ValueError(f'`{code[0]}` names code on the Hub, which is not run')
         if names is not None and {*names}!={str(i) for i in range(len(names))}:
@@ -125,7 +127,7 @@ def check_config(
     parts = [said, *(v for v in said.values() if isinstance(v, dict) and 'model_type' in v)]
     try:
         for o in parts: _Config.model_validate(o)
-    except ValidationError as e: raise ValueError(f'{one_line(path)}: {explain(e, WRITTEN)}') from None
+    except ValidationError as e: raise ValueError(f'{path}: {explain(e, WRITTEN)}') from None
 
 # %% ../../nbs/engine/05_models.ipynb #30be5f15
 INDEX,WEIGHTS = 'model.safetensors.index.json','model.safetensors'
@@ -146,7 +148,7 @@ def check_index(
     files = sorted({str(o) for o in places.values()}) if whole else []
     def is_below(o): return re.fullmatch(r'[\w./-]+\.safetensors', o) and not {'', '..'}&{*o.split('/')}
     if whole and all(map(is_below, files)): return files
-    raise ValueError(f'{one_line(index)} is not an index of weights: it needs `metadata`, '
+    raise ValueError(f'{index} is not an index of weights: it needs `metadata`, '
                      'and a `weight_map` from tensors to safetensors files below its folder')
 
 def plain_name(
@@ -159,7 +161,7 @@ def _check_names(names:list[str]):
     "`ValueError` for a tensor that stands there twice, or under names that a wrapper gave."
     wrapped = [n for n in names if n.startswith(_WRAPPED)]
     if wrapped:
-        raise ValueError(f'it was saved from inside a wrapper, since {one_line(wrapped[0])} is among its names; '
+        raise ValueError(f'it has {one_line(wrapped[0])}, so it was saved from inside a wrapper; '
                          'save the model within (`model.module`, `model._orig_mod`)')
     found = {}
     for n in sorted(names, key=lambda n: n.count('.')):
@@ -190,12 +192,12 @@ def check_weights(
         if files and files!=[WEIGHTS]: _check_places(read_json(folder/INDEX)['weight_map'], tables)
         _check_names(every)
         for o in tables.values(): _check_types(o)
-    except ValueError as e: raise ValueError(f'{one_line(folder)} cannot be read: {e}') from None
+    except ValueError as e: raise ValueError(f'{folder} cannot be read: {e}') from None
 
 def _check_places(index:Mapping[str,str], tables:Mapping[str,Mapping]):
     "`ValueError` for a tensor that is not where the index says."
     gone = [n for n,f in index.items() if n not in tables[f]]
-    if gone: raise ValueError(f'{INDEX} says that {one_line(gone[0])} is in {index[gone[0]]}, where it is not')
+    if gone: raise ValueError(f'{INDEX} places {one_line(gone[0])} in {index[gone[0]]}, where it is not')
 
 # %% ../../nbs/engine/05_models.ipynb #24dce67a
 _READ = ('.json', '.safetensors', '.txt', '.model', '.jinja', '.bpe', '.yml', '.md') # what some reader opens
@@ -210,7 +212,7 @@ def check_source(
         check_inside(o, folder)
         with open(check_regular(o), 'rb') as f: check_content(o, f.read(64))
     if (folder/'adapter_config.json').exists():
-        raise ValueError(f'{one_line(folder)} is an adapter of PEFT; merge it into its model first '
+        raise ValueError(f'{folder} is an adapter of PEFT; merge it into its model first '
                          '(`merge_and_unload`), and save that')
     if (folder/'config.json').exists(): check_config(folder/'config.json')
     check_weights(folder)
@@ -220,7 +222,7 @@ def _check_named(model:str|Path):
     path = Path(model)
     here = '\0' not in str(path) and os.path.lexists(path)
     if here and path.is_dir(): return check_source(path)
-    if here: raise ValueError(f'{one_line(path)} is not a folder; give the folder of a model, such as {one_line(path.parent)}')
+    if here: raise ValueError(f'{path} is not a folder; give the folder of a model, such as {path.parent}')
     if not MODEL_ID.fullmatch(str(model)): return
     try: config = hf_hub_download(str(model), 'config.json')
     except (OSError, ValueError, EntryNotFoundError): return # transformers will say why
@@ -251,12 +253,28 @@ def _loading_hint(model:PreTrainedModel|str|Path, said:str)->str:
             return f'it has no model.safetensors: {words.format(one_line(found[0]))}. '
     return hint if any(folder.iterdir()) else 'the folder is empty. '
 
-def _reason(e:BaseException)->str:
+def _misfit(folder:Path)->str:
+    "The first tensor of another shape than the configuration says."
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device('meta'):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    prefix = f'{model.base_model_prefix}.'
+    want = {n.removeprefix(prefix): list(t.shape) for n,t in model.state_dict().items()}
+    tables = [read_header(folder/f)[1] for f in check_index(folder)]
+    found = {plain_name(n).removeprefix(prefix): o['shape'] for table in tables for n,o in table.items()}
+    odd = next((n for n,shape in want.items() if found.get(n, shape)!=shape), None)
+    return odd and f'{odd} has shape {found[odd]}, but config.json means {want[odd]}'
+
+_FIELD = re.compile(r"Validation error for field '(\w+)': *(\w+Error: )?")
+
+def _reason(model:Any, e:BaseException)->str:
     "What an error says, with its type where that is half of it."
-    kind = type(e).__name__
-    if is_memory_error(e): return f'there is not enough memory: {one_line(e)}'
-    if isinstance(e, (OSError, ValueError)) or kind=='RuntimeError': return one_line(e)
-    return f'its files do not fit together ({kind}: {one_line(e)})'
+    kind,said = type(e).__name__,one_line(e)
+    if is_memory_error(e): return f'there is not enough memory: {said}'
+    if 'ignore_mismatched_sizes' in said or 'size mismatch' in said: return _misfit(Path(model)) or said
+    if found := _FIELD.match(said): return f'`{found[1]}` of config.json cannot be used: {said[found.end():]}'
+    if isinstance(e, (OSError, ValueError)) or kind=='RuntimeError': return said
+    return f'its files do not fit together ({kind}: {said})'
 
 @contextmanager
 def model_errors(
@@ -268,8 +286,8 @@ def model_errors(
     except BaseException as e:
         foreign = isinstance(e, Exception) or type(e).__name__=='PanicException' # of libraries in Rust
         if not foreign or isinstance(e, ValueError) and str(e).startswith(f'cannot load {model}'): raise
-        said = _reason(e)
-        raise ValueError(f'cannot load {one_line(model)}: {_loading_hint(model, said)}{said}') from None
+        said = _reason(model, e)
+        raise ValueError(f'cannot load {model}: {_loading_hint(model, said)}{said}') from None
 
 # %% ../../nbs/engine/05_models.ipynb #b231fea0
 HOW = dict(use_safetensors=True, trust_remote_code=False) # every model is loaded
@@ -281,10 +299,10 @@ def check_wrapped(
     model:Any,
 ):
     "`TypeError` for what is neither a model nor its name, with what to give if it is a wrapper."
-    if isinstance(model, (PreTrainedModel, str, Path)) : return
+    if isinstance(model, (PreTrainedModel, str, Path)): return
     inside = next((words for k,words in _WRAPPERS.items() if hasattr(model, k)), None)
-    hint = f'; it wraps a model, so give {inside}' if inside else ''
-    raise TypeError(f'expected a transformers PreTrainedModel, a folder or a Hub id, got {type(model).__name__}{hint}')
+    got = type(model).__name__ + (f'; it wraps a model, so give {inside}' if inside else '')
+    raise TypeError(f'expected a transformers PreTrainedModel, a folder or a Hub id, got {got}')
 
 def check_single(
     model:str|Path, # a local folder or a Hub id
@@ -302,24 +320,31 @@ def load_model(
     check_wrapped(model)
     check_single(model)
     with model_errors(model):
-        found,info = AutoModelForSequenceClassification.from_pretrained(str(model), **HOW, output_loading_info=True)
-        if (config := find_file(found.config, 'config.json')) and not Path(model).is_dir(): check_weights(config.parent)
+        found,info = AutoModelForSequenceClassification.from_pretrained(
+            str(model), **HOW, output_loading_info=True)
+        cached = None if Path(model).is_dir() else find_file(found.config, 'config.json')
+        if cached: check_weights(cached.parent) # of the Hub
     missing = sorted(info['missing_keys'])
     if missing: raise ValueError(f'{model} has no weights for {", ".join(missing)}; is it fine-tuned?')
     return found
 
 # %% ../../nbs/engine/05_models.ipynb #d98e2739
+_WORDS = ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 _VOCABULARY = ('tokenizer.json', 'vocab.txt', 'vocab.json', '*.model') # of which a tokenizer has one
 
 def _read_tokenizer(model:str|Path)->Any: # None where there is none
     "The tokenizer beside a model; `ValueError` for one that cannot be read."
     from transformers import AutoTokenizer
+    folder,start = Path(model),f'cannot load {model}: '
+    for o in (folder/k for k in _WORDS if os.path.exists(folder/k)): read_json(o)
     try:
         with model_errors(model): return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except ValueError as e:
-        broken = [o.name for k in _VOCABULARY for o in Path(model).glob(k)]
-        if broken: raise ValueError(f'the tokenizer of {one_line(model)}, {broken[0]}, cannot be read: {one_line(e)}') from None
-        return None
+        broken = [o.name for k in _VOCABULARY for o in folder.glob(k)]
+        if not str(e).startswith(start): raise
+        if not broken: return None
+        said = str(e).removeprefix(start)
+        raise ValueError(f'the tokenizer of {model}, {broken[0]}, cannot be read: {said}') from None
 
 def load_tokenizer(
     model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id
@@ -338,7 +363,9 @@ def resolve_model(
     tokenizer:Any=None, # comes before the one beside the model
 )->tuple[PreTrainedModel,Any]: # model, and tokenizer or None
     "A model as it is, or loaded together with its tokenizer."
-    if not isinstance(model, (str, Path)): return model, tokenizer
+    if not isinstance(model, (str, Path)):
+        check_wrapped(model)
+        return model, tokenizer
     return load_model(model), load_tokenizer(model, tokenizer, needed=False)
 
 # %% ../../nbs/engine/05_models.ipynb #ed3955f4
@@ -389,16 +416,25 @@ def head_tensors(
     body = {id(p) for p in model.base_model.parameters()}
     return {n: p for n,p in model.named_parameters() if id(p) not in body}
 
+_CHANGED = dict( # what a model has -> what it is
+    is_quantized='is quantised; give the one before that',
+    _hf_peft_config_loaded='has adapters of PEFT; merge them into it first')
+
+def _check_plain(task:str, model:Any)->PreTrainedModel:
+    "The model; an error that names its task unless its weights are those of a model."
+    try: check_wrapped(model)
+    except TypeError as e: raise TypeError(f'model of {task!r}: {e}') from None
+    odd = next((words for k,words in _CHANGED.items() if getattr(model, k, False)), None)
+    if odd: raise ValueError(f'model of {task!r} {odd}')
+    return model
+
 def load_reference(
     task:str, # for messages
     model:Any, # as in `as_reference`
 )->PreTrainedModel:
     "A model in memory as it is, a named one loaded and compared with its fingerprints."
     reference = as_reference(model)
-    if reference is None:
-        try: check_wrapped(model)
-        except TypeError as e: raise TypeError(f'model of {task!r}: {e}') from None
-        return model
+    if reference is None: return _check_plain(task, model)
     place = fetch_model(reference)
     found = load_model(place)
     note_commit(found.config, reference, place)

@@ -32,7 +32,7 @@ def check_regular(
     try: about = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f'{one_line(path)} is not a file') from None
-    except (OSError, ValueError) as e: raise ValueError(f'{one_line(path)} cannot be read: {one_line(e)}') from None
+    except (OSError, ValueError) as e: raise ValueError(f'{one_line(path)} cannot be read: {e}') from None
     kind = _KINDS.get(stat.S_IFMT(about.st_mode))
     if kind: raise ValueError(f'{one_line(path)} is {kind}; expected a regular file')
     if most is None or about.st_size<=most: return Path(path)
@@ -51,7 +51,7 @@ def check_inside(
     folder:Path,
 ):
     "`ValueError` for a link that leaves the folder."
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     if any(o==target or o in target.parents for o in _may_hold(folder)): return
     raise ValueError(f'{one_line(path)} is a link that leaves its folder; put the file itself there')
 
@@ -63,8 +63,8 @@ def check_content(
     start:bytes, # of the file
 ):
     "`ValueError` for what Git LFS leaves in place of a file."
-    if start.startswith(_POINTER):
-        raise ValueError(f'{one_line(path)} is a pointer of Git LFS and not the file; fetch it with `git lfs pull`')
+    if not start.startswith(_POINTER): return
+    raise ValueError(f'{one_line(path)} is a pointer of Git LFS and not the file; get that with `git lfs pull`')
 
 def _bytes(path:str|Path)->bytes:
     "A small file; an error that names it if it is none."
@@ -139,7 +139,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(k, deep=True) for k,_ in node.value]
         known,line = set(),node.start_mark.line+1
         for k in (o for o in keys if isinstance(o, Hashable)):
-            if k in known: raise ValueError(f'{one_line(repr(k))} stands twice, again in line {line} or below')
+            if k in known: raise ValueError(f'{one_line(repr(k), 99)} stands twice, again in line {line} or below')
             known.add(k)
         return super().construct_mapping(node, deep)
 

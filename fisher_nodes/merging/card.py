@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LICENSE', 'DIFFER', 'UNSTATED', 'MODULES', 'read_card', 'agreed_license', 'read_modules', 'agreed_modules',
-           'check_scores', 'eval_results', 'read_report', 'kept_files', 'Origin', 'origins', 'card_data', 'escaped',
+           'check_scores', 'eval_results', 'kept_files', 'read_report', 'Origin', 'origins', 'card_data', 'escaped',
            'table', 'model_card']
 
 # %% ../../nbs/merging/03_card.ipynb #9ce139c3
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -161,7 +161,7 @@ class _Zero(_Told):
     rows:int
 
 class _Sentences(_Told):
-    files:dict[Annotated[str, Field(pattern=f'^(?:{_KEPT.pattern})$')],Any]|None=None
+    files:dict[str,Any]|None=None
     why:str|None=None
 
 class _Report(_Told):
@@ -177,18 +177,6 @@ class _Report(_Told):
     scores:dict[str,dict[str,float]]={}
     sentence_transformers:_Sentences|None=None
 
-def read_report(
-    path:Path, # a `merge_report.json`
-)->dict[str,Any]:
-    "The report of a merged model; `ValueError` if it is not one, or names tasks that are not plain names."
-    report = read_json(path, what='a merge report')
-    try:
-        check_names(list(_Report.model_validate(report).tasks))
-        return report
-    except ValidationError as e: said = explain(e, WRITTEN)
-    except ValueError as e: said = one_line(e)
-    raise ValueError(f'{one_line(path)} is not a merge report: {said}')
-
 def kept_files(
     report:Mapping[str,Any],
 )->dict[str,Any]: # name below the folder of the merged model -> what it says
@@ -197,6 +185,19 @@ def kept_files(
     odd = [o for o in found if not _KEPT.fullmatch(o)]
     if odd: raise ValueError(f'{one_line(repr(odd[0]))} is not a file of sentence-transformers')
     return found
+
+def read_report(
+    path:Path, # a `merge_report.json`
+)->dict[str,Any]:
+    "The report of a merged model; `ValueError` if it is not one, or names tasks that are not plain names."
+    report = read_json(path, what='a merge report')
+    try:
+        check_names(list(_Report.model_validate(report).tasks))
+        kept_files(report)
+        return report
+    except ValidationError as e: said = explain(e, WRITTEN)
+    except ValueError as e: said = one_line(e)
+    raise ValueError(f'{one_line(path)} is not a merge report: {said}')
 
 # %% ../../nbs/merging/03_card.ipynb #0dcc7529
 @dataclass(frozen=True)

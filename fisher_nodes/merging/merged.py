@@ -313,10 +313,11 @@ def from_pretrained(cls:Merged,
 )->Merged:
     "Load a merged model: one body, a head for each task."
     path = _find_folder(path, revision, token)
+    check_inside(path/MERGED, path)
     report = read_report(path/MERGED)
+    for o in (RECIPE, *report['tasks']): check_inside(path/o, path)
     gone = [t for t in report['tasks'] if not (path/t/'config.json').is_file()]
     if gone: raise ValueError(f'{path} is not whole: the folders of {gone} are missing')
-    for t in report['tasks']: check_inside(path/t, path)
     models = {t: _load_any(path/t) for t in report['tasks']}
     body = next(iter(models.values())).base_model
     recipe = load_recipe(path/RECIPE) if (path/RECIPE).is_file() else None

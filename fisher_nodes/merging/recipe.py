@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 from ..engine.models import ModelReference
 from ..engine.reading import parse_yaml, read_text
-from .request import MergeRequest, check_names
+from .request import MergeRequest, can_name, check_names
 from ..methods.method import WRITTEN, explain, one_line
 
 # %% ../../nbs/merging/01_recipe.ipynb #cc20c6b5
@@ -92,29 +92,44 @@ def recipe_text(
 def _is_local(key:str, name:str, here:Path)->bool:
     "Whether a name in a recipe is a path."
     if key in ('data', 'fishers'): return not name.startswith('glue:')
-    return name.startswith(('.', '~', '/')) or (here/name).exists()
+    return name.startswith(('.', '~', '/')) or os.path.exists(here/name)
 
-def _check_tasks(path:Path, key:str, entries:Any):
-    "`ValueError` unless what a recipe has for each task is a mapping from their names."
-    if entries is None: return
-    if not isinstance(entries, dict):
-        said = WRITTEN.format(name=key, of='', expected='a mapping from task to value', got=one_line(repr(entries)))
-        raise ValueError(f'{path.name}: {said}')
-    try: check_names(list(entries))
-    except ValueError as e: raise ValueError(f'{path.name}: `{key}`: {one_line(e)}') from None
+_MEANT = dict(models='a folder or Hub id', base='a folder or Hub id', data='glue:TASK or a file', fishers='a file')
+
+def _check_name(key:str, of:str, entry:Any):
+    "`ValueError` unless an entry names something, or nothing."
+    name = entry_name(entry)
+    if name is None or can_name(name): return
+    got = one_line(repr(name), 100)
+    raise ValueError(WRITTEN.format(name=key, of=of, expected=_MEANT[key], got=got))
+
+def _check_entries(recipe:Mapping[str,Any]):
+    "`ValueError` unless a recipe has, for each task, names that can be."
+    for k in NAMED:
+        entries = {} if recipe.get(k) is None else recipe[k]
+        if not isinstance(entries, dict):
+            got = one_line(repr(entries), 100)
+            raise ValueError(WRITTEN.format(name=k, of='', expected='a mapping from task to value', got=got))
+        odd = [one_line(repr(t), 100) for t in entries if not isinstance(t, str)]
+        if odd: raise ValueError(WRITTEN.format(name=k, of='', expected='named: a task must be a word', got=odd[0]))
+        check_names(list(entries))
+        for t,o in entries.items(): _check_name(k, f' of {t!r}', o)
+    _check_name('base', '', recipe.get('base'))
 
 def load_recipe(
     path:Path, # a recipe file
 )->dict[str,Any]: # with absolute paths
     "Read a recipe as it stands; `ValueError` if it is not a mapping in YAML."
-    here = path.resolve().parent
+    here = Path(os.path.realpath(path)).parent
     def change(k, o):
-        local = isinstance(o, str) and o and _is_local(k, o, here)
-        return str((here/Path(o).expanduser()).resolve()) if local else o
+        local = o is not None and _is_local(k, o, here)
+        return os.path.realpath(here/os.path.expanduser(o)) if local else o
     recipe = parse_yaml(read_text(path), path.name)
     if not isinstance(recipe, dict):
-        raise ValueError(f'{path.name} is not a recipe: expected keys with values, got {type(recipe).__name__}')
-    for k in NAMED: _check_tasks(path, k, recipe.get(k))
+        got = type(recipe).__name__
+        raise ValueError(f'{path.name} is not a recipe: expected keys with values, got {got}')
+    try: _check_entries(recipe)
+    except ValueError as e: raise ValueError(f'{path.name}: {e}') from None
     return _map_names(recipe, change)
 
 # %% ../../nbs/merging/01_recipe.ipynb #56ba9b84

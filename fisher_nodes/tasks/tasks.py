@@ -309,7 +309,8 @@ def class_names(
     model:Any, # a model, folder or Hub id
 )->list[str]|None: # None for a regression, or where classes have no names of their own
     "What a model calls its classes, in order; so that `label` words in a file mean the same to it."
-    with model_errors(model): config = getattr(model, 'config', None) or AutoConfig.from_pretrained(model)
+    with model_errors(model):
+        config = getattr(model, 'config', None) or AutoConfig.from_pretrained(model, trust_remote_code=False)
     names = [config.id2label[i] for i in sorted(config.id2label)]
     return None if len(names)<2 or all(o.startswith('LABEL_') for o in names) else names
 

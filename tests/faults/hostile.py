@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fisher_nodes
 from fisher_nodes import Merged, evaluate, mask_fisher, merge, merge_files, run_recipe
-from fisher_nodes.app.cli import main, make_parser
+from fisher_nodes.app.cli import main
 from fisher_nodes.engine.files import write_record
 from reference import examples, tiny
 
@@ -74,9 +74,11 @@ RAW = ['', ' ', 'null', '[]', '{}', '3', '"x"', '{', '{"a": ', DEEP, '{"a": '+DE
        'version https://git-lfs.github.com/spec/v1\noid sha256:'+'a'*64+'\nsize 1234\n', '{"a": NaN}', 'x'*10**6]
 BYTES_ = [b'\xff\xfe{}\x00', b'\x80\x04\x95', os.urandom(200), b'PK\x03\x04'+b'0'*100, b'\x00'*1000, b'\xff'*64]
 
-def special(path, r, here):
+SPECIAL = ['pipe', 'folder', 'socket', 'zero', 'dangling', 'loop', 'none', 'link', 'etc']
+
+def special(path, r, here, kinds=SPECIAL):
     "Something that is no file, or lies elsewhere."
-    kind = r.choice(['pipe', 'folder', 'socket', 'zero', 'link', 'dangling', 'loop', 'none', 'etc'])
+    kind = r.choice(kinds)
     path.unlink(missing_ok=True)
     if kind == 'pipe': os.mkfifo(path)
     elif kind == 'folder': path.mkdir()
@@ -140,7 +142,7 @@ CONFIG = [('auto_map', {'AutoConfig': 'evil.Evil', 'AutoModelForSequenceClassifi
 def evil_code(folder, here): (folder/'evil.py').write_text(EVIL.format(marker=str(outside(here)/'RAN')))
 
 def on_config(here, r):
-    folder = here/r.choice(['a', 'b'])
+    folder = here/r.choice('abbbbb')
     evil_code(folder, here)
     return mutate_json(folder/'config.json', r, here, CONFIG)
 
@@ -149,7 +151,7 @@ TOKENIZER = [('auto_map', {'AutoTokenizer': ['evil.Evil', 'evil.Evil']}), ('toke
              ('added_tokens_decoder', {'99999999999': {'content': 'x'}}), ('chat_template', '{{ 1/0 }}'), ('fast_tokenizer_files', [1]), ('init_inputs', ['/etc/passwd'])]
 
 def on_tokenizer(here, r):
-    folder = here/r.choice(['a', 'b'])
+    folder = here/r.choice('abbbbb')
     evil_code(folder, here)
     name = r.choice(['tokenizer.json', 'tokenizer_config.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt', 'added_tokens.json', 'tokenizer.model'])
     path = folder/name
@@ -177,7 +179,7 @@ DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8,
 
 def on_names(here, r):
     "Tensors under other names, twice, of other types and shapes; both readers must agree."
-    path = here/r.choice(['a', 'b'])/'model.safetensors'
+    path = here/r.choice('abbbbb')/'model.safetensors'
     tensors = load_file(path)
     said = []
     for _ in range(r.choice([1, 1, 2, 3])):
@@ -213,7 +215,7 @@ def on_names(here, r):
 
 def on_header(here, r):
     "The table of a weight file, byte by byte and entry by entry."
-    path = here/r.choice(['a', 'b'])/'model.safetensors'
+    path = here/r.choice('abbbbb')/'model.safetensors'
     if r.random() < .1: return special(path, r, here)
     data = path.read_bytes()
     size = struct.unpack('<Q', data[:8])[0]
@@ -244,7 +246,7 @@ YAML = ['', '[]', 'null', '- a', ': :', '[', '{', '\t', '&a [*a]', LAUGHS, '['*3
         'a: !!timestamp x', '1: 2', '"\\ud800": x', '0x'+'f'*9000+': 1', 'a: 1:'+'1:'*3000+'1']
 
 def on_card(here, r):
-    folder = here/r.choice(['a', 'b'])
+    folder = here/r.choice('abbbbb')
     path = folder/r.choice(['README.md', 'README.md', 'modules.json', '1_Pooling/config.json', 'config_sentence_transformers.json'])
     if path.suffix == '.json':
         if not path.exists(): path.write_text('{}')
@@ -291,7 +293,7 @@ RECIPES = ['models: {a: ./a, b: ./b}\nmethod: average\n', 'models:\n  a: {model:
 
 def mutate_recipe(path, r, here):
     import yaml
-    if r.random() < .1: return special(path, r, here)
+    if r.random() < .1: return special(path, r, here, SPECIAL if path.name == 'recipe.yml' else SPECIAL[:-2]) # who names a recipe may name a link
     if r.random() < .3: text = r.choice(YAML+[f'{RECIPES[0]}x: {o}' for o in ('1', '&a [*a]')]+['models: '+o for o in ('3', '[a]', '{a: 3}', '{../x: ./a}', '"'+'x'*10**5+'"', '{a: ~nobody/x}')]); path.write_bytes(text.encode('utf-8', 'surrogatepass')); return f'{text[:30]!r}'
     value = yaml.safe_load(r.choice(RECIPES))
     for _ in range(r.choice([1, 1, 2])):
@@ -442,7 +444,7 @@ def is_clear(e, here):
     text, last = str(e), e.__traceback__
     while last.tb_next: last = last.tb_next
     ours = last.tb_frame.f_code.co_filename.startswith(PACKAGE) or isinstance(e, OSError)
-    names = any(o in text for o in ('`', "'", '"', '--', str(here), '.json', '.yml', '.safetensors'))
+    names = any(o in text for o in ('`', "'", '"', '--', ' row ', str(here), '.json', '.yml', '.safetensors'))
     return isinstance(e, (ValueError, TypeError, FileNotFoundError, OSError)) and ours and names and is_line(text)
 
 def is_line(text): return bool(text.strip()) and len(text) < 2500 and all(c.isprintable() for c in text)

@@ -141,7 +141,7 @@ def checkpoint(
     body = load_body(minilm_path())
     body.config._name_or_path = BASE
     return finetune(body, corpus.train, corpus.task, out=out, num_samples=num_samples, seed=seed,
-        tokenizer=AutoTokenizer.from_pretrained(minilm_path()),
+        tokenizer=AutoTokenizer.from_pretrained(minilm_path(), trust_remote_code=False),
         overwrite=overwrite, progress=progress, **TRAINING)
 
 # %% ../../nbs/app/00_demo.ipynb #7a0afe2a
@@ -306,7 +306,7 @@ def _run_demo(out:Path, num_samples:int, train_samples:int, test_samples:int, ma
     "All steps of the demo, with their seconds; what they gave."
     models, seconds = {}, {}
     with stopwatch(seconds, 'read the corpora'): data = corpora(seed, max_length)
-    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path(), trust_remote_code=False)
     for name,corpus in data.items():
         with stopwatch(seconds, f'fine-tune or load {name}'):
             models[name] = checkpoint(corpus, out/name, train_samples, seed, **kwargs)

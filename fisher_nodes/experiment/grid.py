@@ -487,7 +487,7 @@ def _find_paths(checkpoints:str|Path, tasks:Sequence[str]|None)->dict[str,Any]:
 def _check_base(base:Any, cells:Sequence[Cell]):
     "`ValueError` for a base that is missing or cannot be found."
     if isinstance(base, (str, Path)):
-        with model_errors(base): AutoConfig.from_pretrained(str(base))
+        with model_errors(base): AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     needy = sorted({c.name for c in cells if c.entry.needs_base})
     if base is None and needy:
         raise ValueError(f'{needy} need `base` (--base), the model that all were fine-tuned from')

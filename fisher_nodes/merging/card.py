@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LICENSE', 'DIFFER', 'UNSTATED', 'MODULES', 'read_card', 'agreed_license', 'read_modules', 'agreed_modules',
-           'check_scores', 'eval_results', 'Origin', 'origins', 'card_data', 'table', 'model_card']
+           'check_scores', 'eval_results', 'kept_files', 'read_report', 'Origin', 'origins', 'card_data', 'escaped',
+           'table', 'model_card']
 
 # %% ../../nbs/merging/03_card.ipynb #9ce139c3
 import json
@@ -12,31 +13,42 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig
-from yaml import YAMLError
 from ..engine.files import RECIPE
 from ..engine.models import find_file
+from ..engine.reading import parse_yaml, read_json, read_text
 from .recipe import unnamed
+from .request import check_names
+from ..methods.method import WRITTEN, explain, one_line
 
 # %% ../../nbs/merging/03_card.ipynb #6516739d
 LICENSE = ('license', 'license_name', 'license_link')
 DIFFER,UNSTATED = 'differs-by-source','not-stated-by-every-source'
 
 def _plain(value:Any)->Any:
-    "Lists and words as they are, all else as text, so that JSON can hold it."
-    return [str(o) for o in value] if isinstance(value, (list, tuple)) else str(value)
+    "Lists and words as lines of bounded length, so that JSON and a table can hold them."
+    return [one_line(o) for o in value[:100]] if isinstance(value, (list, tuple)) else one_line(value)
+
+def _front_matter(path:Path)->dict[str,Any]:
+    "The metadata of a model card."
+    found = REGEX_YAML_BLOCK.search(read_text(path))
+    data = parse_yaml(found[2], path.name) if found else None
+    if data is None or isinstance(data, dict): return data or {}
+    raise ValueError(f'its metadata are no mapping, but {type(data).__name__}')
 
 def read_card(
     config:PretrainedConfig, # of a source
 )->dict[str,Any]|None: # None for a model without a card
     "Licence, language and data sets that a source's model card states; `error` if it cannot be read."
-    path = find_file(config, 'README.md')
-    if path is None: return None
-    try: data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, TypeError, AttributeError, YAMLError) as e:
-        return dict(error=' '.join(str(e).split())[:100])
+    try:
+        if (path := find_file(config, 'README.md')) is None: return None
+        data = _front_matter(path)
+    except ValueError as e: return dict(error=one_line(e, 100))
     return {k: _plain(data[k]) for k in (*LICENSE, 'language', 'datasets') if data.get(k)}
 
 # %% ../../nbs/merging/03_card.ipynb #970552f7
@@ -52,17 +64,19 @@ def agreed_license(
 # %% ../../nbs/merging/03_card.ipynb #a54a2337
 MODULES = ('Transformer', 'Pooling', 'Normalize')
 
-def _module_files(modules:Any)->Iterator[str]:
+_KEPT = re.compile('modules.json|sentence_bert_config.json|config_sentence_transformers.json'
+                   '|[0-9]{1,3}_[A-Za-z]{1,40}/config.json') # files that may be written
+
+def _module_files(modules:list)->Iterator[str]:
     "The files of a `modules.json`; `ValueError` for what a merge cannot keep."
-    if not isinstance(modules, list) or not modules:
-        raise ValueError('modules.json is not a list of modules')
     for i,o in enumerate(modules):
-        kind,path = str(o.get('type')),str(o.get('path'))
+        if not isinstance(o, dict): raise ValueError('modules.json is not a list of modules')
+        kind,path = one_line(o.get('type')),one_line(o.get('path'))
         if not (kind.startswith('sentence_transformers.') and kind.split('.')[-1] in MODULES):
             raise ValueError(f'module {kind} has weights or code of its own')
-        place = '' if i==0 else r'[0-9]+_[A-Za-z]+'
-        if not re.fullmatch(place, path): raise ValueError(f'module {kind} is in {path!r}')
-        yield f'{path}/config.json' if path else 'sentence_bert_config.json'
+        name = f'{path}/config.json' if path else 'sentence_bert_config.json'
+        if bool(path)!=(i>0) or not _KEPT.fullmatch(name): raise ValueError(f'module {kind} is in {path!r}')
+        yield name
 
 def read_modules(
     config:PretrainedConfig, # of a source
@@ -70,9 +84,9 @@ def read_modules(
     "What makes a folder a sentence-transformers model; `ValueError` for what a merge cannot keep."
     found = {'modules.json': find_file(config, 'modules.json')}
     if found['modules.json'] is None: return None
-    names = _module_files(json.loads(found['modules.json'].read_text()))
+    names = _module_files(read_json(found['modules.json'], list))
     found |= {o: find_file(config, o) for o in ('config_sentence_transformers.json', *names)}
-    return {k: json.loads(o.read_text()) for k,o in found.items() if o is not None}
+    return {k: read_json(o, (dict, list)) for k,o in found.items() if o is not None}
 
 # %% ../../nbs/merging/03_card.ipynb #9d43beee
 def agreed_modules(
@@ -80,7 +94,7 @@ def agreed_modules(
 )->dict[str,Any]|None: # `files`, or `why` there are none; None if no source has any
     "The sentence-transformers files of the sources that have them, if these agree."
     try: found = {t: o for t,c in configs.items() if (o:=read_modules(c)) is not None}
-    except (ValueError, AttributeError) as e: return dict(why=str(e))
+    except ValueError as e: return dict(why=one_line(e))
     if not found: return None
     first,*others = found.values()
     if all(o==first for o in others): return dict(files=first)
@@ -123,6 +137,68 @@ def eval_results(
     return [EvalResult(task_type='text-classification', metric_type=k, metric_value=v,
                        **_dataset_fields(t, data.get(t))) for t,k,v in found]
 
+# %% ../../nbs/merging/03_card.ipynb #23616784
+_Words = str|list[str]|None
+
+class _Told(BaseModel): model_config = ConfigDict(extra='allow', strict=True, allow_inf_nan=False)
+
+class _Base(_Told):
+    hub:bool|None=None
+    revision:str|None=None
+    card:dict[str,_Words]|None=None
+
+class _Task(_Base):
+    model:str
+    weight:float
+    fisher:dict[str,Any]|None=None
+
+class _Role(_Told):
+    weight:str
+    elements:int
+
+class _Zero(_Told):
+    heads:int
+    rows:int
+
+class _Sentences(_Told):
+    files:dict[str,Any]|None=None
+    why:str|None=None
+
+class _Report(_Told):
+    method:str
+    base:str|None
+    base_source:_Base|None=None
+    seed:int|None
+    options:dict[str,Any]
+    tasks:dict[str,_Task]=Field(min_length=1)
+    roles:dict[str,_Role]
+    zero_fisher:_Zero
+    versions:dict[str,Any]
+    scores:dict[str,dict[str,float]]={}
+    sentence_transformers:_Sentences|None=None
+
+def kept_files(
+    report:Mapping[str,Any],
+)->dict[str,Any]: # name below the folder of the merged model -> what it says
+    "The files of sentence-transformers; `ValueError` for a name that is none of theirs."
+    found = (report.get('sentence_transformers') or {}).get('files') or {}
+    odd = [o for o in found if not _KEPT.fullmatch(o)]
+    if odd: raise ValueError(f'{one_line(repr(odd[0]))} is not a file of sentence-transformers')
+    return found
+
+def read_report(
+    path:Path, # a `merge_report.json`
+)->dict[str,Any]:
+    "The report of a merged model; `ValueError` if it is not one, or names tasks that are not plain names."
+    report = read_json(path, what='a merge report')
+    try:
+        check_names(list(_Report.model_validate(report).tasks))
+        kept_files(report)
+        return report
+    except ValidationError as e: said = explain(e, WRITTEN)
+    except ValueError as e: said = one_line(e)
+    raise ValueError(f'{one_line(path)} is not a merge report: {said}')
+
 # %% ../../nbs/merging/03_card.ipynb #0dcc7529
 @dataclass(frozen=True)
 class Origin:
@@ -159,7 +235,7 @@ def _datasets(cards:Sequence[Mapping|None], recipe:Mapping|None)->list[str]|None
 
 def _tags(report:Mapping[str,Any])->list[str]:
     "What the model is found by."
-    sentences = 'files' in (report.get('sentence_transformers') or {})
+    sentences = bool((report.get('sentence_transformers') or {}).get('files'))
     return ['merge', 'fisher-mask-nodes', report['method'], *['sentence-transformers']*sentences]
 
 def card_data(
@@ -178,12 +254,20 @@ def card_data(
         model_name=name if scores else None, eval_results=scores or None, **agreed_license(cards))
 
 # %% ../../nbs/merging/03_card.ipynb #4bfea0bf
+_MARKS = str.maketrans({c: f'\\{c}' for c in '\\`*[]|~'} | {'<': '&lt;', '>': '&gt;', '&': '&amp;'})
+
+def escaped(
+    value:Any,
+)->str:
+    "Text that means nothing to Markdown, on one line."
+    return one_line(value).translate(_MARKS)
+
 def table(
     head:Sequence[str], # column titles
     rows:Sequence[Sequence[Any]],
 )->str:
     "A table in Markdown."
-    line = lambda cells: '| ' + ' | '.join(' '.join(str(o).split()).replace('|', '\\|') for o in cells) + ' |'
+    line = lambda cells: '| ' + ' | '.join(map(escaped, cells)) + ' |'
     return '\n'.join([line(head), '|'.join(['', *['---']*len(head), '']), *map(line, rows)])
 
 def _license_words(o:Origin)->str:
@@ -256,14 +340,18 @@ def _notes(report:Mapping[str,Any])->str:
     out = []
     if any(zero.values()):
         out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
-    if 'files' in st: out.append('The body also loads with `SentenceTransformer`.')
-    if 'why' in st: out.append(f'The files of sentence-transformers were not kept: {st["why"]}.')
+    if st.get('files'): out.append('The body also loads with `SentenceTransformer`.')
+    if st.get('why'): out.append(f'The files of sentence-transformers were not kept: {escaped(st["why"])}.')
     return '\n'.join(out)
 
 # %% ../../nbs/merging/03_card.ipynb #b9244937
+def _quoted(where:str)->str:
+    "As a string of Python that ends no code of Markdown."
+    return json.dumps(where, ensure_ascii=False).replace('`', '\\u0060')
+
 def _loading(where:str, task:str, auto:str, tokenizer:bool)->str:
     "Three lines of Python."
-    place = json.dumps(where, ensure_ascii=False)
+    place = _quoted(where)
     lines = [f'from transformers import {auto}' + ', AutoTokenizer'*tokenizer,
              f'model = {auto}.from_pretrained({place}, subfolder="{task}")']
     if tokenizer: lines.append(f'tokenizer = AutoTokenizer.from_pretrained({place})')
@@ -305,7 +393,7 @@ def model_card(
     tasks = list(report['tasks'])
     licence = agreed_license([o.card for o in origins(report)]).get('license_name')
     words = dict(
-        title=f'Merged: {", ".join(tasks)}', n=len(tasks), where=json.dumps(where, ensure_ascii=False),
+        title=f'Merged: {", ".join(tasks)}', n=len(tasks), where=_quoted(where),
         load=_loading(where, tasks[0], auto, tokenizer), notes=_notes(report),
         licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME, repeat=_repeat_words(recipe, changed))
     data = card_data(report, recipe, where.split('/')[-1], _PIPELINES.get(auto))

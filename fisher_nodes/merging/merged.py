@@ -31,11 +31,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..core.families import count_nodes
 from ..engine.files import MERGED, RECIPE, OutputExistsError, check_apart, is_merged, whole_folder
 from ..engine.fingerprints import hash_tensors
-from ..engine.models import FILES, head_tensors, load_tokenizer, model_errors
+from ..engine.models import FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
-from .card import check_scores, model_card
+from ..engine.reading import check_inside, read_json
+from .card import check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, load_recipe, model_names, public_recipe, recipe_text
-from .request import TASK_NAME
 from .store import folder_slots
 
 # %% ../../nbs/merging/04_merged.ipynb #f35c1dd9
@@ -218,14 +218,6 @@ def _save_task(model:PreTrainedModel, files:Mapping[str,Sequence[str]], folder:P
     (folder/'model.safetensors.index.json').write_text(text)
 
 # %% ../../nbs/merging/04_merged.ipynb #aa55d3d4
-def _read_report(path:Path)->dict[str,Any]:
-    "The report of a merged model; `ValueError` if it is not one, or names tasks that are not plain names."
-    try: report = json.loads((path/MERGED).read_text())
-    except json.JSONDecodeError as e: raise ValueError(f'{path/MERGED} is not a merge report: {e}') from None
-    tasks = report.get('tasks') if isinstance(report, dict) else None
-    if tasks and all(TASK_NAME.fullmatch(t) for t in tasks): return report
-    raise ValueError(f'{path/MERGED} is not a merge report: its tasks are {tasks}')
-
 def _check_widths(body:PreTrainedModel):
     "`ValueError` where layers differ from the config, since transformers could not load them."
     want = dict(head=body.config.num_attention_heads, row=getattr(body.config, 'intermediate_size', None))
@@ -236,7 +228,7 @@ def _check_widths(body:PreTrainedModel):
 
 def _check_place(path:Path, tasks:list[str])->list[str]:
     "What an earlier merge left in a folder; `OutputExistsError` where a task's name is taken."
-    stale = list(_read_report(path)['tasks']) if is_merged(path) else []
+    stale = list(read_report(path/MERGED)['tasks']) if is_merged(path) else []
     taken = [path/t for t in tasks if (path/t).exists() and t not in stale]
     if taken: raise OutputExistsError(f'{taken[0]} is there and not from an earlier merge')
     return [*stale, RECIPE, 'modules.json', '[0-9]*_Pooling', 'model*.safetensors*']
@@ -250,19 +242,15 @@ def check_target(
 )->list[str]: # patterns of what an earlier model left there
     "An error unless a merged model can be written to a folder, and loaded from there."
     _check_widths(body)
-    taken = sorted({o.split('/')[0] for o in _modules(report)}&set(tasks))
+    taken = sorted({o.split('/')[0] for o in kept_files(report)}&set(tasks))
     if taken: raise ValueError(f'task names {taken} are files of sentence-transformers')
     check_apart(path, sources)
     return _check_place(path, list(tasks))
 
 # %% ../../nbs/merging/04_merged.ipynb #1244b0f0
-def _modules(report:Mapping)->dict[str,Any]:
-    "Files of sentence-transformers, file name -> content."
-    return (report.get('sentence_transformers') or {}).get('files', {})
-
 def _save_modules(report:Mapping, folder:Path):
     "Write what sentence-transformers reads."
-    for name,content in _modules(report).items():
+    for name,content in kept_files(report).items():
         (folder/name).parent.mkdir(exist_ok=True)
         (folder/name).write_text(json.dumps(content, indent=1))
 
@@ -338,11 +326,12 @@ def _find_folder(path:str|Path, revision:str|None, token:str|bool|None)->Path:
 
 def _load_any(folder:Path)->PreTrainedModel:
     "The model of a folder, of the transformers class that its config names."
-    name = json.loads((folder/'config.json').read_text())['architectures'][0]
-    cls = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise ValueError(f'{folder}: {name!r} is not a transformers model')
-    return cls.from_pretrained(folder, use_safetensors=True, **{DTYPE: 'auto'})
+    with model_errors(folder):
+        name = next(iter(read_json(folder/'config.json').get('architectures') or []), '')
+        cls = getattr(transformers, name, None)
+        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+            raise ValueError(f'{name!r} is not a transformers model')
+        return cls.from_pretrained(folder, **HOW, **{DTYPE: 'auto'})
 
 # %% ../../nbs/merging/04_merged.ipynb #bc336584
 def _exact_head(model:PreTrainedModel, folder:Path)->PreTrainedModel:
@@ -367,7 +356,9 @@ def from_pretrained(cls:Merged,
 )->Merged:
     "Load a merged model: one body, a head for each task."
     path = _find_folder(path, revision, token)
-    report = _read_report(path)
+    check_inside(path/MERGED, path)
+    report = read_report(path/MERGED)
+    for o in (RECIPE, *report['tasks']): check_inside(path/o, path)
     gone = [t for t in report['tasks'] if not (path/t/'config.json').is_file()]
     if gone: raise ValueError(f'{path} is not whole: the folders of {gone} are missing')
     models = {t: _exact_head(_load_any(path/t), path/t) for t in report['tasks']}

@@ -9,14 +9,15 @@ __all__ = ['NAMED', 'public_recipe', 'entry_name', 'model_names', 'unnamed', 're
 # %% ../../nbs/merging/01_recipe.ipynb #232bf6a7
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 import yaml
 from pydantic import ValidationError
 from ..engine.models import ModelReference
-from .request import MergeRequest
-from ..methods.method import WRITTEN, explain
+from ..engine.reading import parse_yaml, read_text
+from .request import MergeRequest, can_name, check_names
+from ..methods.method import WRITTEN, explain, one_line
 
 # %% ../../nbs/merging/01_recipe.ipynb #cc20c6b5
 NAMED = ('models', 'data', 'fishers') # an entry for each task
@@ -88,38 +89,48 @@ def recipe_text(
     return _HEAD + _CHANGED*changed + ''.join(map(dump, recipe))
 
 # %% ../../nbs/merging/01_recipe.ipynb #83e45c5e
-class _Loader(yaml.SafeLoader):
-    "Refuses a key that stands twice in a mapping, which YAML would pass over."
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=True) for k,_ in node.value]
-        twice = [k for k in keys if isinstance(k, Hashable) and keys.count(k)>1]
-        line = node.start_mark.line+1
-        if twice: raise ValueError(f'{twice[0]!r} stands twice, again in line {line} or below')
-        return super().construct_mapping(node, deep)
-
-def _load_yaml(path:Path)->Any:
-    "What a file says; `ValueError` with its name if it is not YAML."
-    try: return yaml.load(path.read_text(encoding='utf-8'), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f'{path.name} is not YAML: {" ".join(str(e).split())}') from None
-    except ValueError as e: raise ValueError(f'{path.name}: {e}') from None
-
 def _is_local(key:str, name:str, here:Path)->bool:
     "Whether a name in a recipe is a path."
     if key in ('data', 'fishers'): return not name.startswith('glue:')
-    return name.startswith(('.', '~', '/')) or (here/name).exists()
+    return name.startswith(('.', '~', '/')) or os.path.exists(here/name)
+
+_MEANT = dict(models='a folder or Hub id', base='a folder or Hub id', data='glue:TASK or a file', fishers='a file')
+
+def _check_name(key:str, of:str, entry:Any):
+    "`ValueError` unless an entry names something, or nothing."
+    name = entry_name(entry)
+    if name is None or can_name(name): return
+    got = one_line(repr(name), 100)
+    raise ValueError(WRITTEN.format(name=key, of=of, expected=_MEANT[key], got=got))
+
+def _check_entries(recipe:Mapping[str,Any]):
+    "`ValueError` unless a recipe has, for each task, names that can be."
+    for k in NAMED:
+        entries = {} if recipe.get(k) is None else recipe[k]
+        if not isinstance(entries, dict):
+            got = one_line(repr(entries), 100)
+            raise ValueError(WRITTEN.format(name=k, of='', expected='a mapping from task to value', got=got))
+        odd = [one_line(repr(t), 100) for t in entries if not isinstance(t, str)]
+        if odd: raise ValueError(WRITTEN.format(name=k, of='', expected='named: a task must be a word', got=odd[0]))
+        check_names(list(entries))
+        for t,o in entries.items(): _check_name(k, f' of {t!r}', o)
+    _check_name('base', '', recipe.get('base'))
 
 def load_recipe(
     path:Path, # a recipe file
 )->dict[str,Any]: # with absolute paths
     "Read a recipe as it stands; `ValueError` if it is not a mapping in YAML."
-    here = path.resolve().parent
+    here = Path(os.path.realpath(path)).parent
     def change(k, o):
-        local = isinstance(o, str) and o and _is_local(k, o, here)
-        return str((here/Path(o).expanduser()).resolve()) if local else o
-    recipe = _load_yaml(path)
-    if isinstance(recipe, dict): return _map_names(recipe, change)
-    raise ValueError(f'{path.name} is not a recipe: expected keys with values, got {type(recipe).__name__}')
+        local = o is not None and _is_local(k, o, here)
+        return os.path.realpath(here/os.path.expanduser(o)) if local else o
+    recipe = parse_yaml(read_text(path), path.name)
+    if not isinstance(recipe, dict):
+        got = type(recipe).__name__
+        raise ValueError(f'{path.name} is not a recipe: expected keys with values, got {got}')
+    try: _check_entries(recipe)
+    except ValueError as e: raise ValueError(f'{path.name}: {e}') from None
+    return _map_names(recipe, change)
 
 # %% ../../nbs/merging/01_recipe.ipynb #56ba9b84
 def _check_keys(recipe:Mapping[str,Any]):
@@ -134,8 +145,8 @@ def _check_files(recipe:Mapping[str,Any]):
     for key in NAMED:
         for t,o in (recipe.get(key) or {}).items():
             name = entry_name(o)
-            gone = name and Path(name).is_absolute() and not Path(name).exists()
-            if gone: raise ValueError(f'`{key}` of {t!r}: {name} is not there')
+            gone = name and Path(name).is_absolute() and not os.path.exists(name)
+            if gone: raise ValueError(f'`{key}` of {t!r}: {one_line(name)} is not there')
 
 def _validate(recipe:Mapping[str,Any])->MergeRequest:
     "The request that a recipe is."
@@ -148,8 +159,8 @@ def read_recipe(
 )->MergeRequest: # paths made absolute
     "Read a recipe and check all of it; `ValueError` naming the key, what was expected and what came."
     path = Path(path)
-    if not path.is_file(): raise ValueError(f'{path} is not a file')
-    recipe = load_recipe(path)
+    try: recipe = load_recipe(path)
+    except FileNotFoundError as e: raise ValueError(str(e)) from None
     try:
         _check_keys(recipe)
         request = _validate(recipe)

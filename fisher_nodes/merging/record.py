@@ -68,7 +68,7 @@ def describe_base(base:Any)->dict[str,Any]:
     reference = as_reference(base)
     if reference is None: return dict(base=model_name(base), base_source=_origin(base.config))
     place = fetch_model(reference)
-    with model_errors(reference.name): config = AutoConfig.from_pretrained(place)
+    with model_errors(reference.name): config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     note_commit(config, reference, place)
     return dict(base=model_name(reference.name), base_source=_origin(config))
 

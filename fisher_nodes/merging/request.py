@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MethodName', 'VariantName', 'LabelsName', 'PrecisionName', 'Number', 'Lengths', 'TextLike', 'LabelLike', 'Seed',
            'SchemeLike', 'ModelLike', 'DataLike', 'LossLike', 'TokenizerLike', 'TASK_NAME', 'BY_TASK', 'READING',
-           'one_of', 'as_model', 'check_names', 'name_models', 'match_tasks', 'method_options', 'check_needs',
-           'MergeRequest', 'ask']
+           'one_of', 'can_name', 'as_model', 'check_names', 'name_models', 'match_tasks', 'method_options',
+           'check_needs', 'MergeRequest', 'ask']
 
 # %% ../../nbs/merging/00_request.ipynb #e5b6d39e
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,8 +101,16 @@ SchemeLike = Annotated[Any, AfterValidator(_scheme)]
 _MODEL = ('a folder or Hub id, or a mapping with `model` and, if wanted, '
           '`revision`, `weight_hash` and `head_hash`')
 _PINS = ('revision', 'weight_hash', 'head_hash')
+_NO_MODEL = (bool, int, float, list, tuple, set, bytes, date) # what YAML and JSON may hold instead
 
-def _named(o:Any)->bool: return o is None or isinstance(o, str) and bool(o)
+def can_name(
+    o:Any,
+)->bool:
+    "Whether it can be the name of a file or of a model: words that no system refuses for their length."
+    if not isinstance(o, str) or not o or '\0' in o: return False
+    return max(len(part.encode('utf-8', 'replace')) for part in o.split('/'))<256
+
+def _named(o:Any)->bool: return o is None or can_name(o)
 
 def _as_reference(o:dict)->ModelReference:
     "What a mapping in a recipe refers to."
@@ -115,7 +124,7 @@ def as_model(
     "A reference for what a recipe says of a model; all else as it is, such as a state in memory."
     is_state = isinstance(o, dict) and any(isinstance(v, Tensor) for v in o.values())
     if isinstance(o, dict) and not is_state: return _as_reference(o)
-    wrong = isinstance(o, (bool, int, float, list)) or o==''
+    wrong = isinstance(o, _NO_MODEL) or isinstance(o, str) and not _named(o)
     if wrong: raise _expected(f'{_MODEL}, not {type(o).__name__}')
     return o
 
@@ -127,6 +136,7 @@ def _spec(o:Any)->Any:
     if isinstance(o, (bool, int, float)): raise _expected('rows, batches or a data spec')
     if not isinstance(o, (str, Path)): return o
     name = str(o)
+    if not can_name(name): raise _expected('the name of a file')
     is_glue = name.startswith('glue:')
     if name.removeprefix('glue:') in GLUE if is_glue else split_suffix(name)[1]: return o
     raise _expected(f'glue:TASK, or a file in {", ".join(READERS)}')

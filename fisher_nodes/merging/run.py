@@ -35,7 +35,7 @@ from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_wei
 from ..engine.guard import keep_rng
 from ..engine.measure import measure, read_about, statistic_batches
 from ..engine.models import (
-    ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
+    HOW, ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
 from ..engine.processes import from_main, once
 from ..engine.text import same_tokens
 from .card import agreed_modules
@@ -165,7 +165,7 @@ def _load_body(reference:ModelReference)->tuple[PreTrainedModel,list[str]]:
     "A model without a head, and the parameters that its files lack."
     with model_errors(reference.name), keep_rng():
         place = fetch_model(reference)
-        body,info = AutoModel.from_pretrained(place, use_safetensors=True, output_loading_info=True)
+        body,info = AutoModel.from_pretrained(place, **HOW, output_loading_info=True)
     return body, info['missing_keys']
 
 def load_base(

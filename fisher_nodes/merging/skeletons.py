@@ -16,11 +16,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from ..core.blocks import Blocks
 from ..engine.fingerprints import check_hash, hash_tensors
-from fisher_nodes.engine.models import (
-    FILES, ModelReference, as_reference, check_index, check_single, fetch_model, head_tensors, model_errors,
-    note_commit)
+from ..engine.models import (
+    FILES, HOW, OLD_NAMES, ModelReference, as_reference, check_single, check_weights, fetch_model,
+    head_tensors, model_errors, note_commit)
 from .merged import DTYPE
-from .store import OLD_NAMES, TensorSlot, find_slot, folder_slots
+from .store import TensorSlot, find_slot, folder_slots
 
 # %% ../../nbs/merging/06_skeletons.ipynb #fd9ce14f
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def _folder(place:str, config:PretrainedConfig)->Path:
     "The folder of a model's files, fetched if it is on the Hub."
     if Path(place).is_dir(): return Path(place)
     commit = getattr(config, '_commit_hash', None)
-    return Path(snapshot_download(place, revision=commit, allow_patterns=FILES))
+    folder = Path(snapshot_download(place, revision=commit, allow_patterns=FILES))
+    check_weights(folder)
+    return folder
 
 def _fill_head(model:PreTrainedModel, slots:Mapping[str,TensorSlot]):
     "Read the numbers of the head."
@@ -48,8 +50,7 @@ def open_skeleton(
     "A model in files, and what they lack."
     place = fetch_model(reference)
     with model_errors(place):
-        how = dict(use_safetensors=True, output_loading_info=True, device_map='meta')
-        found,info = Auto.from_pretrained(place, **how)
+        found,info = Auto.from_pretrained(place, **HOW, output_loading_info=True, device_map='meta')
         note_commit(found.config, reference, place)
         slots = folder_slots(_folder(place, found.config))
     prefix,missing = found.base_model_prefix,set(info['missing_keys'])
@@ -101,13 +102,12 @@ def open_plain(
 )->Skeleton|None: # None where transformers must look
     "A model in files whose tensors have the model's own names."
     place = fetch_model(reference)
-    check_index(Path(place))
+    with model_errors(place): config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     try:
-        config = AutoConfig.from_pretrained(place)
         note_commit(config, reference, place)
         slots = folder_slots(_folder(place, config))
-        with torch.device('meta'): model = Auto.from_config(config).eval()
-    except (OSError, ValueError, KeyError, RuntimeError): return None # transformers will say why
+        with torch.device('meta'): model = Auto.from_config(config, trust_remote_code=False).eval()
+    except Exception: return None # transformers will say why
     if not isinstance(dtype := _dtype_of(config, slots), torch.dtype): return None
     found = _exact(model.to(dtype), slots)
     if found is None: return None

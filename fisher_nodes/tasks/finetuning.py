@@ -70,7 +70,8 @@ def load_body(
 )->PreTrainedModel: # the body; the caller's own object if one was given
     "The body of a model, from safetensors only when it is loaded."
     if isinstance(model, PreTrainedModel): return model.base_model
-    with model_errors(model): return AutoModel.from_pretrained(str(model), use_safetensors=True)
+    how = dict(use_safetensors=True, trust_remote_code=False)
+    with model_errors(model): return AutoModel.from_pretrained(str(model), **how)
 
 def first_layers(
     body:PreTrainedModel, # of a supported family

@@ -19,6 +19,13 @@ def identical(a, b):
     assert a.keys() == b.keys()
     for k in a: assert_close(a[k], b[k], rtol=0, atol=0, msg=lambda m: f'{k}: {m}')
 
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: .1}
+
+def same_answers(a, b):
+    "Logits of equal weights; older versions of torch may sum them in another order at another address."
+    assert a.keys() == b.keys()
+    for k in a: assert_close(a[k], b[k], rtol=ROUNDING[b[k].dtype], atol=ROUNDING[b[k].dtype]/100, msg=lambda m: f'{k}: {m}')
+
 def realigned(*models):
     "Weights mapped from a file may start at odd addresses, which alone can move a last bit of a matrix product."
     for m in models:
@@ -88,7 +95,7 @@ def test_merged_comes_back_exactly(family, saved):
     back = reload(out)
     assert list(back) == list(merged)
     identical(body(back['alpha']), merged.body.state_dict())
-    identical(back.logits(**inputs_of(family)), merged.logits(**inputs_of(family)))
+    same_answers(back.logits(**inputs_of(family)), merged.logits(**inputs_of(family)))
     for t in merged:
         assert back[t].base_model is back.body and not back[t].training
         identical(back[t].state_dict(), merged[t].state_dict())
@@ -100,7 +107,8 @@ def test_plain_transformers_reads_every_task(family, dtype, saved):
         model, info = AutoModelForSequenceClassification.from_pretrained(out/t, **{DTYPE: dtype}, output_loading_info=True)
         assert not info['missing_keys'] and not info['unexpected_keys']
         assert type(model) is type(merged[t]) and model.config.num_labels == merged[t].config.num_labels
-        assert_close(realigned(model.eval())(**inputs_of(family)).logits, merged[t](**inputs_of(family)).logits, rtol=0, atol=0)
+        identical(model.state_dict(), merged[t].state_dict())
+        same_answers({t: realigned(model.eval())(**inputs_of(family)).logits}, {t: merged[t](**inputs_of(family)).logits})
 
 def test_plain_transformers_reads_the_body(dtype, saved):
     merged, out = saved
@@ -120,7 +128,7 @@ def test_only_plain_files_on_disk(saved):
 def test_the_folder_can_be_moved(family, saved, tmp_path):
     merged, out = saved
     moved = out.rename(tmp_path/'elsewhere')
-    identical(reload(moved).logits(**inputs_of(family)), merged.logits(**inputs_of(family)))
+    same_answers(reload(moved).logits(**inputs_of(family)), merged.logits(**inputs_of(family)))
     AutoModelForSequenceClassification.from_pretrained(moved/'beta')
 
 def storages(models):
@@ -149,7 +157,7 @@ def test_what_is_saved_does_not_follow_later_changes(family, tmp_path):
     with torch.no_grad():
         want = merged.logits(**inputs_of(family))
         for p in merged.body.parameters(): p.zero_()
-    identical(reload(tmp_path/'out').logits(**inputs_of(family)), want)
+    same_answers(reload(tmp_path/'out').logits(**inputs_of(family)), want)
 
 @pytest.mark.parametrize('overwrite', [False, True])
 def test_a_folder_in_use_is_replaced_only_when_asked(family, overwrite, tmp_path):

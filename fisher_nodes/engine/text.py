@@ -7,7 +7,6 @@ __all__ = ['KNOWN', 'NO_TEXT', 'STRINGS', 'LOOKED_AT', 'PROBES', 'known_text', '
            'pick_text', 'text_columns', 'max_positions', 'text_limit', 'tokenize', 'same_tokens']
 
 # %% ../../nbs/engine/05a_text.ipynb #d370a3f0
-import json
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from ..core.families import FAMILIES
 from .files import TRAINED
+from .reading import read_json
 
 # %% ../../nbs/engine/05a_text.ipynb #7849be2e
 KNOWN = ( # one text, or a pair in the order in which models read it
@@ -66,9 +66,8 @@ def recorded_text(
     where = getattr(model, 'config', None) and model.config._name_or_path
     path = Path(where or '.')/TRAINED
     if not (where and path.is_file()): return ()
-    try: found = json.loads(path.read_text())['task']['text']
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path} is not a record of fine-tuning') from None
+    try: found = read_json(path)['task']['text']
+    except (KeyError, TypeError): raise ValueError(f'{path} is not a record of fine-tuning') from None
     return tuple(map(str, found))
 
 def check_text(

@@ -17,9 +17,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from ..core.blocks import Blocks
 from ..engine.fingerprints import check_hash, hash_tensors
 from ..engine.models import (
-    FILES, HOW, OLD_NAMES, ModelReference, as_reference, check_single, check_weights, fetch_model,
+    DTYPE, FILES, HOW, OLD_NAMES, ModelReference, as_reference, check_single, check_weights, fetch_model,
     head_tensors, model_errors, note_commit)
-from .merged import DTYPE
 from .store import TensorSlot, find_slot, folder_slots
 
 # %% ../../nbs/merging/06_skeletons.ipynb #fd9ce14f

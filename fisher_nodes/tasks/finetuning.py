@@ -30,7 +30,7 @@ from ..engine.files import TRAINED, versions, whole_folder
 from ..engine.fingerprints import hash_weights
 from ..engine.guard import keep_rng
 from ..engine.measure import describe_data
-from ..engine.models import load_tokenizer, model_errors, model_name
+from ..engine.models import HOW, load_tokenizer, model_errors, model_name
 from ..engine.text import check_text, text_columns
 from .evaluation import evaluate, task_text
 from .tasks import Task, as_task
@@ -70,8 +70,7 @@ def load_body(
 )->PreTrainedModel: # the body; the caller's own object if one was given
     "The body of a model, from safetensors only when it is loaded."
     if isinstance(model, PreTrainedModel): return model.base_model
-    how = dict(use_safetensors=True, trust_remote_code=False)
-    with model_errors(model): return AutoModel.from_pretrained(str(model), **how)
+    with model_errors(model): return AutoModel.from_pretrained(str(model), **HOW)
 
 def first_layers(
     body:PreTrainedModel, # of a supported family

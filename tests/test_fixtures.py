@@ -22,7 +22,7 @@ MADE = json.loads((OLD/'grid.json').read_text())
 SAME = (MADE['torch'], MADE['cpu']) == (torch.__version__, torch.backends.cpu.get_cpu_capability())
 FILES = [f'{f}-{make.name(d)}' for f, dtypes in make.FAMILIES.items() for d in dtypes]
 
-ELSEWHERE = {torch.float32: dict(rtol=1e-4, atol=1e-12), torch.float64: dict(rtol=1e-9, atol=1e-25)} # less is rounding: keys' biases have no gradient
+ELSEWHERE = {torch.float32: dict(rtol=1e-4, atol=1e-11), torch.float64: dict(rtol=1e-9, atol=1e-25)} # less is rounding: keys' biases have no gradient
 
 def equal(name, got, want):
     "Bit for bit where the fixtures' torch and kind of CPU are at hand; elsewhere the last bits are the CPU's."
@@ -33,8 +33,14 @@ def equal(name, got, want):
 @pytest.fixture(scope='module')
 def now(): return dict(make.tensors(fisher_nodes))
 
+def ordered(family):
+    "Whether this transformers has a body's parameters in the order in which the fixtures' random weights were drawn."
+    names = [n for n, _ in make.tiny(family).base_model.named_parameters()]
+    return names.index('embeddings.position_embeddings.weight') == dict(bert=1, roberta=4)[family]
+
 @pytest.mark.parametrize('file', FILES)
 def test_numbers(now, file):
+    if not ordered(file.split('-')[0]): pytest.skip('random weights of the fixtures are drawn in the order of parameters, which this transformers has otherwise')
     want = load_file(OLD/f'{file}.safetensors')
     assert now[file].keys() == want.keys()
     for k, v in want.items(): equal(k, now[file][k], v)

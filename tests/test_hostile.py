@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent/'faults'))
 import hostile
-from fisher_nodes import Merged, evaluate, mask_fisher, merge, merge_files, run_recipe
-from fisher_nodes.engine.models import find_file, load_model, load_tokenizer
-from fisher_nodes.engine.reading import check_inside, parse_yaml, read_json, read_text
+from fisher_nodes import Merged, merge, merge_files, run_recipe
+from fisher_nodes.engine.models import load_model, load_tokenizer
+from fisher_nodes.engine.reading import parse_yaml
 from fisher_nodes.merging.card import read_card
 from transformers import BertConfig
 from test_bad_input import refuses
@@ -120,7 +120,8 @@ def test_the_cache_of_the_hub_is_links_to_blobs_of_its_repository(here):
     assert found.tokenizer is not None and list(found)==['a', 'b']
     other = here/'hub'/'models--user--other'/'blobs'
     other.mkdir(parents=True)
-    (folder/'a'/'config.json').rename(other/'0')
+    shutil.copy(folder/'a'/'config.json', other/'0')
+    (folder/'a'/'config.json').unlink()
     (folder/'a'/'config.json').symlink_to(other/'0')
     with refuses('is a link that leaves its folder'): Merged.from_pretrained(folder)
 
@@ -170,7 +171,6 @@ def test_code_on_the_hub_is_not_named(here):
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'tokenizer.json', 'added_tokens.json', 'generation_config.json', 'README.md'])
 @pytest.mark.parametrize('kind', ['pipe', 'folder', 'socket', 'zero'])
 def test_what_is_no_file_is_not_opened(name, kind, here):
-    import random
     class only:
         def choice(self, _): return kind
     hostile.special(here/'b'/name, only(), here)
@@ -210,6 +210,19 @@ def test_messages_are_short_and_printable(here):
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(hidden_size='\x1b[31m\n'+'x'*10**6)))
     said = both(here)
     assert len(said)<1000 and said.isprintable()
+
+
+FISHERS = {'layer': (lambda o: {k.replace('heads.1', 'heads.7'): v for k, v in o.items()}, {}, 'expected tensors `heads.0` and so on'), 'no layer': (lambda o: {'heads': o['heads.0'].clone(), **o}, {}, 'is not a saved'),
+           'deep': (dict, dict(meta='['*9999), 'nested too deeply'), 'long': (dict, dict(num_examples='9'*5000), 'a number `num_examples`'), 'large': (dict, dict(num_examples='x'*10**6), 'a number `num_examples`')}
+
+@pytest.mark.parametrize('change,meta,says', FISHERS.values(), ids=FISHERS)
+def test_a_file_of_fishers_is_named(change, meta, says, here):
+    path = here/'b.fisher.safetensors'
+    with hostile.safe_open(path, 'pt') as f: about = f.metadata()
+    save_file(change(load_file(path)), path, about | meta)
+    given = {t: here/f'{t}.fisher.safetensors' for t in 'ab'}
+    for f in (lambda: merge(pair(here), given), lambda: merge_files(pair(here), given, out=here/'new')):
+        with refuses('b.fisher.safetensors', says) as _: f()
 
 
 # --- the card -------------------------------------------------------------------------------
@@ -274,7 +287,7 @@ def test_shards_are_read_alike(here):
     hostile.both_ways(here)
 
 def test_a_tensor_in_two_shards_is_refused(here):
-    path = shards(here)
+    shards(here)
     first, second, *_ = sorted((here/'b').glob('model-*'))
     one = load_file(first)
     name = next(iter(one))

@@ -13,6 +13,7 @@ import torch
 torch.set_num_threads(1)
 import transformers
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models as words, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -262,6 +263,23 @@ def on_card(here, r):
     path.write_bytes(f'---\n{text}\n---\n# x\n'.encode('utf-8', 'surrogatepass'))
     return f'card {text[:40]!r}'
 
+def on_fisher(here, r):
+    "A file of Fishers: its numbers, its table, and what it says of them."
+    path = here/r.choice(['a.fisher.safetensors', 'b.fisher.safetensors'])
+    if r.random() < .1: return special(path, r, here, SPECIAL[:-2])
+    with safe_open(path, 'pt') as f: tensors, about = {n: f.get_tensor(n) for n in f.keys()}, f.metadata()
+    what = r.choice(['meta', 'meta', 'meta value', 'numbers', 'name', 'value', 'dtype', 'shape', 'bytes'])
+    if what == 'bytes': path.write_bytes(r.choice([*BYTES_, *(o.encode() for o in RAW)])); return what
+    if what == 'meta': about[r.choice(['meta', 'num_examples', 'x'])] = r.choice([*RAW[:13], '-1', '9'*5000, '1.5', '\x1b[31m', 'x'*10**5])
+    if what == 'meta value': meta = json.loads(about['meta']); meta[r.choice(list(meta))] = r.choice(VALUES); about['meta'] = json.dumps(meta)
+    name = r.choice(list(tensors)); t = tensors[name]
+    if what == 'value': t.view(-1)[0] = r.choice([-1., float('nan'), float('inf'), 1e38])
+    if what == 'name': tensors[r.choice(['x', 'heads', 'rows', '../x', 'heads.99', ''])] = tensors.pop(name)
+    if what == 'dtype': tensors[name] = t.to(r.choice(DTYPES[:7]))
+    if what == 'shape': tensors[name] = t.reshape(-1)[:-1].clone()
+    save_file(tensors, path, about)
+    return f'{what} {name}'
+
 def on_report(here, r):
     path = here/'merged'/'merge_report.json'
     report = json.loads(path.read_text())
@@ -385,7 +403,7 @@ def on_data(here, r):
         path.write_text('\n'.join(rows))
     return what
 
-KINDS = dict(config=on_config, tokenizer=on_tokenizer, index=on_index, names=on_names, header=on_header, card=on_card, report=on_report, merged=on_merged, recipe=on_recipe,
+KINDS = dict(config=on_config, tokenizer=on_tokenizer, index=on_index, names=on_names, header=on_header, card=on_card, report=on_report, fisher=on_fisher, merged=on_merged, recipe=on_recipe,
              folder=on_folder, words=on_words, data=on_data)
 
 
@@ -425,6 +443,8 @@ MODEL = ['config', 'tokenizer', 'index', 'names', 'header', 'card', 'folder']
 DOORS = dict( # what is called -> the kinds of input that reach it
     merge=(lambda h: merge(pair(h), method='average').save_pretrained(h/'new'), MODEL),
     merge_files=(lambda h: merge_files(pair(h), method='average', out=h/'new', progress=False), MODEL),
+    fishers=(lambda h: merge(pair(h), {t: h/f'{t}.fisher.safetensors' for t in 'ab'}).save_pretrained(h/'new'), ['fisher']),
+    fishers_of_files=(lambda h: merge_files(pair(h), {t: h/f'{t}.fisher.safetensors' for t in 'ab'}, out=h/'new', progress=False), ['fisher']),
     both_ways=(both_ways, ['names', 'index', 'header', 'config']),
     mask_fisher=(lambda h: mask_fisher(h/'b', Dataset.from_list([dict(sentence='w1 w2', label=1)]*3), progress=False), ['config', 'tokenizer', 'index', 'names', 'header', 'folder']),
     evaluate=(lambda h: evaluate(h/'b', Dataset.from_list(examples(4, 2))), ['config', 'tokenizer', 'index', 'names', 'header', 'folder']),

@@ -210,7 +210,8 @@ def check_source(
     for o in sorted(folder.iterdir()):
         if o.suffix not in _READ: continue
         check_inside(o, folder)
-        with open(check_regular(o), 'rb') as f: check_content(o, f.read(64))
+        if not os.access(check_regular(o), os.R_OK): continue # who needs it will say so
+        with open(o, 'rb') as f: check_content(o, f.read(64))
     if (folder/'adapter_config.json').exists():
         raise ValueError(f'{folder} is an adapter of PEFT; merge it into its model first '
                          '(`merge_and_unload`), and save that')

@@ -188,8 +188,8 @@ def read_header(
     return start,{n: o for n,o in table.items() if n!='__metadata__'}
 
 # %% ../../nbs/engine/01a_reading.ipynb #decaf36d
-_NO_MEMORY = re.compile("alloc|out of memory|can't start new thread|cannot map|failed to map|ThreadPoolBuild"
-                        '|Resource temporarily unavailable', re.I)
+_NO_MEMORY = re.compile("can.?t allocate|cannot allocate|tried to allocate|alloc_cpu|bad_alloc|out of memory"
+                        "|can't start new thread|failed to map|ThreadPoolBuild|temporarily unavailable", re.I)
 
 def is_memory_error(
     error:BaseException,

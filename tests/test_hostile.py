@@ -202,6 +202,10 @@ def test_yaml_is_bounded(here):
     (here/'a'/'README.md').write_text(f'---\nlicense: mit\n{hostile.LAUGHS}---\n')
     assert 'entries' in read_card(BertConfig(name_or_path=str(here/'a')))['error']
 
+def test_numbers_are_bounded(here):
+    "YAML counts in sixties: a few thousand characters are a number that Python cannot print."
+    with refuses('r.yml', 'hundreds of digits'): parse_yaml('a: 1:'+'1:'*3000+'1', 'r.yml')
+
 def test_an_alias_is_not_refused_for_being_one():
     assert parse_yaml('a: &a [x]\nb: *a', 'r.yml')==dict(a=['x'], b=['x'])
 

@@ -35,7 +35,8 @@ from .processes import is_main, together
 from .spread import spread
 from ..methods.full_fisher import ParameterFisher
 from ..methods.mask_fisher import MATRICES
-from ..methods.method import STATISTICS, Collector, ParameterStatistic, Statistic, load_methods, one_line
+from ..methods.method import (
+    STATISTICS, Collector, ParameterStatistic, Statistic, load_methods, one_line)
 from ..methods.regmean import Grams
 
 # %% ../../nbs/engine/09_measure.ipynb #51a38d36

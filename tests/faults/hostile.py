@@ -466,7 +466,7 @@ def is_clear(e, here):
     text, last = str(e), e.__traceback__
     while last.tb_next: last = last.tb_next
     ours = last.tb_frame.f_code.co_filename.startswith(PACKAGE) or isinstance(e, OSError)
-    names = any(o in text for o in ('`', "'", '"', '--', 'row ', str(here), '.json', '.yml', '.safetensors'))
+    names = any(o in text for o in ('`', "'", '"', '--', 'row ', '/', ' is not a file', '.json', '.yml', '.safetensors'))
     return isinstance(e, (ValueError, TypeError, FileNotFoundError, OSError)) and ours and names and is_line(text)
 
 def is_line(text): return bool(text.strip()) and len(text) < 2500 and all(c.isprintable() for c in text)

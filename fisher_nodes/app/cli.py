@@ -603,8 +603,17 @@ def _run(args:argparse.Namespace)->dict:
 MISTAKES = ValueError, OSError # and the errors that this package raises itself
 _BUG = ('this is a bug of fisher_nodes ({}: {}); set FISHER_NODES_DEBUG=1 to see where, '
         'and report it at github.com/fisher-nodes/fisher_nodes/issues')
-_MEMORY = 'there is not enough memory, or there are too many threads for this machine; ({}: {})'
-_DEEP = 'something that was given is nested too deeply ({}: {})'
+_MEMORY = 'this machine has not enough memory, or too many threads: {}: {}'
+_DEEP = 'something that was given is nested too deeply: {}: {}'
+_LEAST = 1100*2**20 # bytes that torch and transformers take; with less, importing them may never end
+
+def _check_limit():
+    "`MemoryError` where the shell allows less memory than libraries take."
+    if sys.platform=='win32': return
+    import resource
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if allowed in (-1, resource.RLIM_INFINITY) or allowed>=_LEAST: return
+    raise MemoryError(f'this shell allows {allowed>>20} MB, and torch takes {_LEAST>>20} (see `ulimit -v`)')
 
 def _is_main()->bool: return os.environ.get('RANK', '0')=='0'
 
@@ -633,8 +642,10 @@ def _in_words(args:argparse.Namespace, e:BaseException)->tuple[int,str]:
 def _mistake(args:argparse.Namespace, e:BaseException)->int: # exit status
     "Answer an error by one line; raise it again for those who look for its cause."
     if os.environ.get('FISHER_NODES_DEBUG'): raise e
-    try: status,said = _in_words(args, e)
-    except (ImportError, MemoryError, OSError): status,said = 2,_MEMORY.format(type(e).__name__, e)
+    status,said = 2,_MEMORY.format(type(e).__name__, e)
+    try:
+        if not isinstance(e, MemoryError): status,said = _in_words(args, e)
+    except (ImportError, MemoryError, OSError): pass # nothing more can be imported: memory it is
     _tell(args, said)
     return status if _is_main() or not getattr(e, 'told', False) else 0
 
@@ -651,6 +662,7 @@ def main(
     given = sys.argv[1:] if argv is None else list(argv)
     args = argparse.Namespace(command=given[0] if given else '')
     try:
+        _check_limit()
         args = make_parser(args.command).parse_args(given)
         if not _is_main(): sys.stdout = sys.stderr = open(os.devnull, 'w')
         _answer(args)

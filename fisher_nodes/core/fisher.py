@@ -135,8 +135,10 @@ def part_name(
 
 def _layers(tensors:Mapping[str,Tensor], name:str)->NodeTensors|None:
     "What is called `name.0`, `name.1`, …; None without any."
-    n = sum(o.rpartition('.')[0]==name for o in tensors)
-    return pack([tensors[f'{name}.{i}'] for i in range(n)]) if n else None
+    found = [o for o in tensors if o.rpartition('.')[0]==name]
+    names = [f'{name}.{i}' for i in range(len(found))]
+    if {*names}!={*found}: raise ValueError(f'expected tensors `{name}.0` and so on, got {found[:4]}')
+    return pack([tensors[o] for o in names]) if names else None
 
 @patch
 def tensors(self:MaskFisher)->dict[str,Tensor]: # `heads.0`, `rows.0`, `head_matrices.0`, …

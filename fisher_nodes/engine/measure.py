@@ -35,7 +35,8 @@ from .processes import is_main, together
 from .spread import spread
 from ..methods.full_fisher import ParameterFisher
 from ..methods.mask_fisher import MATRICES
-from ..methods.method import STATISTICS, Collector, ParameterStatistic, Statistic, load_methods
+from ..methods.method import (
+    STATISTICS, Collector, ParameterStatistic, Statistic, load_methods, one_line)
 from ..methods.regmean import Grams
 
 # %% ../../nbs/engine/09_measure.ipynb #51a38d36
@@ -295,7 +296,10 @@ def read_about(
 )->dict[str,Any]: # `num_examples` and `meta`
     "What a file says beside its numbers; `ValueError` for a file that is something else."
     with open_saved(path, kind.__name__) as f: about = f.metadata() or {}
-    meta = read_meta(path, about, kind.__name__)
+    try: meta = read_meta(path, about, kind.__name__)
+    except (ValueError, RecursionError) as e:
+        said = f'{path} is not a saved {kind.__name__}: its `meta` is nested too deeply'
+        raise ValueError(said if isinstance(e, RecursionError) else one_line(e)) from None
     found = about.get('kind', 'MaskFisher' if kind is MaskFisher else 'unknown') # 0.1 named no kind of masks
     if found!=kind.__name__: raise ValueError(f'{path} is not a saved {kind.__name__}; its kind is {found}')
     return meta
@@ -307,7 +311,8 @@ def load_statistic(
     "Read what `save` wrote; `ValueError` for a file that is something else."
     about = read_about(path, cls)
     with open_saved(path, cls.__name__) as f: tensors = {k: f.get_tensor(k) for k in f.keys()}
-    return cls.from_tensors(tensors, **about)
+    try: return cls.from_tensors(tensors, **about)
+    except ValueError as e: raise ValueError(f'{path} is not a saved {cls.__name__}: {one_line(e)}') from None
 
 for kind in (MaskFisher, ParameterStatistic):
     kind.save,kind.load = save_statistic,classmethod(load_statistic)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig
 from ..engine.files import RECIPE
 from ..engine.models import find_file
-from ..engine.reading import parse_yaml, read_json, read_text
+from ..engine.reading import parse_yaml, load_json, read_text
 from .recipe import unnamed
 from .request import check_names
 from ..methods.method import WRITTEN, explain, one_line
@@ -84,9 +84,9 @@ def read_modules(
     "What makes a folder a sentence-transformers model; `ValueError` for what a merge cannot keep."
     found = {'modules.json': find_file(config, 'modules.json')}
     if found['modules.json'] is None: return None
-    names = _module_files(read_json(found['modules.json'], list))
+    names = _module_files(load_json(found['modules.json'], list))
     found |= {o: find_file(config, o) for o in ('config_sentence_transformers.json', *names)}
-    return {k: read_json(o, (dict, list)) for k,o in found.items() if o is not None}
+    return {k: load_json(o, (dict, list)) for k,o in found.items() if o is not None}
 
 # %% ../../nbs/merging/03_card.ipynb #9d43beee
 def agreed_modules(
@@ -190,7 +190,7 @@ def read_report(
     path:Path, # a `merge_report.json`
 )->dict[str,Any]:
     "The report of a merged model; `ValueError` if it is not one, or names tasks that are not plain names."
-    report = read_json(path, what='a merge report')
+    report = load_json(path, what='a merge report')
     try:
         check_names(list(_Report.model_validate(report).tasks))
         kept_files(report)

@@ -33,7 +33,7 @@ from ..engine.files import MERGED, RECIPE, OutputExistsError, check_apart, is_me
 from ..engine.fingerprints import hash_tensors
 from ..engine.models import DTYPE, FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
-from ..engine.reading import check_inside, read_json
+from ..engine.reading import check_inside, load_json
 from .card import check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, load_recipe, model_names, public_recipe, recipe_text
 from .store import folder_slots
@@ -325,7 +325,7 @@ def _find_folder(path:str|Path, revision:str|None, token:str|bool|None)->Path:
 def _load_any(folder:Path)->PreTrainedModel:
     "The model of a folder, of the transformers class that its config names."
     with model_errors(folder):
-        name = next(iter(read_json(folder/'config.json').get('architectures') or []), '')
+        name = next(iter(load_json(folder/'config.json').get('architectures') or []), '')
         cls = getattr(transformers, name, None)
         if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
             raise ValueError(f'{name!r} is not a transformers model')

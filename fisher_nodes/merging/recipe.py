@@ -94,7 +94,8 @@ def _is_local(key:str, name:str, here:Path)->bool:
     if key in ('data', 'fishers'): return not name.startswith('glue:')
     return name.startswith(('.', '~', '/')) or os.path.exists(here/name)
 
-_MEANT = dict(models='a folder or Hub id', base='a folder or Hub id', data='glue:TASK or a file', fishers='a file')
+_MODEL = 'a folder or Hub id'
+_MEANT = dict(models=_MODEL, base=_MODEL, data='glue:TASK or a file', fishers='a file')
 
 def _check_name(key:str, of:str, entry:Any):
     "`ValueError` unless an entry names something, or nothing."
@@ -111,7 +112,7 @@ def _check_entries(recipe:Mapping[str,Any]):
             got = one_line(repr(entries), 100)
             raise ValueError(WRITTEN.format(name=k, of='', expected='a mapping from task to value', got=got))
         odd = [one_line(repr(t), 100) for t in entries if not isinstance(t, str)]
-        if odd: raise ValueError(WRITTEN.format(name=k, of='', expected='named: a task must be a word', got=odd[0]))
+        if odd: raise ValueError(f'`{k}`: a task must be a word, got {odd[0]}')
         check_names(list(entries))
         for t,o in entries.items(): _check_name(k, f' of {t!r}', o)
     _check_name('base', '', recipe.get('base'))

@@ -93,7 +93,8 @@ def new_model(
 )->PreTrainedModel: # a float32 copy of the body under a fresh head
     "A model to train: the body of `model`, and a new head for `task`."
     config, state = first_layers(load_body(model), num_layers)
-    new = AutoModelForSequenceClassification.from_config(task_config(config, task)).float()
+    config = task_config(config, task)
+    new = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).float()
     keys = new.base_model.load_state_dict(state, strict=False)
     if other := [k for k in (*keys.missing_keys, *keys.unexpected_keys) if 'pooler' not in k]:
         raise ValueError(f'the body of {type(model).__name__} does not fit {type(new).__name__}: {other[:3]}')

@@ -1,4 +1,4 @@
-"""Hostile inputs at every door, each in a forked child with 10 seconds and 1 GB, sorted by what came of it.
+"""Hostile inputs at every door, each in a forked child with 10 seconds of work and 1 GB, sorted by what came of it.
 
 `python tests/faults/hostile.py --out FILE` runs 500 a door and writes the counts; tests/test_hostile.py runs a seeded sample.
 A case is a door (what is called), a kind (which file is wrong) and a seed; the same three give the same input again."""
@@ -13,6 +13,7 @@ import torch
 torch.set_num_threads(1)
 import transformers
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models as words, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +27,7 @@ from reference import examples, tiny
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-SECONDS, BYTES = 10, 2**30
+SECONDS, PATIENCE, BYTES = 10, 60, 2**30 # of work, of waiting on a busy machine, of memory
 GOOD = ('fine', 'clear')
 OUTCOMES = (*GOOD, 'unclear', 'hang', 'memory', 'wrote outside', 'read outside', 'ran code', 'disagree', 'killed')
 SECRET = 'canary-7f3a91'
@@ -177,6 +178,8 @@ def on_index(here, r):
 
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
 
+def bump(t): return (t.to(torch.float32)+1).to(t.dtype) if not t.is_complex() else t+1
+
 def on_names(here, r):
     "Tensors under other names, twice, of other types and shapes; both readers must agree."
     path = here/r.choice('abbbbb')/'model.safetensors'
@@ -190,7 +193,7 @@ def on_names(here, r):
         old = norm.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta')
         if what == 'gamma' and norm in tensors: tensors[old] = tensors.pop(norm)
         elif what == 'old all': tensors = {n.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): v for n, v in tensors.items()}
-        elif what == 'both' and norm in tensors: tensors[old] = tensors[norm]+1
+        elif what == 'both' and norm in tensors: tensors[old] = bump(tensors[norm])
         elif what == 'bare': tensors[name.removeprefix('bert.')] = tensors.pop(name)
         elif what == 'bare and whole': tensors[name.removeprefix('bert.')+r.choice(['', '', '.x'])] = t.clone()
         elif what == 'all bare': tensors = {n.removeprefix('bert.'): v for n, v in tensors.items()}
@@ -201,9 +204,9 @@ def on_names(here, r):
         elif what == 'transposed': tensors[name] = t.T.contiguous() if t.ndim == 2 else t[:-1].clone()
         elif what == 'scalar': tensors[name] = torch.ones(())
         elif what == 'gone': tensors.pop(name)
-        elif what == 'extra': tensors[r.choice(['zzz', 'bert.zzz.weight', 'lm_head.weight', 'bert.bert.'+name, 'Bert.'+name, name.upper(), name+'.weight'])] = t+1
-        elif what == 'double prefix': tensors['bert.'+name] = t+1
-        elif what == 'inner': tensors['model.'+name] = t+1
+        elif what == 'extra': tensors[r.choice(['zzz', 'bert.zzz.weight', 'lm_head.weight', 'bert.bert.'+name, 'Bert.'+name, name.upper(), name+'.weight'])] = bump(t)
+        elif what == 'double prefix': tensors['bert.'+name] = bump(t)
+        elif what == 'inner': tensors['model.'+name] = bump(t)
         elif what == 'nan' and t.is_floating_point(): tensors[name] = torch.full_like(t, float('nan'))
         elif what == 'empty': tensors[name] = t[:0].clone()
         elif what == 'position_ids': tensors['bert.embeddings.position_ids'] = torch.arange(40)[None]
@@ -259,6 +262,23 @@ def on_card(here, r):
     text = r.choice(YAML)
     path.write_bytes(f'---\n{text}\n---\n# x\n'.encode('utf-8', 'surrogatepass'))
     return f'card {text[:40]!r}'
+
+def on_fisher(here, r):
+    "A file of Fishers: its numbers, its table, and what it says of them."
+    path = here/r.choice(['a.fisher.safetensors', 'b.fisher.safetensors'])
+    if r.random() < .1: return special(path, r, here, SPECIAL[:-2])
+    with safe_open(path, 'pt') as f: tensors, about = {n: f.get_tensor(n) for n in f.keys()}, f.metadata()
+    what = r.choice(['meta', 'meta', 'meta value', 'numbers', 'name', 'value', 'dtype', 'shape', 'bytes'])
+    if what == 'bytes': path.write_bytes(r.choice([*BYTES_, *(o.encode() for o in RAW)])); return what
+    if what == 'meta': about[r.choice(['meta', 'num_examples', 'x'])] = r.choice([*RAW[:13], '-1', '9'*5000, '1.5', '\x1b[31m', 'x'*10**5])
+    if what == 'meta value': meta = json.loads(about['meta']); meta[r.choice(list(meta))] = r.choice(VALUES); about['meta'] = json.dumps(meta)
+    name = r.choice(list(tensors)); t = tensors[name]
+    if what == 'value': t.view(-1)[0] = r.choice([-1., float('nan'), float('inf'), 1e38])
+    if what == 'name': tensors[r.choice(['x', 'heads', 'rows', '../x', 'heads.99', ''])] = tensors.pop(name)
+    if what == 'dtype': tensors[name] = t.to(r.choice(DTYPES[:7]))
+    if what == 'shape': tensors[name] = t.reshape(-1)[:-1].clone()
+    save_file(tensors, path, about)
+    return f'{what} {name}'
 
 def on_report(here, r):
     path = here/'merged'/'merge_report.json'
@@ -383,7 +403,7 @@ def on_data(here, r):
         path.write_text('\n'.join(rows))
     return what
 
-KINDS = dict(config=on_config, tokenizer=on_tokenizer, index=on_index, names=on_names, header=on_header, card=on_card, report=on_report, merged=on_merged, recipe=on_recipe,
+KINDS = dict(config=on_config, tokenizer=on_tokenizer, index=on_index, names=on_names, header=on_header, card=on_card, report=on_report, fisher=on_fisher, merged=on_merged, recipe=on_recipe,
              folder=on_folder, words=on_words, data=on_data)
 
 
@@ -423,6 +443,8 @@ MODEL = ['config', 'tokenizer', 'index', 'names', 'header', 'card', 'folder']
 DOORS = dict( # what is called -> the kinds of input that reach it
     merge=(lambda h: merge(pair(h), method='average').save_pretrained(h/'new'), MODEL),
     merge_files=(lambda h: merge_files(pair(h), method='average', out=h/'new', progress=False), MODEL),
+    fishers=(lambda h: merge(pair(h), {t: h/f'{t}.fisher.safetensors' for t in 'ab'}).save_pretrained(h/'new'), ['fisher']),
+    fishers_of_files=(lambda h: merge_files(pair(h), {t: h/f'{t}.fisher.safetensors' for t in 'ab'}, out=h/'new', progress=False), ['fisher']),
     both_ways=(both_ways, ['names', 'index', 'header', 'config']),
     mask_fisher=(lambda h: mask_fisher(h/'b', Dataset.from_list([dict(sentence='w1 w2', label=1)]*3), progress=False), ['config', 'tokenizer', 'index', 'names', 'header', 'folder']),
     evaluate=(lambda h: evaluate(h/'b', Dataset.from_list(examples(4, 2))), ['config', 'tokenizer', 'index', 'names', 'header', 'folder']),
@@ -444,7 +466,7 @@ def is_clear(e, here):
     text, last = str(e), e.__traceback__
     while last.tb_next: last = last.tb_next
     ours = last.tb_frame.f_code.co_filename.startswith(PACKAGE) or isinstance(e, OSError)
-    names = any(o in text for o in ('`', "'", '"', '--', ' row ', str(here), '.json', '.yml', '.safetensors'))
+    names = any(o in text for o in ('`', "'", '"', '--', 'row ', '/', ' is not a file', '.json', '.yml', '.safetensors'))
     return isinstance(e, (ValueError, TypeError, FileNotFoundError, OSError)) and ours and names and is_line(text)
 
 def is_line(text): return bool(text.strip()) and len(text) < 2500 and all(c.isprintable() for c in text)
@@ -468,6 +490,7 @@ def child(door, here, pipe):
     size = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size+BYTES,)*2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     source, sink = os.pipe()
     os.write(sink, b'y\n'*20); os.close(sink); os.dup2(source, 0)
     sys.stdin = open(0)
@@ -496,7 +519,7 @@ def listing(folder): return {str(o): (o.lstat().st_mtime_ns, o.lstat().st_size) 
 
 def wait(pid, pipe):
     "What a child said, or how it ended."
-    ready, _, _ = select.select([pipe], [], [], SECONDS)
+    ready, _, _ = select.select([pipe], [], [], PATIENCE)
     if not ready:
         os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
         return 'hang', ''
@@ -506,6 +529,7 @@ def wait(pid, pipe):
     if text:
         try: return tuple(json.loads(text))
         except ValueError: return 'unclear', text.decode(errors='replace')[:500]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL): return 'hang', f'{SECONDS} s of work'
     return 'killed', f'status {status}'
 
 def run_case(door, kind, seed, sandbox, work):

@@ -1,0 +1,160 @@
+"""What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from fisher_nodes import mask_fisher, merge, merge_files
+from fisher_nodes.engine.guard import frozen_eval, keep_rng
+from fisher_nodes.engine.text import same_tokens
+from reference import brute_grads, ragged_batches, tiny
+from torch.testing import assert_close
+from transformers import BertTokenizerFast
+
+QUIET = dict(progress=False)
+WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the', 'The', 'rains', 'cat']
+
+def tokenizer(folder, words=WORDS, lower=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'vocab.txt').write_text('\n'.join(words))
+    return BertTokenizerFast(str(folder/'vocab.txt'), do_lower_case=lower)
+
+
+# --- Equation 3 with weights of labels ----------------------------------------------------------
+
+def products(weight, grads):
+    "The sum over classes of p g gᵀ, divided by the number of examples, of every layer."
+    return torch.einsum('n,nlh,nlk->lhk', weight, grads, grads)/weight.sum()
+
+@pytest.mark.parametrize('labels', ['exact', 'empirical'])
+def test_matrices_weight_every_class_by_its_probability(family, labels):
+    model, batches = tiny(family), ragged_batches(family)
+    found = mask_fisher(model, batches, labels=labels, matrices='all', **QUIET)
+    weight, *grads = brute_grads(model, batches, labels)
+    for got, g in zip((found.head_matrices, found.row_matrices), grads):
+        want = products(weight, g)
+        assert_close(got, want, rtol=1e-8, atol=1e-13*want.abs().max().item())
+    assert_close(found.head_matrices.diagonal(dim1=1, dim2=2), found.heads, rtol=1e-12, atol=0)
+    assert_close(found.row_matrices.diagonal(dim1=1, dim2=2), found.rows, rtol=1e-12, atol=0)
+
+def test_matrices_are_measured_of_the_kinds_asked_for(family):
+    kinds = {o: set(mask_fisher(tiny(family), ragged_batches(family), matrices=o, **QUIET).matrices) for o in (None, 'heads', 'all')}
+    assert kinds == {None: set(), 'heads': {'head'}, 'all': {'head', 'row'}}
+
+@pytest.mark.parametrize('kw', [dict(labels='exact'), dict(labels='sampled'), dict(matrices='heads'), dict(matrices='all')], ids=str)
+@pytest.mark.parametrize('variant', ['released', 'batch-mean'])
+def test_the_released_variant_knows_diagonals_and_true_labels_only(variant, kw):
+    with pytest.raises(ValueError, match='knows true labels and diagonals only'): mask_fisher(tiny(), ragged_batches(), variant=variant, **kw)
+
+@pytest.mark.parametrize('variant', ['paper', 'after-gelu', 'replacement'])
+def test_the_other_variants_know_both(variant):
+    found = mask_fisher(tiny(), ragged_batches(), variant=variant, labels='exact', matrices='heads', **QUIET)
+    assert_close(found.head_matrices.diagonal(dim1=1, dim2=2), found.heads, rtol=1e-12, atol=0)
+
+
+# --- precision ----------------------------------------------------------------------------------
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='is about machines without CUDA')
+def test_tf32_needs_cuda():
+    with pytest.raises(ValueError, match="'tf32' needs a CUDA device, not cpu"): mask_fisher(tiny(dtype=torch.float32), ragged_batches(), precision='tf32')
+
+@pytest.mark.parametrize('precision', ['fp32', 'tf32', 'bf16'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_precision_needs_float32_weights(precision, dtype):
+    with pytest.raises(ValueError, match=f'precision {precision!r} needs float32 weights; the model has {dtype}'):
+        mask_fisher(tiny(dtype=dtype), ragged_batches(), precision=precision)
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="`precision` is 'fp16'; expected None or one of"): mask_fisher(tiny(), ragged_batches(), precision='fp16')
+
+def test_the_global_precision_comes_back_from_an_error():
+    def loss(model, batch):
+        seen.append(torch.get_float32_matmul_precision())
+        raise KeyError('stop')
+    seen, before = [], torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        with pytest.raises(KeyError): mask_fisher(tiny(dtype=torch.float32), ragged_batches(), loss=loss, precision='fp32', **QUIET)
+        assert seen == ['highest'] and torch.get_float32_matmul_precision() == 'medium'
+    finally: torch.set_float32_matmul_precision(before)
+
+
+# --- tokenizers ---------------------------------------------------------------------------------
+
+VOCABULARIES = {'a word more': [*WORDS, 'dog'], 'two words swapped': [*WORDS[:-2], 'cat', 'rains'], 'another word': [*WORDS[:-1], 'dog']}
+
+@pytest.mark.parametrize('words', VOCABULARIES.values(), ids=list(VOCABULARIES))
+def test_models_whose_tokenizers_number_words_differently_are_refused(tmp_path, words):
+    for i, (t, w) in enumerate(dict(a=WORDS, b=words).items()):
+        tiny(seed=i).save_pretrained(tmp_path/t)
+        tokenizer(tmp_path/t, w).save_pretrained(tmp_path/t)
+    folders = {t: tmp_path/t for t in 'ab'}
+    with pytest.raises(ValueError, match='the tokenizers of .*a and .*b differ'): merge(folders, method='average', **QUIET)
+    with pytest.raises(ValueError, match='the tokenizers of .*a and .*b differ'): merge_files(folders, method='average', out=tmp_path/'out', **QUIET)
+    assert not (tmp_path/'out').exists()
+
+def test_tokenizers_are_compared_by_words_and_by_what_they_do(tmp_path):
+    one, low = tokenizer(tmp_path/'one'), tokenizer(tmp_path/'low')
+    assert same_tokens(one, one) and same_tokens(one, low)
+    assert not same_tokens(one, tokenizer(tmp_path/'case', lower=False))
+    assert not same_tokens(one, tokenizer(tmp_path/'more', [*WORDS, 'never-in-a-probe']))
+
+
+# --- what comes back ----------------------------------------------------------------------------
+
+def draws(): return random.random(), np.random.rand(), torch.rand(()).item()
+
+@pytest.mark.parametrize('error', [False, True])
+def test_all_three_random_states_come_back(error):
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    want = draws()
+    random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
+    try:
+        with keep_rng():
+            draws()
+            if error: raise KeyError('stop')
+    except KeyError: pass
+    assert draws() == want
+
+@pytest.mark.parametrize('initialized', [False, True])
+def test_random_states_of_gpus_come_back_where_there_are_any(monkeypatch, initialized):
+    state, given = object(), []
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: initialized)
+    monkeypatch.setattr(torch.cuda, 'get_rng_state_all', lambda: state)
+    monkeypatch.setattr(torch.cuda, 'set_rng_state_all', given.append)
+    with keep_rng(): assert given == []
+    assert given == [state]*initialized
+
+def moves(monkeypatch, model, fail=False):
+    "Where a model is moved to; stands in for a second device."
+    seen = []
+    def to(device):
+        seen.append(str(device))
+        if fail and len(seen) == 1: raise RuntimeError('out of memory')
+        return model
+    monkeypatch.setattr(model, 'to', to, raising=False)
+    return seen
+
+@pytest.mark.parametrize('error', [False, True])
+def test_a_moved_model_returns(monkeypatch, error):
+    model = torch.nn.Linear(2, 2)
+    seen = moves(monkeypatch, model)
+    try:
+        with frozen_eval(model, 'elsewhere'):
+            assert seen == ['elsewhere']
+            if error: raise KeyError('stop')
+    except KeyError: pass
+    assert seen == ['elsewhere', 'cpu']
+
+def test_a_model_that_did_not_fit_returns(monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    seen = moves(monkeypatch, model, fail=True)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        with frozen_eval(model, 'elsewhere'): pass
+    assert seen == ['elsewhere', 'cpu'] and model.training and model.weight.requires_grad
+
+def test_a_model_stays_where_no_device_is_asked_for(monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    seen = moves(monkeypatch, model)
+    with frozen_eval(model): assert not model.training and not model.weight.requires_grad
+    assert seen == [] and model.training and model.weight.requires_grad

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from fisher_nodes import mask_fisher, merge, merge_files
+from fisher_nodes.core.averaging import node_shares, plain_shares, weighted_mean
+from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
 from fisher_nodes.engine.text import same_tokens
 from reference import brute_grads, ragged_batches, tiny
@@ -158,3 +160,63 @@ def test_a_model_stays_where_no_device_is_asked_for(monkeypatch):
     seen = moves(monkeypatch, model)
     with frozen_eval(model): assert not model.training and not model.weight.requires_grad
     assert seen == [] and model.training and model.weight.requires_grad
+
+
+# --- formulas of core, each against a loop --------------------------------------------------------
+
+def slow_shares(fishers, weights):
+    "Shares of every node by the definition, a node at a time."
+    columns = []
+    for F in fishers.double().T.tolist():
+        products = [w*f for w, f in zip(weights.tolist(), F)]
+        products = products if sum(products) else weights.tolist()
+        columns.append([p/sum(products) for p in products])
+    return torch.tensor(columns, dtype=torch.float64).T
+
+def test_shares_are_products_over_their_sum():
+    F = torch.tensor([[1., 3., 0., 2.], [5., 0., 0., 4.], [2., 0., 0., 8.]])
+    for weights in ([1., 1., 1.], [.5, 2., 3.], [0., 1., 4.]):
+        got, empty = node_shares(F, torch.tensor(weights, dtype=torch.float64))
+        assert_close(got, slow_shares(F, torch.tensor(weights, dtype=torch.float64)), rtol=1e-12, atol=0)
+        assert empty == 1+(weights[0] == 0) and got.dtype == torch.float64 # node 1 has only the first model's Fisher
+    assert_close(plain_shares(torch.tensor([1., 3.]).double()), torch.tensor([[.25], [.75]]).double(), rtol=1e-12, atol=0)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('axis', [0, 1, 2])
+def test_shares_lie_along_any_axis(axis, dtype):
+    gen = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3, 4, 5, generator=gen).to(dtype) for _ in range(2)]
+    shares = torch.rand(2, (3, 4, 5)[axis], generator=gen).double()
+    got = weighted_mean(tensors, shares, axis=axis)
+    wide = torch.promote_types(dtype, torch.float32)
+    want = sum(t.to(wide).movedim(axis, -1)*w.to(wide) for t, w in zip(tensors, shares)).movedim(-1, axis)
+    assert got.dtype == dtype
+    assert_close(got, want.to(dtype), rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=f'2 shares for {(3, 4, 5)[axis]} rows'): weighted_mean(tensors, shares[:,:2], axis=axis)
+
+@pytest.mark.parametrize('shape, models, rows', [((5000, 768), 1, 682), ((5000, 768), 8, 682), ((5000, 768), 16, 340), ((7, 1<<20), 1, 1),
+                                                 ((9, 3), 2, 9), ((9, 10**7), 2, 4), ((2048,), 64, 2048)], ids=str)
+def test_a_parameter_is_cut_into_rows(shape, models, rows):
+    blocks = cut('w', shape, models)
+    assert [o.rows for o in blocks] == [slice(i, min(i+rows, shape[0])) for i in range(0, shape[0], rows)]
+    assert all(o == 'w' for o in blocks)
+
+@pytest.mark.parametrize('shape', [(), (0, 3), (3, 0)], ids=str)
+def test_what_has_no_rows_is_not_cut(shape): assert [(o, o.rows) for o in cut('w', shape)] == [('w', ...)]
+
+def test_blocks_are_a_mapping_of_rows():
+    state = Blocks(dict(w=torch.arange(12.).view(6, 2), b=torch.arange(6.)))
+    assert list(state) == ['w', 'b'] and len(state) == 2 and 'w' in state and Block('w', slice(1)) in state and 'x' not in state
+    assert torch.equal(state[Block('w', slice(2, 4))], torch.arange(4., 8.).view(2, 2)) and torch.equal(state['b'], torch.arange(6.))
+    shares = torch.rand(2, 6)
+    assert torch.equal(row_shares(shares, Block('w', slice(2, 4))), shares[:,2:4])
+    assert row_shares(shares, 'w') is shares and row_shares(shares, Block('w', slice(2, 4)), axis=1) is shares
+    assert row_shares(one := shares[:,:1], Block('w', slice(2, 4))) is one
+
+@pytest.mark.parametrize('few', [1, 3, 1<<20])
+def test_the_kth_smallest_is_that_of_sorting(few):
+    gen = torch.Generator().manual_seed(0)
+    numbers = torch.cat([torch.rand(40, generator=gen, dtype=torch.float64).pow(9), torch.zeros(3).double(), torch.full((5,), .5).double(),
+                         torch.tensor([1e-300, 1e300, .5000000001, 1., 2.], dtype=torch.float64)])
+    parts = numbers[torch.randperm(len(numbers), generator=gen)].split(7)
+    for k in (0, 2, 3, 20, 40, 44, 48, len(numbers)-1): assert kth_smallest(lambda: parts, k, few) == numbers.sort().values[k].item()

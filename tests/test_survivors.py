@@ -4,11 +4,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from fisher_nodes import mask_fisher, merge, merge_files
+from fisher_nodes import MaskFisher, mask_fisher, merge, merge_files
 from fisher_nodes.core.averaging import node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
+from fisher_nodes.core.families import Slice, split_roles
+from fisher_nodes.core.nodes import mask_sites, node_gradients
+from fisher_nodes.core.schemes import SCHEMES, check_roles, get_scheme, weight_of
+from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
+from fisher_nodes.engine.devices import find_device
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
-from fisher_nodes.engine.text import same_tokens
+from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_limit
 from reference import brute_grads, ragged_batches, tiny
 from torch.testing import assert_close
 from transformers import BertTokenizerFast
@@ -220,3 +225,71 @@ def test_the_kth_smallest_is_that_of_sorting(few):
                          torch.tensor([1e-300, 1e300, .5000000001, 1., 2.], dtype=torch.float64)])
     parts = numbers[torch.randperm(len(numbers), generator=gen)].split(7)
     for k in (0, 2, 3, 20, 40, 44, 48, len(numbers)-1): assert kth_smallest(lambda: parts, k, few) == numbers.sort().values[k].item()
+
+
+# --- words and tables -----------------------------------------------------------------------------
+
+def test_schemes_say_what_weights_a_role():
+    table = get_scheme(dict(up='row', down='row', output='head', key='head_mean'))
+    assert table == dict(ffn_in='row', ffn_out='row', attention_output='head', key='head_mean')
+    assert get_scheme(None, 'released') is SCHEMES['released'] and get_scheme('average') == {}
+    cases = [(Slice('ffn_in', 'row'), 'row'), (Slice('gate', 'row'), 'row'), (Slice('key', 'group'), 'head_mean'), (Slice('query', 'head'), 'one'),
+             (Slice('attention_output'), 'one'), (Slice('attention_output', 'head'), 'head'), (Slice('ffn_out'), 'one')]
+    for part, want in cases: assert weight_of(table, part) == want
+    assert weight_of(dict(gate='one', ffn_in='row'), Slice('gate', 'row')) == 'one'
+    assert weight_of(dict(key='head'), Slice('key', 'group')) == 'head'
+
+@pytest.mark.parametrize('call, error, say', [
+    (lambda: get_scheme('nonsense'), ValueError, "`scheme` is 'nonsense'; expected one of"),
+    (lambda: get_scheme(3), TypeError, 'must be a name or a table from role to kind, got 3'),
+    (lambda: get_scheme(dict(query='heads')), ValueError, "kind 'heads' of role 'query' is unknown"),
+    (lambda: get_scheme(dict(query=['head'])), ValueError, 'of role .query. is unknown'),
+    (lambda: check_roles(dict(query='head', ffn='row')), ValueError, "role 'ffn' of the scheme is unknown"),
+    (lambda: weight_of(dict(query='row'), Slice('query', 'head')), ValueError, "'query' of the scheme is weighted by row, but has nodes of kind 'head'"),
+    (lambda: weight_of(dict(pooler='head'), Slice('pooler')), ValueError, "weighted by head, but has nodes of kind None"),
+    (lambda: split_roles(dict(a=2), 'rows'), ValueError, "`order` is 'rows'; expected 'blocks' or 'groups'"),
+    (lambda: node_gradients(torch.ones(1, 2, 4), torch.ones(1, 2, 5), 2), ValueError, r'`x` is \(1, 2, 4\) but `grad` is \(1, 2, 5\)'),
+    (lambda: node_gradients(torch.ones(1, 2, 4), torch.ones(1, 2, 4), 3), ValueError, '3 nodes do not share 4 columns evenly'),
+    (lambda: mask_sites([], 'between'), ValueError, "`ffn_mask` is 'between'; expected one of"),
+    (lambda: MaskFisher.from_tensors({'heads.0': torch.ones(2)}), ValueError, 'expected tensors `heads.0` and `rows.0`, got'),
+    (lambda: find_device('meta'), ValueError, "'meta' holds no numbers"),
+    (lambda: find_device('nonsense'), ValueError, "no device 'nonsense' here: expected cpu, cuda"),
+    (lambda: check_text(['a', 'b', 'c']), ValueError, 'must name one column or two'),
+    (lambda: check_text([]), ValueError, 'must name one column or two'),
+    (lambda: check_text([1]), ValueError, 'must name one column or two'),
+    (lambda: text_limit(tiny(), 0), ValueError, '`max_length` must be a whole number of at least 1, or None; got 0'),
+    (lambda: text_limit(tiny(), 2.), ValueError, '`max_length` must be a whole number'),
+    (lambda: pick_text(dict(text='int64')), ValueError, "column 'text' is int64; expected text"),
+    (lambda: pick_text(dict(a='string'), 'b'), ValueError, "column 'b' is not there; expected text"),
+    (lambda: pick_text(dict(a='string', b='string')), ValueError, 'it is not clear which columns are the text'),
+    (lambda: match_classes(['yes', 'no'], ['a', 'no']), ValueError, "the model has no 'a'"),
+    (lambda: match_classes(['LABEL_0', 'LABEL_1'], ['a', 'b', 'c']), ValueError, '3 classes for 2 outputs'),
+    (lambda: model_labels(['score'], [0, 1], ['no', 'yes']), ValueError, 'it predicts a number'),
+], ids=lambda o: None)
+def test_refused(call, error, say):
+    with pytest.raises(error, match=say): call()
+
+def test_classes_are_matched_by_name():
+    assert match_classes(['No', 'Yes'], ['yes', 'no']) == [1, 0] and match_classes(['LABEL_0', 'LABEL_1'], ['b', 'a']) == [0, 1]
+    assert match_classes(['b', 'a'], ['0', '1']) == [0, 1]
+    assert are_bare(['LABEL_0', '1', 'label2']) and not are_bare(['LABEL_0', 'b'])
+    assert word_classes(['No', 'Yes'], ['yes', 'maybe']) == dict(yes=1) and word_classes(['no', 'No'], ['No', 'no']) == dict(no=0, No=1)
+    with pytest.warns(UserWarning, match='matched by name'): assert model_labels(['No', 'Yes'], [0, 1, -1, 2], ['yes', 'no']) == [1, 0, -1, -1]
+    assert model_labels(['No', 'Yes'], [0, 1], ['no', 'yes']) == [0, 1] and model_labels(['No', 'Yes'], ['yes', 'what', 0]) == [1, 'what', 0]
+    assert model_labels(['No', 'Yes'], [1, 0]) == [1, 0] and model_labels(['score'], ['a']) == ['a']
+
+def test_columns_of_text():
+    assert known_text(['sentence2', 'sentence1', 'other']) == ['sentence1', 'sentence2'] and known_text(['Text_A', 'textB']) == ['Text_A', 'textB']
+    assert known_text(['question', 'sentence']) == ['question', 'sentence'] and known_text(['text', 'title']) is None and known_text(['a']) is None
+    assert repeats(['a', 'b', 'a'], [0, 1, 0]) and not repeats(['a', 'b'], [0, 1]) and not repeats(['a', 'b', 'c'], [0, 1, 0])
+    assert not repeats(['a', 'a', 'a'], [0, 1, 0])
+    kinds = dict(note='string', label_text='large_string', label='int64')
+    assert pick_text(kinds) == ['note'] and pick_text(kinds, 'label_text') == ['label_text'] and pick_text(kinds, recorded=['label_text']) == ['label_text']
+    assert pick_text(kinds, recorded=['gone']) == ['note']
+    words = dict(note=['x', 'y', 'z'], name=['a', 'b', 'a'])
+    assert pick_text(dict(note='string', name='string'), labels=[0, 1, 0], read=words.get) == ['note']
+
+@pytest.mark.parametrize('kind, longest', [('bert', 40), ('roberta', 38)])
+def test_the_longest_row(kind, longest):
+    model = tiny(kind)
+    assert max_positions(model) == longest == text_limit(model) == text_limit(model, 99) and text_limit(model, 1) == 1 and text_limit(model, 7) == 7

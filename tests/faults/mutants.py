@@ -2,9 +2,9 @@
 
     python tests/faults/mutants.py --out _proof/mutants.json [--most 60] [--seed 0] [--only core.averaging]
 
-One pytest session collects the quick tests; a first fork notes which functions each of them runs. Then every
+One pytest session collects the quick tests; a first fork notes which lines each of them runs. Then every
 mutant is a fork of that session: the function's code is replaced there (or, for what stands outside of functions,
-everything is imported anew from the changed source), and the tests that run it are tried until one fails. Tools that
+everything is imported anew from the changed source), and the tests that run its line are tried until one fails. Tools that
 were tried pass over decorated functions, and here nearly all are: `@patch`, `@contextmanager`, `@merge_method`.
 No words are changed: not those of messages, docstrings, types.
 The outcome of each mutant is kept beside the record, in `FILE.jsonl`; a second run tries only the survivors again.
@@ -84,7 +84,7 @@ def mutants(name):
             key = f'{name} | {lines[at-1].strip()} | {text(node)} -> {text(new)}'
             seen[key] += 1
             yield dict(key=key+f' #{seen[key]}'*(seen[key] > 1), path=str(path), name=name, at=first_line(around[i]) if inside else None,
-                       tree=tree, put=Put(node, new))
+                       line=at, tree=tree, put=Put(node, new))
 
 def first_line(f): return min([f.lineno, *(o.lineno for o in getattr(f, 'decorator_list', []))])
 
@@ -149,34 +149,40 @@ def forked(job, limit):
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
+class Lines:
+    "Which lines of the package are run."
+    def __init__(self): self.seen = {}
+    def __call__(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(str(ROOT/'fisher_nodes')): return None
+        self.seen.setdefault(frame.f_code.co_filename, set()).add(frame.f_lineno) # a call: the function's first line
+        return self
+
 def trace(items, path):
-    "Write which functions every test runs, and how long it takes."
+    "Write which lines every test runs, and how long it takes; what is written already stays while no file has changed."
     last = path.stat().st_mtime if path.exists() else 0
     changed = any(o.stat().st_mtime > last for o in [*(ROOT/'fisher_nodes').rglob('*.py'), TESTS/'reference.py'])
-    seen, out = set(), {} if changed else json.loads(path.read_text())
-    items = [o for o in items if o.nodeid not in out or o.path.stat().st_mtime > last]
-    def note(frame, event, arg): seen.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
-    sys.settrace(note)
-    threading.settrace(note)
+    out, lines = {} if changed else json.loads(path.read_text()), Lines()
+    sys.settrace(lines)
+    threading.settrace(lines)
     start = time.time()
-    for item, found in reports(items):
-        ran = sorted(o for o in list(seen) if o[0].startswith(str(ROOT/'fisher_nodes')))
-        out[item.nodeid] = dict(ran=ran, seconds=time.time()-start, failed=any(o.failed for o in found))
-        seen.clear()
+    for item, found in reports([o for o in items if o.nodeid not in out or o.path.stat().st_mtime > last]):
+        seen, lines.seen = lines.seen, {}
+        out[item.nodeid] = dict(ran={k: sorted(o) for k, o in seen.items()}, seconds=time.time()-start, failed=any(o.failed for o in found))
         start = time.time()
     path.write_text(json.dumps(out))
 
 def chosen(m, traced, patience):
-    "The tests that run a mutant's function, or its module if it is in none; the shortest of every file first."
-    fits = {k: o for k, o in traced.items() if any(f == m['path'] and m['at'] in (None, line) for f, line in o['ran'])}
+    "The tests that run a mutant's line, or else its module; the shortest of every file first."
+    ran = {k: o['ran'].get(m['path'], ()) for k, o in traced.items()}
+    fits = [k for k, o in ran.items() if (m['line'] in o if m['at'] else o)] or [k for k, o in ran.items() if m['at'] in o]
     ranks, order = Counter(), []
-    for k in sorted(fits, key=lambda k: fits[k]['seconds']):
+    for k in sorted(fits, key=lambda k: traced[k]['seconds']):
         file = k.partition('::')[0]
-        order.append((ranks[file], k))
+        order.append((ranks[file], traced[k]['seconds'], k))
         ranks[file] += 1
     kept = []
-    for _, k in sorted(order):
-        if not kept or (patience := patience-fits[k]['seconds']) > 0: kept.append(k)
+    for _, seconds, k in sorted(order):
+        if not kept or (patience := patience-seconds) > 0: kept.append(k)
     return kept
 
 def few(items, cases):
@@ -208,6 +214,7 @@ class Loop:
     def one(self, m, traced):
         ids = chosen(m, traced, self.args.patience)
         items, limit = [self.items[o] for o in ids], 30+5*sum(traced[o]['seconds'] for o in ids)
+        if not ids: return 'survived', ids
         status = forked(lambda: run_here(m, items) if replace_code(m) else 2, limit) if m['at'] else 2
         if status == 2: status = forked(lambda: run_anew(m, ids), limit)
         return {0: 'survived', 1: 'killed', None: 'timed out'}.get(status, 'crashed'), ids

@@ -1,19 +1,25 @@
 """What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
 import random
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
-from fisher_nodes import MaskFisher, mask_fisher, merge, merge_files
-from fisher_nodes.core.averaging import node_shares, plain_shares, weighted_mean
+from fisher_nodes import METHODS, MaskFisher, ParameterFisher, Rule, mask_fisher, merge, merge_files
+from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
-from fisher_nodes.core.families import Slice, split_roles
+from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, split_roles
+from fisher_nodes.core.fisher import VARIANTS, list_variants
 from fisher_nodes.core.nodes import mask_sites, node_gradients
 from fisher_nodes.core.schemes import SCHEMES, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
 from fisher_nodes.engine.devices import find_device
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_limit
+from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients
+from fisher_nodes.methods.mask_fisher import MaskSquares
+from fisher_nodes.methods.method import STATISTICS, Job, check_numbers, check_shapes
+from fisher_nodes.methods.regmean import InputGrams
 from reference import brute_grads, ragged_batches, tiny
 from torch.testing import assert_close
 from transformers import BertTokenizerFast
@@ -293,3 +299,85 @@ def test_columns_of_text():
 def test_the_longest_row(kind, longest):
     model = tiny(kind)
     assert max_positions(model) == longest == text_limit(model) == text_limit(model, 99) and text_limit(model, 1) == 1 and text_limit(model, 7) == 7
+
+
+# --- jobs, rules and statistics -------------------------------------------------------------------
+
+def job(**kw):
+    states = dict(a=dict(w=torch.ones(4, 3), b=torch.ones(4)), b=dict(w=torch.ones(4, 3, dtype=torch.float64), b=torch.ones(4)))
+    return Job(states, torch.ones(2), **kw)
+
+def test_a_job_knows_types_and_shapes_without_reading():
+    class Unread:
+        shape, dtype = (4, 3), torch.float32
+        def __getitem__(self, rows): raise AssertionError('it was read')
+    there = job()
+    assert there.names == ['w', 'b'] and there.dtype('w') == torch.float64 and there.dtype('b') == torch.float32
+    assert there.shape('w') == (4, 3) and there.shape(Block('w', slice(1, 3))) == (2, 3) and there.shape(Block('b', slice(3, 9))) == (1,)
+    assert there.seed == 0 and there.base is None and there.model is None and dict(there.statistics) == {}
+    lazy = Job(dict(a=Blocks(dict(w=Unread()))), torch.ones(1))
+    assert lazy.dtype('w') == torch.float32 and lazy.shape(Block('w', slice(0, 1))) == (1, 3)
+
+def test_a_rule_is_given_whole_parameters_unless_it_says_otherwise():
+    assert Rule(None, {}).takes_whole('w') and not Rule(None, {}, whole=()).takes_whole('w')
+    assert Rule(None, {}, whole={'w'}).takes_whole('w') and not Rule(None, {}, whole={'w'}).takes_whole('b')
+    assert not Rule(None, {}).once and Rule(None, {}).counts == {}
+
+def test_values_are_compared_by_identity_where_they_hold_tensors():
+    for make in (lambda: Slice('query', rows=torch.arange(3)), lambda: Shares('one', torch.ones(2, 3)), lambda: Place((Slice('query'),)),
+                 lambda: Site(torch.nn.Identity(), 'input', 2), lambda: ParameterFisher(dict(w=torch.ones(2)))):
+        a, b = make(), make()
+        assert a == a and a != b and len({a, b}) == 2
+    for o, field in ((Slice('query'), 'role'), (Shares('one', torch.ones(2, 1)), 'kind'), (Place(()), 'layer'), (job(), 'seed'), (Rule(None, {}), 'once'),
+                     (Site(None, 'input', 2), 'nodes'), (METHODS['ties'], 'name'), (STATISTICS['grams'], 'name'), (VARIANTS['paper'], 'mean'),
+                     (FAMILIES['bert'], 'blocks'), (FAMILIES['bert'].blocks[0], 'path'), (FAMILIES['bert'].blocks[1], 'path')):
+        with pytest.raises(FrozenInstanceError): setattr(o, field, None)
+    assert Slice('query').axis == Shares('one', None).axis == 0 and Place(()).layer is None
+
+def test_methods_and_statistics_say_what_they_need():
+    needs = {k: (o.statistic, o.needs_base, o.random) for k, o in METHODS.items() if o.rule.__module__.startswith('fisher_nodes')}
+    assert needs == {'average': (None, False, False), 'dare': (None, True, True), 'fisher': ('full-fisher', False, False),
+                     'mask-fisher': ('mask-fisher', False, False), 'regmean': ('grams', False, False), 'task-arithmetic': (None, True, False),
+                     'ties': (None, True, False)}
+    assert {k: METHODS[k].options for k in needs} == {
+        'average': {}, 'dare': dict(density=.1, scale=.4), 'fisher': dict(normalise=False, floor=1e-6), 'mask-fisher': dict(scheme=None, variant='paper'),
+        'regmean': dict(off_diagonal=.9), 'task-arithmetic': dict(scale=.4), 'ties': dict(density=.2, scale=1.)}
+    assert METHODS['ties'].evidence is None and METHODS['regmean'].evidence == 'grams'
+    takes = {k: (o.takes, o.kind.__name__) for k, o in STATISTICS.items()}
+    assert takes == {'mask-fisher': (('variant', 'labels', 'loss', 'matrices'), 'MaskFisher'), 'grams': ((), 'Grams'),
+                     'full-fisher': (('labels', 'loss', 'one_at_a_time'), 'ParameterFisher')}
+    kinds = {k: (o.backward, o.alone, o.divide, o.budget) for k, o in dict(mask=MaskSquares, grams=InputGrams, full=SquaredGradients, one=SquaredAlone).items()}
+    assert kinds == dict(mask=(True, False, False, 1), grams=(False, False, False, 1), full=(True, False, False, 4), one=(True, True, False, 1))
+
+def test_variants_are_those_of_the_paper_and_of_its_code():
+    what = {k: (o.ffn_mask, o.reduce.__name__, o.mean, o.replacement, o.batch_size, o.diagonal, o.ablation) for k, o in VARIANTS.items()}
+    assert what == {'paper': ('before', 'square_each', True, False, None, False, False), 'released': ('after', 'square_mean', False, True, 32, True, False),
+                    'batch-mean': ('before', 'square_mean', False, False, 32, True, True), 'after-gelu': ('after', 'square_each', True, False, None, False, True),
+                    'replacement': ('before', 'square_each', True, True, None, False, True)}
+    assert list_variants() == ['paper', 'released']
+
+@pytest.mark.parametrize('option, value, say', [
+    ('density', 0., '`density` is 0.0; expected a finite number above 0'), ('density', 1.5, '`density` is 1.5; expected a finite number of at most 1'),
+    ('density', 'x', "`density` is 'x'; expected a finite number"), ('scale', float('nan'), 'expected a finite number'), ('scale', None, 'expected a finite number')])
+def test_options_are_checked(option, value, say):
+    with pytest.raises(ValueError, match=say): METHODS['ties'].check({option: value})
+    assert METHODS['ties'].check({'density': np.float64(.5)}) == dict(density=.5, scale=1.)
+
+def test_tensors_are_checked_against_a_model():
+    want, fine = dict(w=(2, 3), b=(2,)), dict(w=torch.ones(2, 3), b=torch.ones(2))
+    check_shapes('It', fine, want)
+    for bad, say in ((dict(w=fine['w']), r"missing \['b'\], unknown \[\]"), (fine | dict(c=fine['b']), r"missing \[\], unknown \['c'\]"),
+                     (fine | dict(b=torch.ones(2).long()), 'b: numbers of type torch.int64'), (fine | dict(b=torch.ones(3)), r'b: shape \(3,\), expected \(2,\)')):
+        with pytest.raises(ValueError, match=say): check_shapes('It', bad, want)
+
+def test_numbers_are_checked():
+    gram = torch.tensor([[2., 1.], [1., 3.]])
+    for v, squares in ((gram, gram.diagonal()), (gram, gram), (torch.zeros(2, 2), torch.zeros(2))): check_numbers('It', v, squares)
+    nearly = torch.tensor([[2., 1.], [1.0029, 3.]])
+    check_numbers('It', nearly, nearly.diagonal())
+    for v in (torch.tensor([[2., 1.], [1.0031, 3.]]), torch.tensor([[2., 1.], [-1., 3.]])):
+        with pytest.raises(ValueError, match='It: not symmetric'): check_numbers('It', v, v.diagonal())
+    for x in (float('nan'), float('inf'), -1.):
+        v = torch.tensor([1., x])
+        with pytest.raises(ValueError, match=f'It: {x} is among the numbers'): check_numbers('It', v, v)
+    check_numbers('It', torch.tensor([[1., -.5], [-.5, 1.]]), torch.tensor([1., 1.]))

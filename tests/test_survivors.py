@@ -1,0 +1,383 @@
+"""What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
+import random
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+from fisher_nodes import METHODS, MaskFisher, ParameterFisher, Rule, mask_fisher, merge, merge_files
+from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
+from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
+from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, split_roles
+from fisher_nodes.core.fisher import VARIANTS, list_variants
+from fisher_nodes.core.nodes import mask_sites, node_gradients
+from fisher_nodes.core.schemes import SCHEMES, check_roles, get_scheme, weight_of
+from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
+from fisher_nodes.engine.devices import find_device
+from fisher_nodes.engine.guard import frozen_eval, keep_rng
+from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_limit
+from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients
+from fisher_nodes.methods.mask_fisher import MaskSquares
+from fisher_nodes.methods.method import STATISTICS, Job, check_numbers, check_shapes
+from fisher_nodes.methods.regmean import InputGrams
+from reference import brute_grads, ragged_batches, tiny
+from torch.testing import assert_close
+from transformers import BertTokenizerFast
+
+QUIET = dict(progress=False)
+WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the', 'The', 'rains', 'cat']
+
+def tokenizer(folder, words=WORDS, lower=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'vocab.txt').write_text('\n'.join(words))
+    return BertTokenizerFast(str(folder/'vocab.txt'), do_lower_case=lower)
+
+
+# --- Equation 3 with weights of labels ----------------------------------------------------------
+
+def products(weight, grads):
+    "The sum over classes of p g gᵀ, divided by the number of examples, of every layer."
+    return torch.einsum('n,nlh,nlk->lhk', weight, grads, grads)/weight.sum()
+
+@pytest.mark.parametrize('labels', ['exact', 'empirical'])
+def test_matrices_weight_every_class_by_its_probability(family, labels):
+    model, batches = tiny(family), ragged_batches(family)
+    found = mask_fisher(model, batches, labels=labels, matrices='all', **QUIET)
+    weight, *grads = brute_grads(model, batches, labels)
+    for got, g in zip((found.head_matrices, found.row_matrices), grads):
+        want = products(weight, g)
+        assert_close(got, want, rtol=1e-8, atol=1e-13*want.abs().max().item())
+    assert_close(found.head_matrices.diagonal(dim1=1, dim2=2), found.heads, rtol=1e-12, atol=0)
+    assert_close(found.row_matrices.diagonal(dim1=1, dim2=2), found.rows, rtol=1e-12, atol=0)
+
+def test_matrices_are_measured_of_the_kinds_asked_for(family):
+    kinds = {o: set(mask_fisher(tiny(family), ragged_batches(family), matrices=o, **QUIET).matrices) for o in (None, 'heads', 'all')}
+    assert kinds == {None: set(), 'heads': {'head'}, 'all': {'head', 'row'}}
+
+@pytest.mark.parametrize('kw', [dict(labels='exact'), dict(labels='sampled'), dict(matrices='heads'), dict(matrices='all')], ids=str)
+@pytest.mark.parametrize('variant', ['released', 'batch-mean'])
+def test_the_released_variant_knows_diagonals_and_true_labels_only(variant, kw):
+    with pytest.raises(ValueError, match='knows true labels and diagonals only'): mask_fisher(tiny(), ragged_batches(), variant=variant, **kw)
+
+@pytest.mark.parametrize('variant', ['paper', 'after-gelu', 'replacement'])
+def test_the_other_variants_know_both(variant):
+    found = mask_fisher(tiny(), ragged_batches(), variant=variant, labels='exact', matrices='heads', **QUIET)
+    assert_close(found.head_matrices.diagonal(dim1=1, dim2=2), found.heads, rtol=1e-12, atol=0)
+
+
+# --- precision ----------------------------------------------------------------------------------
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='is about machines without CUDA')
+def test_tf32_needs_cuda():
+    with pytest.raises(ValueError, match="'tf32' needs a CUDA device, not cpu"): mask_fisher(tiny(dtype=torch.float32), ragged_batches(), precision='tf32')
+
+@pytest.mark.parametrize('precision', ['fp32', 'tf32', 'bf16'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_precision_needs_float32_weights(precision, dtype):
+    with pytest.raises(ValueError, match=f'precision {precision!r} needs float32 weights; the model has {dtype}'):
+        mask_fisher(tiny(dtype=dtype), ragged_batches(), precision=precision)
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="`precision` is 'fp16'; expected None or one of"): mask_fisher(tiny(), ragged_batches(), precision='fp16')
+
+def test_the_global_precision_comes_back_from_an_error():
+    def loss(model, batch):
+        seen.append(torch.get_float32_matmul_precision())
+        raise KeyError('stop')
+    seen, before = [], torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        with pytest.raises(KeyError): mask_fisher(tiny(dtype=torch.float32), ragged_batches(), loss=loss, precision='fp32', **QUIET)
+        assert seen == ['highest'] and torch.get_float32_matmul_precision() == 'medium'
+    finally: torch.set_float32_matmul_precision(before)
+
+
+# --- tokenizers ---------------------------------------------------------------------------------
+
+VOCABULARIES = {'a word more': [*WORDS, 'dog'], 'two words swapped': [*WORDS[:-2], 'cat', 'rains'], 'another word': [*WORDS[:-1], 'dog']}
+
+@pytest.mark.parametrize('words', VOCABULARIES.values(), ids=list(VOCABULARIES))
+def test_models_whose_tokenizers_number_words_differently_are_refused(tmp_path, words):
+    for i, (t, w) in enumerate(dict(a=WORDS, b=words).items()):
+        tiny(seed=i).save_pretrained(tmp_path/t)
+        tokenizer(tmp_path/t, w).save_pretrained(tmp_path/t)
+    folders = {t: tmp_path/t for t in 'ab'}
+    with pytest.raises(ValueError, match='the tokenizers of .*a and .*b differ'): merge(folders, method='average', **QUIET)
+    with pytest.raises(ValueError, match='the tokenizers of .*a and .*b differ'): merge_files(folders, method='average', out=tmp_path/'out', **QUIET)
+    assert not (tmp_path/'out').exists()
+
+def test_tokenizers_are_compared_by_words_and_by_what_they_do(tmp_path):
+    one, low = tokenizer(tmp_path/'one'), tokenizer(tmp_path/'low')
+    assert same_tokens(one, one) and same_tokens(one, low)
+    assert not same_tokens(one, tokenizer(tmp_path/'case', lower=False))
+    assert not same_tokens(one, tokenizer(tmp_path/'more', [*WORDS, 'never-in-a-probe']))
+
+
+# --- what comes back ----------------------------------------------------------------------------
+
+def draws(): return random.random(), np.random.rand(), torch.rand(()).item()
+
+@pytest.mark.parametrize('error', [False, True])
+def test_all_three_random_states_come_back(error):
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    want = draws()
+    random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
+    try:
+        with keep_rng():
+            draws()
+            if error: raise KeyError('stop')
+    except KeyError: pass
+    assert draws() == want
+
+@pytest.mark.parametrize('initialized', [False, True])
+def test_random_states_of_gpus_come_back_where_there_are_any(monkeypatch, initialized):
+    state, given = object(), []
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: initialized)
+    monkeypatch.setattr(torch.cuda, 'get_rng_state_all', lambda: state)
+    monkeypatch.setattr(torch.cuda, 'set_rng_state_all', given.append)
+    with keep_rng(): assert given == []
+    assert given == [state]*initialized
+
+def moves(monkeypatch, model, fail=False):
+    "Where a model is moved to; stands in for a second device."
+    seen = []
+    def to(device):
+        seen.append(str(device))
+        if fail and len(seen) == 1: raise RuntimeError('out of memory')
+        return model
+    monkeypatch.setattr(model, 'to', to, raising=False)
+    return seen
+
+@pytest.mark.parametrize('error', [False, True])
+def test_a_moved_model_returns(monkeypatch, error):
+    model = torch.nn.Linear(2, 2)
+    seen = moves(monkeypatch, model)
+    try:
+        with frozen_eval(model, 'elsewhere'):
+            assert seen == ['elsewhere']
+            if error: raise KeyError('stop')
+    except KeyError: pass
+    assert seen == ['elsewhere', 'cpu']
+
+def test_a_model_that_did_not_fit_returns(monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    seen = moves(monkeypatch, model, fail=True)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        with frozen_eval(model, 'elsewhere'): pass
+    assert seen == ['elsewhere', 'cpu'] and model.training and model.weight.requires_grad
+
+def test_a_model_stays_where_no_device_is_asked_for(monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    seen = moves(monkeypatch, model)
+    with frozen_eval(model): assert not model.training and not model.weight.requires_grad
+    assert seen == [] and model.training and model.weight.requires_grad
+
+
+# --- formulas of core, each against a loop --------------------------------------------------------
+
+def slow_shares(fishers, weights):
+    "Shares of every node by the definition, a node at a time."
+    columns = []
+    for F in fishers.double().T.tolist():
+        products = [w*f for w, f in zip(weights.tolist(), F)]
+        products = products if sum(products) else weights.tolist()
+        columns.append([p/sum(products) for p in products])
+    return torch.tensor(columns, dtype=torch.float64).T
+
+def test_shares_are_products_over_their_sum():
+    F = torch.tensor([[1., 3., 0., 2.], [5., 0., 0., 4.], [2., 0., 0., 8.]])
+    for weights in ([1., 1., 1.], [.5, 2., 3.], [0., 1., 4.]):
+        got, empty = node_shares(F, torch.tensor(weights, dtype=torch.float64))
+        assert_close(got, slow_shares(F, torch.tensor(weights, dtype=torch.float64)), rtol=1e-12, atol=0)
+        assert empty == 1+(weights[0] == 0) and got.dtype == torch.float64 # node 1 has only the first model's Fisher
+    assert_close(plain_shares(torch.tensor([1., 3.]).double()), torch.tensor([[.25], [.75]]).double(), rtol=1e-12, atol=0)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('axis', [0, 1, 2])
+def test_shares_lie_along_any_axis(axis, dtype):
+    gen = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3, 4, 5, generator=gen).to(dtype) for _ in range(2)]
+    shares = torch.rand(2, (3, 4, 5)[axis], generator=gen).double()
+    got = weighted_mean(tensors, shares, axis=axis)
+    wide = torch.promote_types(dtype, torch.float32)
+    want = sum(t.to(wide).movedim(axis, -1)*w.to(wide) for t, w in zip(tensors, shares)).movedim(-1, axis)
+    assert got.dtype == dtype
+    assert_close(got, want.to(dtype), rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=f'2 shares for {(3, 4, 5)[axis]} rows'): weighted_mean(tensors, shares[:,:2], axis=axis)
+
+@pytest.mark.parametrize('shape, models, rows', [((5000, 768), 1, 682), ((5000, 768), 8, 682), ((5000, 768), 16, 340), ((7, 1<<20), 1, 1),
+                                                 ((9, 3), 2, 9), ((9, 10**7), 2, 4), ((2048,), 64, 2048)], ids=str)
+def test_a_parameter_is_cut_into_rows(shape, models, rows):
+    blocks = cut('w', shape, models)
+    assert [o.rows for o in blocks] == [slice(i, min(i+rows, shape[0])) for i in range(0, shape[0], rows)]
+    assert all(o == 'w' for o in blocks)
+
+@pytest.mark.parametrize('shape', [(), (0, 3), (3, 0)], ids=str)
+def test_what_has_no_rows_is_not_cut(shape): assert [(o, o.rows) for o in cut('w', shape)] == [('w', ...)]
+
+def test_blocks_are_a_mapping_of_rows():
+    state = Blocks(dict(w=torch.arange(12.).view(6, 2), b=torch.arange(6.)))
+    assert list(state) == ['w', 'b'] and len(state) == 2 and 'w' in state and Block('w', slice(1)) in state and 'x' not in state
+    assert torch.equal(state[Block('w', slice(2, 4))], torch.arange(4., 8.).view(2, 2)) and torch.equal(state['b'], torch.arange(6.))
+    shares = torch.rand(2, 6)
+    assert torch.equal(row_shares(shares, Block('w', slice(2, 4))), shares[:,2:4])
+    assert row_shares(shares, 'w') is shares and row_shares(shares, Block('w', slice(2, 4)), axis=1) is shares
+    assert row_shares(one := shares[:,:1], Block('w', slice(2, 4))) is one
+
+@pytest.mark.parametrize('few', [1, 3, 1<<20])
+def test_the_kth_smallest_is_that_of_sorting(few):
+    gen = torch.Generator().manual_seed(0)
+    numbers = torch.cat([torch.rand(40, generator=gen, dtype=torch.float64).pow(9), torch.zeros(3).double(), torch.full((5,), .5).double(),
+                         torch.tensor([1e-300, 1e300, .5000000001, 1., 2.], dtype=torch.float64)])
+    parts = numbers[torch.randperm(len(numbers), generator=gen)].split(7)
+    for k in (0, 2, 3, 20, 40, 44, 48, len(numbers)-1): assert kth_smallest(lambda: parts, k, few) == numbers.sort().values[k].item()
+
+
+# --- words and tables -----------------------------------------------------------------------------
+
+def test_schemes_say_what_weights_a_role():
+    table = get_scheme(dict(up='row', down='row', output='head', key='head_mean'))
+    assert table == dict(ffn_in='row', ffn_out='row', attention_output='head', key='head_mean')
+    assert get_scheme(None, 'released') is SCHEMES['released'] and get_scheme('average') == {}
+    cases = [(Slice('ffn_in', 'row'), 'row'), (Slice('gate', 'row'), 'row'), (Slice('key', 'group'), 'head_mean'), (Slice('query', 'head'), 'one'),
+             (Slice('attention_output'), 'one'), (Slice('attention_output', 'head'), 'head'), (Slice('ffn_out'), 'one')]
+    for part, want in cases: assert weight_of(table, part) == want
+    assert weight_of(dict(gate='one', ffn_in='row'), Slice('gate', 'row')) == 'one'
+    assert weight_of(dict(key='head'), Slice('key', 'group')) == 'head'
+
+@pytest.mark.parametrize('call, error, say', [
+    (lambda: get_scheme('nonsense'), ValueError, "`scheme` is 'nonsense'; expected one of"),
+    (lambda: get_scheme(3), TypeError, 'must be a name or a table from role to kind, got 3'),
+    (lambda: get_scheme(dict(query='heads')), ValueError, "kind 'heads' of role 'query' is unknown"),
+    (lambda: get_scheme(dict(query=['head'])), ValueError, 'of role .query. is unknown'),
+    (lambda: check_roles(dict(query='head', ffn='row')), ValueError, "role 'ffn' of the scheme is unknown"),
+    (lambda: weight_of(dict(query='row'), Slice('query', 'head')), ValueError, "'query' of the scheme is weighted by row, but has nodes of kind 'head'"),
+    (lambda: weight_of(dict(pooler='head'), Slice('pooler')), ValueError, "weighted by head, but has nodes of kind None"),
+    (lambda: split_roles(dict(a=2), 'rows'), ValueError, "`order` is 'rows'; expected 'blocks' or 'groups'"),
+    (lambda: node_gradients(torch.ones(1, 2, 4), torch.ones(1, 2, 5), 2), ValueError, r'`x` is \(1, 2, 4\) but `grad` is \(1, 2, 5\)'),
+    (lambda: node_gradients(torch.ones(1, 2, 4), torch.ones(1, 2, 4), 3), ValueError, '3 nodes do not share 4 columns evenly'),
+    (lambda: mask_sites([], 'between'), ValueError, "`ffn_mask` is 'between'; expected one of"),
+    (lambda: MaskFisher.from_tensors({'heads.0': torch.ones(2)}), ValueError, 'expected tensors `heads.0` and `rows.0`, got'),
+    (lambda: find_device('meta'), ValueError, "'meta' holds no numbers"),
+    (lambda: find_device('nonsense'), ValueError, "no device 'nonsense' here: expected cpu, cuda"),
+    (lambda: check_text(['a', 'b', 'c']), ValueError, 'must name one column or two'),
+    (lambda: check_text([]), ValueError, 'must name one column or two'),
+    (lambda: check_text([1]), ValueError, 'must name one column or two'),
+    (lambda: text_limit(tiny(), 0), ValueError, '`max_length` must be a whole number of at least 1, or None; got 0'),
+    (lambda: text_limit(tiny(), 2.), ValueError, '`max_length` must be a whole number'),
+    (lambda: pick_text(dict(text='int64')), ValueError, "column 'text' is int64; expected text"),
+    (lambda: pick_text(dict(a='string'), 'b'), ValueError, "column 'b' is not there; expected text"),
+    (lambda: pick_text(dict(a='string', b='string')), ValueError, 'it is not clear which columns are the text'),
+    (lambda: match_classes(['yes', 'no'], ['a', 'no']), ValueError, "the model has no 'a'"),
+    (lambda: match_classes(['LABEL_0', 'LABEL_1'], ['a', 'b', 'c']), ValueError, '3 classes for 2 outputs'),
+    (lambda: model_labels(['score'], [0, 1], ['no', 'yes']), ValueError, 'it predicts a number'),
+], ids=lambda o: None)
+def test_refused(call, error, say):
+    with pytest.raises(error, match=say): call()
+
+def test_classes_are_matched_by_name():
+    assert match_classes(['No', 'Yes'], ['yes', 'no']) == [1, 0] and match_classes(['LABEL_0', 'LABEL_1'], ['b', 'a']) == [0, 1]
+    assert match_classes(['b', 'a'], ['0', '1']) == [0, 1]
+    assert are_bare(['LABEL_0', '1', 'label2']) and not are_bare(['LABEL_0', 'b'])
+    assert word_classes(['No', 'Yes'], ['yes', 'maybe']) == dict(yes=1) and word_classes(['no', 'No'], ['No', 'no']) == dict(no=0, No=1)
+    with pytest.warns(UserWarning, match='matched by name'): assert model_labels(['No', 'Yes'], [0, 1, -1, 2], ['yes', 'no']) == [1, 0, -1, -1]
+    assert model_labels(['No', 'Yes'], [0, 1], ['no', 'yes']) == [0, 1] and model_labels(['No', 'Yes'], ['yes', 'what', 0]) == [1, 'what', 0]
+    assert model_labels(['No', 'Yes'], [1, 0]) == [1, 0] and model_labels(['score'], ['a']) == ['a']
+
+def test_columns_of_text():
+    assert known_text(['sentence2', 'sentence1', 'other']) == ['sentence1', 'sentence2'] and known_text(['Text_A', 'textB']) == ['Text_A', 'textB']
+    assert known_text(['question', 'sentence']) == ['question', 'sentence'] and known_text(['text', 'title']) is None and known_text(['a']) is None
+    assert repeats(['a', 'b', 'a'], [0, 1, 0]) and not repeats(['a', 'b'], [0, 1]) and not repeats(['a', 'b', 'c'], [0, 1, 0])
+    assert not repeats(['a', 'a', 'a'], [0, 1, 0])
+    kinds = dict(note='string', label_text='large_string', label='int64')
+    assert pick_text(kinds) == ['note'] and pick_text(kinds, 'label_text') == ['label_text'] and pick_text(kinds, recorded=['label_text']) == ['label_text']
+    assert pick_text(kinds, recorded=['gone']) == ['note']
+    words = dict(note=['x', 'y', 'z'], name=['a', 'b', 'a'])
+    assert pick_text(dict(note='string', name='string'), labels=[0, 1, 0], read=words.get) == ['note']
+
+@pytest.mark.parametrize('kind, longest', [('bert', 40), ('roberta', 38)])
+def test_the_longest_row(kind, longest):
+    model = tiny(kind)
+    assert max_positions(model) == longest == text_limit(model) == text_limit(model, 99) and text_limit(model, 1) == 1 and text_limit(model, 7) == 7
+
+
+# --- jobs, rules and statistics -------------------------------------------------------------------
+
+def job(**kw):
+    states = dict(a=dict(w=torch.ones(4, 3), b=torch.ones(4)), b=dict(w=torch.ones(4, 3, dtype=torch.float64), b=torch.ones(4)))
+    return Job(states, torch.ones(2), **kw)
+
+def test_a_job_knows_types_and_shapes_without_reading():
+    class Unread:
+        shape, dtype = (4, 3), torch.float32
+        def __getitem__(self, rows): raise AssertionError('it was read')
+    there = job()
+    assert there.names == ['w', 'b'] and there.dtype('w') == torch.float64 and there.dtype('b') == torch.float32
+    assert there.shape('w') == (4, 3) and there.shape(Block('w', slice(1, 3))) == (2, 3) and there.shape(Block('b', slice(3, 9))) == (1,)
+    assert there.seed == 0 and there.base is None and there.model is None and dict(there.statistics) == {}
+    lazy = Job(dict(a=Blocks(dict(w=Unread()))), torch.ones(1))
+    assert lazy.dtype('w') == torch.float32 and lazy.shape(Block('w', slice(0, 1))) == (1, 3)
+
+def test_a_rule_is_given_whole_parameters_unless_it_says_otherwise():
+    assert Rule(None, {}).takes_whole('w') and not Rule(None, {}, whole=()).takes_whole('w')
+    assert Rule(None, {}, whole={'w'}).takes_whole('w') and not Rule(None, {}, whole={'w'}).takes_whole('b')
+    assert not Rule(None, {}).once and Rule(None, {}).counts == {}
+
+def test_values_are_compared_by_identity_where_they_hold_tensors():
+    for make in (lambda: Slice('query', rows=torch.arange(3)), lambda: Shares('one', torch.ones(2, 3)), lambda: Place((Slice('query'),)),
+                 lambda: Site(torch.nn.Identity(), 'input', 2), lambda: ParameterFisher(dict(w=torch.ones(2)))):
+        a, b = make(), make()
+        assert a == a and a != b and len({a, b}) == 2
+    for o, field in ((Slice('query'), 'role'), (Shares('one', torch.ones(2, 1)), 'kind'), (Place(()), 'layer'), (job(), 'seed'), (Rule(None, {}), 'once'),
+                     (Site(None, 'input', 2), 'nodes'), (METHODS['ties'], 'name'), (STATISTICS['grams'], 'name'), (VARIANTS['paper'], 'mean'),
+                     (FAMILIES['bert'], 'blocks'), (FAMILIES['bert'].blocks[0], 'path'), (FAMILIES['bert'].blocks[1], 'path')):
+        with pytest.raises(FrozenInstanceError): setattr(o, field, None)
+    assert Slice('query').axis == Shares('one', None).axis == 0 and Place(()).layer is None
+
+def test_methods_and_statistics_say_what_they_need():
+    needs = {k: (o.statistic, o.needs_base, o.random) for k, o in METHODS.items() if o.rule.__module__.startswith('fisher_nodes')}
+    assert needs == {'average': (None, False, False), 'dare': (None, True, True), 'fisher': ('full-fisher', False, False),
+                     'mask-fisher': ('mask-fisher', False, False), 'regmean': ('grams', False, False), 'task-arithmetic': (None, True, False),
+                     'ties': (None, True, False)}
+    assert {k: METHODS[k].options for k in needs} == {
+        'average': {}, 'dare': dict(density=.1, scale=.4), 'fisher': dict(normalise=False, floor=1e-6), 'mask-fisher': dict(scheme=None, variant='paper'),
+        'regmean': dict(off_diagonal=.9), 'task-arithmetic': dict(scale=.4), 'ties': dict(density=.2, scale=1.)}
+    assert METHODS['ties'].evidence is None and METHODS['regmean'].evidence == 'grams'
+    takes = {k: (o.takes, o.kind.__name__) for k, o in STATISTICS.items()}
+    assert takes == {'mask-fisher': (('variant', 'labels', 'loss', 'matrices'), 'MaskFisher'), 'grams': ((), 'Grams'),
+                     'full-fisher': (('labels', 'loss', 'one_at_a_time'), 'ParameterFisher')}
+    kinds = {k: (o.backward, o.alone, o.divide, o.budget) for k, o in dict(mask=MaskSquares, grams=InputGrams, full=SquaredGradients, one=SquaredAlone).items()}
+    assert kinds == dict(mask=(True, False, False, 1), grams=(False, False, False, 1), full=(True, False, False, 4), one=(True, True, False, 1))
+
+def test_variants_are_those_of_the_paper_and_of_its_code():
+    what = {k: (o.ffn_mask, o.reduce.__name__, o.mean, o.replacement, o.batch_size, o.diagonal, o.ablation) for k, o in VARIANTS.items()}
+    assert what == {'paper': ('before', 'square_each', True, False, None, False, False), 'released': ('after', 'square_mean', False, True, 32, True, False),
+                    'batch-mean': ('before', 'square_mean', False, False, 32, True, True), 'after-gelu': ('after', 'square_each', True, False, None, False, True),
+                    'replacement': ('before', 'square_each', True, True, None, False, True)}
+    assert list_variants() == ['paper', 'released']
+
+@pytest.mark.parametrize('option, value, say', [
+    ('density', 0., '`density` is 0.0; expected a finite number above 0'), ('density', 1.5, '`density` is 1.5; expected a finite number of at most 1'),
+    ('density', 'x', "`density` is 'x'; expected a finite number"), ('scale', float('nan'), 'expected a finite number'), ('scale', None, 'expected a finite number')])
+def test_options_are_checked(option, value, say):
+    with pytest.raises(ValueError, match=say): METHODS['ties'].check({option: value})
+    assert METHODS['ties'].check({'density': np.float64(.5)}) == dict(density=.5, scale=1.)
+
+def test_tensors_are_checked_against_a_model():
+    want, fine = dict(w=(2, 3), b=(2,)), dict(w=torch.ones(2, 3), b=torch.ones(2))
+    check_shapes('It', fine, want)
+    for bad, say in ((dict(w=fine['w']), r"missing \['b'\], unknown \[\]"), (fine | dict(c=fine['b']), r"missing \[\], unknown \['c'\]"),
+                     (fine | dict(b=torch.ones(2).long()), 'b: numbers of type torch.int64'), (fine | dict(b=torch.ones(3)), r'b: shape \(3,\), expected \(2,\)')):
+        with pytest.raises(ValueError, match=say): check_shapes('It', bad, want)
+
+def test_numbers_are_checked():
+    gram = torch.tensor([[2., 1.], [1., 3.]])
+    for v, squares in ((gram, gram.diagonal()), (gram, gram), (torch.zeros(2, 2), torch.zeros(2))): check_numbers('It', v, squares)
+    nearly = torch.tensor([[2., 1.], [1.0029, 3.]])
+    check_numbers('It', nearly, nearly.diagonal())
+    for v in (torch.tensor([[2., 1.], [1.0031, 3.]]), torch.tensor([[2., 1.], [-1., 3.]])):
+        with pytest.raises(ValueError, match='It: not symmetric'): check_numbers('It', v, v.diagonal())
+    for x in (float('nan'), float('inf'), -1.):
+        v = torch.tensor([1., x])
+        with pytest.raises(ValueError, match=f'It: {x} is among the numbers'): check_numbers('It', v, v)
+    check_numbers('It', torch.tensor([[1., -.5], [-.5, 1.]]), torch.tensor([1., 1.]))

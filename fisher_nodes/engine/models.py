@@ -83,7 +83,7 @@ def _dtype(name:Any)->Any:
 
 class _Config(BaseModel):
     "What a `config.json` may say, where it says it."
-    model_config = ConfigDict(extra='allow', strict=True)
+    model_config = ConfigDict(extra='allow', strict=True, protected_namespaces=())
     model_type:str=''
     architectures:list[str]|None=None
     hidden_size:_Size=1

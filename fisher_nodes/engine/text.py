@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from ..core.families import FAMILIES
 from .files import TRAINED
-from .reading import read_json
+from .reading import load_json
 
 # %% ../../nbs/engine/05a_text.ipynb #7849be2e
 KNOWN = ( # one text, or a pair in the order in which models read it
@@ -66,7 +66,7 @@ def recorded_text(
     where = getattr(model, 'config', None) and model.config._name_or_path
     path = Path(where or '.')/TRAINED
     if not (where and path.is_file()): return ()
-    try: found = read_json(path)['task']['text']
+    try: found = load_json(path)['task']['text']
     except (KeyError, TypeError): raise ValueError(f'{path} is not a record of fine-tuning') from None
     return tuple(map(str, found))
 

@@ -101,7 +101,8 @@ def _read_parquet(path:Path)->Any:
 
 def _read_any(path:Path, suffix:str)->Any:
     "A table, whatever the format."
-    table = _read_parquet(path) if suffix=='.parquet' else _TEXTS[suffix.removesuffix('.gz')](unpack_text(path))
+    parse = _TEXTS.get(suffix.removesuffix('.gz'))
+    table = parse(unpack_text(path)) if parse else _read_parquet(path)
     twice = [c for c in table.column_names if table.column_names.count(c)>1]
     if twice: raise ValueError(f'column {twice[0]!r} is there twice')
     return table

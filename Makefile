@@ -1,9 +1,10 @@
 # `make demo` merges two real models, `make test` runs everything that CI runs, `make docs` builds the site, `make bench` times the Fisher step.
 PYTHON ?= python3
+RESOLUTION ?= lowest-direct
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test docs bench lint export notebooks readme clean
+.PHONY: demo test corner docs bench lint export notebooks readme clean
 
 demo: .venv/installed
 	$(BIN)/fisher-nodes demo --out _demo
@@ -12,6 +13,12 @@ test: .venv/installed lint
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 0 tests/kernel
+
+corner:  ## the test files on the oldest versions that settings.ini states, as uv resolves them; with RESOLUTION=highest on the newest
+	$(PYTHON) -m venv .corner
+	.corner/bin/python -m pip --disable-pip-version-check install -q uv
+	.corner/bin/uv pip install --python .corner/bin/python --resolution $(RESOLUTION) -e '.[dev]'
+	.corner/bin/python -m pytest
 
 docs: .venv/installed  ## the site, without Quarto, into _site/; needs Python 3.11 or newer
 	$(BIN)/python docs/build.py
@@ -42,4 +49,4 @@ readme: .venv/installed  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
 clean:
-	rm -rf _bench _demo _docs _proc _site _sphinx build *.egg-info
+	rm -rf .corner _bench _demo _docs _proc _site _sphinx build *.egg-info

@@ -10,7 +10,6 @@ __all__ = ['OWN', 'ERRORS', 'SETTING', 'SCORES', 'read_json', 'TaskScores', 'Own
            'TimedStep', 'BenchFile', 'load_bench', 'distinct', 'provenance', 'method_order', 'commands', 'shell_block']
 
 # %% ../../nbs/experiment/02_results.ipynb #7016155f
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import combinations
@@ -23,6 +22,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
+from ..engine.reading import load_json
 from .grid import ENTRIES, all_entries, check_schema
 from ..merging.card import table as table_lines
 from ..tasks.tasks import PAPER_TASKS
@@ -34,10 +34,7 @@ def read_json(
     path:str|Path, # of a JSON file
 )->dict:
     "The object in a JSON file; `ValueError` naming the file if there is none."
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path} is not JSON: {e}') from None
-    if isinstance(found, dict): return found
-    raise ValueError(f'{path}: expected an object, got {type(found).__name__}')
+    return load_json(path)
 
 # %% ../../nbs/experiment/02_results.ipynb #cf39d125
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -10,7 +10,7 @@ __all__ = ['LICENSE', 'DIFFER', 'UNSTATED', 'MODULES', 'read_card', 'agreed_lice
 # %% ../../nbs/merging/03_card.ipynb #9ce139c3
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -262,12 +262,15 @@ def escaped(
     "Text that means nothing to Markdown, on one line."
     return one_line(value).translate(_MARKS)
 
+def _cell(value:Any)->str: return ' '.join(str(value).split()).replace('|', '\\|')
+
 def table(
     head:Sequence[str], # column titles
     rows:Sequence[Sequence[Any]],
+    show:Callable[[Any],str]=_cell, # what stands in a cell; `escaped` for what comes from elsewhere
 )->str:
     "A table in Markdown."
-    line = lambda cells: '| ' + ' | '.join(map(escaped, cells)) + ' |'
+    line = lambda cells: '| ' + ' | '.join(map(show, cells)) + ' |'
     return '\n'.join([line(head), '|'.join(['', *['---']*len(head), '']), *map(line, rows)])
 
 def _license_words(o:Origin)->str:
@@ -376,10 +379,10 @@ def _tables(report:Mapping[str,Any])->dict[str,str]:
     "The tables of a card, by their places in the text."
     licences = [(o.role, o.model, _license_words(o)) for o in origins(report)]
     return dict(
-        tasks=table(['task', 'model', 'λ', 'examples', 'scores'], _task_rows(report)),
-        how=table(['setting', 'value'], _settings(report)),
-        weights=table(['weighted by the Fisher of', 'parameters', 'numbers'], _weighting(report)),
-        licences=table(['source', 'model', 'licence'], licences))
+        tasks=table(['task', 'model', 'λ', 'examples', 'scores'], _task_rows(report), escaped),
+        how=table(['setting', 'value'], _settings(report), escaped),
+        weights=table(['weighted by the Fisher of', 'parameters', 'numbers'], _weighting(report), escaped),
+        licences=table(['source', 'model', 'licence'], licences, escaped))
 
 def model_card(
     report:Mapping[str,Any], # of a `Merged`

@@ -16,11 +16,13 @@ from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, w
 from fisher_nodes.engine.devices import find_device
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_limit
+from fisher_nodes.merging import store
 from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients
 from fisher_nodes.methods.mask_fisher import MaskSquares
 from fisher_nodes.methods.method import STATISTICS, Job, check_numbers, check_shapes
 from fisher_nodes.methods.regmean import InputGrams
 from reference import brute_grads, ragged_batches, tiny
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import BertTokenizerFast
 
@@ -381,3 +383,56 @@ def test_numbers_are_checked():
         v = torch.tensor([1., x])
         with pytest.raises(ValueError, match=f'It: {x} is among the numbers'): check_numbers('It', v, v)
     check_numbers('It', torch.tensor([[1., -.5], [-.5, 1.]]), torch.tensor([1., 1.]))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+def small():
+    gen = torch.Generator().manual_seed(0)
+    return {'b.half': torch.randn(3, generator=gen).half(), 'a.wide': torch.randn(4, 3, generator=gen).double(), 'c.bits': torch.tensor([True, False]),
+            'z.float': torch.randn(5, 2, generator=gen), 'a.float': torch.randn((), generator=gen), 'e.empty': torch.ones(0, 3)}
+
+@pytest.mark.parametrize('most_open', [64, 0])
+def test_a_file_is_what_safetensors_writes(tmp_path, monkeypatch, most_open):
+    monkeypatch.setattr(store, 'MOST_OPEN', most_open)
+    tensors = small()
+    save_file(tensors, tmp_path/'want', dict(format='pt'))
+    for n, slot in store.make_file(tmp_path/'got', tensors).items(): slot[...] = tensors[n]
+    assert (tmp_path/'got').read_bytes() == (tmp_path/'want').read_bytes()
+    slots = store.read_slots(tmp_path/'got')
+    assert slots.keys() == tensors.keys()
+    for n, t in tensors.items(): assert torch.equal(slots[n][...], t) and slots[n].dtype == slots[n].stored == t.dtype and slots[n].shape == tuple(t.shape)
+    assert torch.equal(slots['z.float'][1:3], tensors['z.float'][1:3]) and torch.equal(slots['a.wide'][3:9], tensors['a.wide'][3:9])
+    with pytest.raises(FileExistsError): store.make_file(tmp_path/'got', tensors)
+
+def test_rows_are_written_in_place(tmp_path):
+    slot = store.make_file(tmp_path/'f', dict(a=torch.ones(2), w=torch.ones(4, 3)))['w']
+    slot[...] = torch.zeros(4, 3)
+    slot[1:3] = torch.arange(6.).view(3, 2).T.double()
+    assert torch.equal(load_file(tmp_path/'f')['w'], torch.tensor([[0., 0, 0], [0, 2, 4], [1, 3, 5], [0, 0, 0]]))
+    assert torch.equal(load_file(tmp_path/'f')['a'], torch.zeros(2)) and slot.path == tmp_path/'f'
+    with pytest.raises(ValueError, match=r'expected shape \(2, 3\), got \(3, 3\)'): slot[1:3] = torch.ones(3, 3)
+
+def test_a_file_that_ends_too_early(tmp_path):
+    save_file(dict(w=torch.ones(4, 3)), tmp_path/'f')
+    slot = store.read_slots(tmp_path/'f')['w']
+    with open(tmp_path/'f', 'r+b') as f: f.truncate((tmp_path/'f').stat().st_size-4)
+    assert torch.equal(slot[:3], torch.ones(3, 3))
+    with pytest.raises(ValueError, match='f ends too early; was it changed'): slot[...]
+
+def test_a_parameter_has_one_name(tmp_path):
+    tensors = {'bert.w': torch.ones(1), 'x': torch.ones(2), 'bert.n.LayerNorm.gamma': torch.ones(3), 'two': torch.ones(4), 'bert.two': torch.ones(4)}
+    save_file(tensors, tmp_path/'f')
+    slots = store.read_slots(tmp_path/'f')
+    def find(name): return store.find_slot(slots, name, 'bert', torch.float64)
+    assert (find('w').shape, find('x').shape, find('n.LayerNorm.weight').shape) == ((1,), (2,), (3,)) and find('x')[...].dtype == torch.float64
+    assert find('two').start == slots['bert.two'].start
+    with pytest.raises(ValueError, match='gone is not in'): find('gone')
+    save_file(tensors | {'n.LayerNorm.weight': torch.ones(3)}, tmp_path/'g')
+    with pytest.raises(ValueError, match='has both .*; which is meant'): store.find_slot(store.read_slots(tmp_path/'g'), 'n.LayerNorm.weight', 'bert', torch.float32)
+
+def test_a_type_that_is_not_known_is_named(tmp_path):
+    save_file(dict(w=torch.ones(2, dtype=torch.float8_e4m3fn)), tmp_path/'f')
+    slots = store.read_slots(tmp_path/'f')
+    with pytest.raises(ValueError, match='w in .* is of a type that is not known'): store.find_slot(slots, 'w', 'bert', torch.float32)
+    with pytest.raises(ValueError, match='a tensor of a type that is not known'): slots['w'][...]

@@ -9,18 +9,21 @@ from fisher_nodes import METHODS, MaskFisher, ParameterFisher, Rule, mask_fisher
 from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
 from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, split_roles
-from fisher_nodes.core.fisher import VARIANTS, list_variants
+from fisher_nodes.core.fisher import VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
 from fisher_nodes.core.nodes import mask_sites, node_gradients
 from fisher_nodes.core.schemes import SCHEMES, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
 from fisher_nodes.engine.devices import find_device
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_limit
-from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients
+from fisher_nodes.merging import store
+from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, element_mean, fisher_norm
 from fisher_nodes.methods.mask_fisher import MaskSquares
 from fisher_nodes.methods.method import STATISTICS, Job, check_numbers, check_shapes
-from fisher_nodes.methods.regmean import InputGrams
+from fisher_nodes.methods.regmean import InputGrams, gram, regression_mean, token_positions
+from fisher_nodes.methods.released import fill_zeros, square_mean
 from reference import brute_grads, ragged_batches, tiny
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import BertTokenizerFast
 
@@ -381,3 +384,146 @@ def test_numbers_are_checked():
         v = torch.tensor([1., x])
         with pytest.raises(ValueError, match=f'It: {x} is among the numbers'): check_numbers('It', v, v)
     check_numbers('It', torch.tensor([[1., -.5], [-.5, 1.]]), torch.tensor([1., 1.]))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+def small():
+    gen = torch.Generator().manual_seed(0)
+    return {'b.half': torch.randn(3, generator=gen).half(), 'a.wide': torch.randn(4, 3, generator=gen).double(), 'c.bits': torch.tensor([True, False]),
+            'z.float': torch.randn(5, 2, generator=gen), 'a.float': torch.randn((), generator=gen), 'e.empty': torch.ones(0, 3)}
+
+@pytest.mark.parametrize('most_open', [64, 0])
+def test_a_file_is_what_safetensors_writes(tmp_path, monkeypatch, most_open):
+    monkeypatch.setattr(store, 'MOST_OPEN', most_open)
+    tensors = small()
+    save_file(tensors, tmp_path/'want', dict(format='pt'))
+    for n, slot in store.make_file(tmp_path/'got', tensors).items(): slot[...] = tensors[n]
+    assert (tmp_path/'got').read_bytes() == (tmp_path/'want').read_bytes()
+    slots = store.read_slots(tmp_path/'got')
+    assert slots.keys() == tensors.keys()
+    for n, t in tensors.items(): assert torch.equal(slots[n][...], t) and slots[n].dtype == slots[n].stored == t.dtype and slots[n].shape == tuple(t.shape)
+    assert torch.equal(slots['z.float'][1:3], tensors['z.float'][1:3]) and torch.equal(slots['a.wide'][3:9], tensors['a.wide'][3:9])
+    with pytest.raises(FileExistsError): store.make_file(tmp_path/'got', tensors)
+
+def test_rows_are_written_in_place(tmp_path):
+    slot = store.make_file(tmp_path/'f', dict(a=torch.ones(2), w=torch.ones(4, 3)))['w']
+    slot[...] = torch.zeros(4, 3)
+    slot[1:3] = torch.arange(6.).view(3, 2).T.double()
+    assert torch.equal(load_file(tmp_path/'f')['w'], torch.tensor([[0., 0, 0], [0, 2, 4], [1, 3, 5], [0, 0, 0]]))
+    assert torch.equal(load_file(tmp_path/'f')['a'], torch.zeros(2)) and slot.path == tmp_path/'f'
+    with pytest.raises(ValueError, match=r'expected shape \(2, 3\), got \(3, 3\)'): slot[1:3] = torch.ones(3, 3)
+
+def test_a_file_that_ends_too_early(tmp_path):
+    save_file(dict(w=torch.ones(4, 3)), tmp_path/'f')
+    slot = store.read_slots(tmp_path/'f')['w']
+    with open(tmp_path/'f', 'r+b') as f: f.truncate((tmp_path/'f').stat().st_size-4)
+    assert torch.equal(slot[:3], torch.ones(3, 3))
+    with pytest.raises(ValueError, match='f ends too early; was it changed'): slot[...]
+
+def test_a_parameter_has_one_name(tmp_path):
+    tensors = {'bert.w': torch.ones(1), 'x': torch.ones(2), 'bert.n.LayerNorm.gamma': torch.ones(3), 'two': torch.ones(4), 'bert.two': torch.ones(4)}
+    save_file(tensors, tmp_path/'f')
+    slots = store.read_slots(tmp_path/'f')
+    def find(name): return store.find_slot(slots, name, 'bert', torch.float64)
+    assert (find('w').shape, find('x').shape, find('n.LayerNorm.weight').shape) == ((1,), (2,), (3,)) and find('x')[...].dtype == torch.float64
+    assert find('two').start == slots['bert.two'].start
+    with pytest.raises(ValueError, match='gone is not in'): find('gone')
+    save_file(tensors | {'n.LayerNorm.weight': torch.ones(3)}, tmp_path/'g')
+    with pytest.raises(ValueError, match='has both .*; which is meant'): store.find_slot(store.read_slots(tmp_path/'g'), 'n.LayerNorm.weight', 'bert', torch.float32)
+
+def test_a_type_that_is_not_known_is_named(tmp_path):
+    save_file(dict(w=torch.ones(2, dtype=torch.float8_e4m3fn)), tmp_path/'f')
+    slots = store.read_slots(tmp_path/'f')
+    with pytest.raises(ValueError, match='w in .* is of a type that is not known'): store.find_slot(slots, 'w', 'bert', torch.float32)
+    with pytest.raises(ValueError, match='a tensor of a type that is not known'): slots['w'][...]
+
+
+# --- losses, labels, moments ------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind, outputs, want', [(None, 1, True), (None, 2, False), ('regression', 3, True), ('single_label_classification', 1, False)])
+def test_what_is_a_regression(kind, outputs, want):
+    model = tiny(num_labels=outputs)
+    model.config.problem_type = kind
+    assert is_regression(model) is want
+
+def test_losses_of_every_example():
+    gen = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(4, 3, generator=gen), torch.tensor([0, 2, 1, 1])
+    want = [(-x[y]+x.exp().sum().log()).item() for x, y in zip(logits.double(), labels)]
+    assert_close(per_example_loss(tiny(), logits, labels).double(), torch.tensor(want).double(), rtol=1e-5, atol=0)
+    assert per_example_loss(tiny(), logits.half(), labels).dtype == torch.float32
+    several = tiny(num_labels=3)
+    several.config.problem_type = 'regression'
+    targets = torch.randn(4, 3, generator=gen)
+    assert_close(per_example_loss(several, logits, targets), torch.stack([sum((x-y)**2)/3 for x, y in zip(logits, targets)]), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r'expected logits of shape \(B, classes\), got \(4,\)'): per_example_loss(tiny(), logits[:,0], labels)
+
+def test_labels_are_drawn_by_row_and_seed():
+    logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    def slow(p, row, seed):
+        u, below = random.Random(f'{seed} {row}').random(), 0.
+        for c, o in enumerate(p):
+            below += o
+            if u <= below: return c
+    for rows, seed in ((range(50), 0), (range(100, 150), 7)):
+        assert draw_labels(logits, rows, seed).tolist() == [slow(p, r, seed) for p, r in zip(logits.double().softmax(1).tolist(), rows)]
+
+def test_sums_over_examples():
+    gen = torch.Generator().manual_seed(0)
+    g, w = torch.randn(5, 3, generator=gen), torch.rand(5, generator=gen)
+    squares = sum(a.double()*b.double()**2 for a, b in zip(w, g))
+    outer = sum(a.double()*torch.outer(b, b).double() for a, b in zip(w.double(), g.double()))
+    assert_close(square_each(g, w), squares, rtol=1e-12, atol=0)
+    assert_close(outer_each(g, w), outer, rtol=1e-12, atol=0)
+    assert_close(square_mean(g, w), (sum(g.double())/5)**2, rtol=1e-12, atol=0)
+
+def test_a_fisher_tells_its_nodes():
+    f = MaskFisher(torch.ones(2, 4), torch.ones(2, 6), 7, group=torch.ones(2, 1))
+    assert repr(f) == 'MaskFisher(8 of kind head, 12 of kind row, 2 of kind group; 7 examples)' and len(f) == 2 and f.meta == {} and f.matrices == {}
+    assert f.head_matrices is None and f.row_matrices is None and [o.shape for o in f.layer(1)] == [(4,), (6,)]
+    assert list(f.tensors()) == ['heads.0', 'heads.1', 'rows.0', 'rows.1', 'group.0', 'group.1']
+    uneven = MaskFisher.from_tensors({'heads.0': torch.ones(2), 'heads.1': torch.ones(3), 'rows.0': torch.ones(4), 'rows.1': torch.ones(4),
+                                      'head_matrices.0': torch.ones(2, 2), 'head_matrices.1': torch.ones(3, 3)}, num_examples=3, meta=dict(a=1))
+    assert [len(o) for o in uneven.heads] == [2, 3] and uneven.rows.shape == (2, 4) and uneven.num_examples == 3 and uneven.meta == dict(a=1)
+    assert [len(o) for o in uneven.head_matrices] == [2, 3] and MaskFisher(f.heads, f.rows).num_examples == 0
+
+def test_zeros_are_filled_where_no_model_has_any():
+    a, b = (MaskFisher(torch.tensor([[0., 0, x]]), torch.tensor([[0., x]]), 3, dict(a=x)) for x in (2., 0.))
+    c, d = fill_zeros([a, b])
+    assert c.heads[0].tolist() == [1, 1, 2] and d.heads[0].tolist() == [1, 1, 0] and c.rows[0].tolist() == [1, 2] and d.rows[0].tolist() == [1, 0]
+    assert a.heads.tolist() == [[0, 0, 2]] and (c.num_examples, c.meta, d.meta) == (3, dict(a=2.), dict(a=0.)) and fill_zeros([]) == []
+
+def test_grams_leave_padding_out():
+    x, mask = torch.arange(12.).view(2, 3, 2), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    kept = token_positions(mask)
+    assert kept.tolist() == [0, 1, 3] and token_positions(None) is None and token_positions(torch.ones(2, 3)) is None
+    want = sum(torch.outer(v, v) for v in (x[0,0], x[0,1], x[1,0]))
+    assert torch.equal(gram(x, kept), want) and torch.equal(gram(x), sum(torch.outer(v, v) for v in x.flatten(0, 1)))
+    assert torch.equal(gram(x[:,0], kept), sum(torch.outer(v, v) for v in x[:,0])) and gram(x.half()).dtype == torch.float32
+    with pytest.raises(ValueError, match=r'must have shape \(B, T\), got \(2, 3, 1\)'): token_positions(mask[...,None])
+
+def test_a_regression_mean_solves_the_normal_equations():
+    gen = torch.Generator().manual_seed(0)
+    Ws = [torch.randn(3, 4, generator=gen, dtype=torch.float64) for _ in range(2)]
+    Xs = [torch.randn(9, 4, generator=gen, dtype=torch.float64)*torch.tensor([1., 2., 0., .5]) for _ in range(2)]
+    Gs, weights = [x.T @ x for x in Xs], torch.tensor([1., 3.], dtype=torch.float64)
+    got, unused = regression_mean(Ws, lambda: Gs, weights, .8)
+    used = [0, 1, 3]
+    small = [torch.diag(g.diagonal())*.2+.8*g for g in Gs]
+    A = sum(w*s for w, s in zip(weights, small))[used][:,used]
+    B = sum(w*s[used][:,used] @ W.T[used] for w, s, W in zip(weights, small, Ws))
+    assert unused == 1
+    assert_close(got.T[used], torch.linalg.solve(A, B), rtol=1e-9, atol=0)
+    assert_close(got[:,2], (Ws[0][:,2]+3*Ws[1][:,2])/4, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match='w: the sum of the grams cannot be inverted with off_diagonal=1.0'):
+        regression_mean(Ws, lambda: [torch.ones(4, 4).double()]*2, weights, 1., 'w')
+
+def test_an_element_mean_with_a_floor():
+    ts, Fs = [torch.tensor([1., 1., 1.]), torch.tensor([5., 5., 5.])], [torch.tensor([3., 0., 0.]), torch.tensor([1., 2., 0.])]
+    got, empty = element_mean(ts, Fs, torch.tensor([1., 2.]), 0.)
+    assert_close(got, torch.tensor([(3+10)/5, 5., 11/3]), rtol=1e-6, atol=0)
+    assert empty == 1
+    got, empty = element_mean(ts, Fs, torch.tensor([1., 2.]), .5)
+    assert_close(got, torch.tensor([(3+10)/5, (.5+20)/4.5, (.5+5)/1.5]), rtol=1e-6, atol=0)
+    assert empty == 0 and fisher_norm(dict(a=torch.tensor([3.]), b=torch.tensor([[0., 4.]]))) == 5.

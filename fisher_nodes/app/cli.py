@@ -123,7 +123,7 @@ def run_merge(args:argparse.Namespace)->dict|None:
     if args.accept_changes and not recipe:
         raise ValueError('--accept-changes is about a recipe; these are models')
     import_methods(args.imports)
-    check_folder(args.out, args.overwrite)
+    from_main(lambda: str(check_folder(args.out, args.overwrite)))
     _merge_recipe(args) if recipe else _merge_models(args)
     report = from_main(lambda: json.loads((Path(args.out)/'merge_report.json').read_text()))
     tasks = {t: dict(model=o['model'], λ=o['weight']) for t,o in report['tasks'].items()}
@@ -131,12 +131,14 @@ def run_merge(args:argparse.Namespace)->dict|None:
 
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
-    from fisher_nodes.merging.run import run_recipe
+    from fisher_nodes.merging.run import RecipeDiffers, run_recipe
     kept = ('--out', '--overwrite', '--device', '--json', '--accept-changes', '--import')
     own = [o for o in args.given if o not in kept]
     if own: raise ValueError(f'{own[0]} is for the recipe to say; write it into {args.models[0]}')
-    run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device,
-        accept_changes=args.accept_changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', RecipeDiffers)
+        run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device,
+            accept_changes=args.accept_changes)
 
 def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
     "What the options ask of a merge: the fields of a request, and options of the method."
@@ -153,6 +155,8 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
     from fisher_nodes.merging.merged import check_shard_size
     models = parse_pairs(args.models, 'models')
     check_apart(args.out, models | ({'base': args.base} if args.base else {}))
+    for what,given in dict(Fisher=args.fisher, data=args.data).items():
+        check_apart(args.out, for_tasks(given, models, f'--{what.lower()}') or {}, what)
     if args.data is None and args.num_samples:
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     check_shard_size(args.max_shard_size)
@@ -222,7 +226,8 @@ def _finetune_one(args:argparse.Namespace)->dict:
     asked = {k: either(getattr(args, k), v) for k,v in defaults.items()}
     finetune(args.model, data, task, validation=validation, **asked,
         **_picked(args, (*_SHARED, 'out', 'overwrite', 'max_length')))
-    return {'wrote': str(args.out), **json.loads((Path(args.out)/'finetune.json').read_text())}
+    record = json.loads((Path(args.out)/'finetune.json').read_text())
+    return {'wrote': str(args.out), **{k: v for k,v in record.items() if k!='files'}}
 
 def _finetune_glue(args:argparse.Namespace)->dict:
     "Fine-tune a model on several GLUE tasks, each into its own folder."

@@ -170,8 +170,9 @@ def sign(
 
 def describe_file(
     path:Path,
-)->dict[str,Any]: # `size` and `hash`, or that it is `signed`
+)->dict[str,Any]: # `size` and `hash`, or that it is `signed`, or of a `tokenizer`
     "By what a file is recognised."
+    if path.name in TOKENIZER: return dict(tokenizer=True)
     with open(path, 'rb') as f:
         table = int.from_bytes(f.read(8), 'little') if path.suffix=='.safetensors' else None
         f.seek(0)

@@ -57,13 +57,17 @@ def for_tasks(
 def check_file(
     path:str, # file to write
     overwrite:bool, # whether it may be there already
+    *sources:str, # what is read: paths, or names that are none
 )->Path:
-    "The path; `OutputExistsError` if the file is there."
+    "The path; `OutputExistsError` if the file is there, or belongs to what is read."
     from fisher_nodes.engine.files import OutputExistsError
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         hint = ' and is a folder' if path.is_dir() else '; give --overwrite to replace it'
         raise OutputExistsError(f'--out {path} exists{hint}')
+    places = (path.resolve(), *path.resolve().parents) if path.exists() else ()
+    own = [o for o in sources if Path(o).resolve() in places]
+    if own: raise OutputExistsError(f'--out {path} is of {own[0]}, which is read; give another')
     return path
 
 # %% ../../nbs/app/02_cli.ipynb #c9cf81d7
@@ -87,7 +91,7 @@ def run_fisher(args:argparse.Namespace)->dict|None:
     "Measure the mask Fisher of one model on one data set."
     from fisher_nodes.engine.measure import mask_fisher
     from fisher_nodes.tasks.tasks import load_rows
-    out = check_file(args.out, args.overwrite)
+    out = check_file(args.out, args.overwrite, args.model, args.data)
     data,task = load_rows(args.data, args.model)
     model,tokenizer = _load(args.model)
     how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'precision', 'device'))
@@ -152,11 +156,13 @@ def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
 def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
     "The models that are named; `ValueError` for options that do not go with them."
     from fisher_nodes.engine.files import check_apart
-    from fisher_nodes.merging.merged import check_shard_size
+    from fisher_nodes.engine.processes import from_main
+    from fisher_nodes.merging.merged import check_place, check_shard_size
     models = parse_pairs(args.models, 'models')
     check_apart(args.out, models | ({'base': args.base} if args.base else {}))
     for what,given in dict(Fisher=args.fisher, data=args.data).items():
         check_apart(args.out, for_tasks(given, models, f'--{what.lower()}') or {}, what)
+    from_main(lambda: check_place(Path(args.out), list(models)))
     if args.data is None and args.num_samples:
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     check_shard_size(args.max_shard_size)
@@ -199,7 +205,8 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     from fisher_nodes.engine.files import write_record
     from fisher_nodes.engine.measure import describe_data
     from fisher_nodes.tasks.evaluation import evaluate
-    out = check_file(args.out, args.overwrite) if args.out else None
+    read = (args.model, *(o.rpartition('=')[2] for o in args.data))
+    out = check_file(args.out, args.overwrite, *read) if args.out else None
     models,specs,tokenizer,source = _models_to_score(args.model, args.data)
     loaded,split = _rows_to_score(args, models, specs),either(args.split, 'validation')
     how = dict(tokenizer=tokenizer, max_length=args.max_length, device=args.device, precision=args.precision)
@@ -290,7 +297,7 @@ def run_bench(args:argparse.Namespace)->dict|None:
     from fisher_nodes.engine.files import write_record
     from fisher_nodes.experiment.bench import bench
     from fisher_nodes.tasks.tasks import load_rows
-    out = check_file(args.out, args.overwrite)
+    out = check_file(args.out, args.overwrite, args.model, args.data)
     data,task = load_rows(args.data, args.model)
     model,tokenizer = _load(args.model)
     how = _picked(args, ('rounds', 'seed', 'device', 'precision'))

@@ -242,7 +242,8 @@ def replaced(
     lists = {o: read_list(out/o) for o in found}
     names = [n for o,files in lists.items() if files is not None for n in _listed(out, o, files)]
     for o in [o for o in found if lists[o] is None and o not in names]:
-        if o!=record: raise OutputExistsError(f'{out/o} is of another result and lists no files; move that away')
+        if o==record: continue
+        raise OutputExistsError(f'{out/o} is of another result and lists no files; move that away')
     if not any(o is not None for o in lists.values()):
         names = _recognised(out, record, (*stale, *(TOKENIZER if found else ())))
     return list(dict.fromkeys((*found, *names)))
@@ -318,8 +319,10 @@ def check_folder(
     out,done = Path(out),False
     if out.exists() and not out.is_dir(): raise OutputExistsError(f'output {out} is a file, not a folder')
     if out.exists() and any(map(_is_hidden, out.iterdir())):
-        with hold(out/LOCK, out, .2) as held: _put_right(out, held)
-        done = held.left.get('done')
+        with hold(out/LOCK, out, .2) as held:
+            _put_right(out, held)
+            done = held.left.get('done')
+            if overwrite: held.left.clear()
     found = sorted(o.name for o in out.iterdir() if not _is_hidden(o)) if out.exists() else []
     if found and not (overwrite or done):
         raise OutputExistsError(f'output folder {out} is not empty, it has {", ".join(found[:3])}; '

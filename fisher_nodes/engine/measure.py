@@ -309,7 +309,8 @@ def read_about(
     meta = read_meta(path, about, kind.__name__)
     odd = [k for k in about if k not in ABOUT]
     if odd or about.get('format', 'pt')!='pt':
-        raise ValueError(f'{path} is damaged, or not a saved {kind.__name__}: it says {odd or about["format"]!r}')
+        said = odd or about['format']
+        raise ValueError(f'{path} is damaged, or not a saved {kind.__name__}: it says {said!r}')
     found = about.get('kind', 'MaskFisher' if kind is MaskFisher else 'unknown') # 0.1 named no kind of masks
     if found!=kind.__name__: raise ValueError(f'{path} is not a saved {kind.__name__}; its kind is {found}')
     return meta

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPE', 'new_copy', 'with_body', 'Merged', 'all_heads', 'tensor_hashes', 'hash_merged', 'check_shard_size',
-           'plan_files', 'check_inputs', 'check_target', 'save_rest', 'check_weights']
+           'plan_files', 'check_place', 'check_inputs', 'check_target', 'save_rest', 'check_weights']
 
 # %% ../../nbs/merging/04_merged.ipynb #7f9b6b08
 import copy
@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from ..core.families import count_nodes
-from fisher_nodes.engine.files import (
-    MERGED, RECIPE, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged, read_list, replaced, sign,
-    whole_folder)
+from ..engine.files import (
+    MERGED, RECIPE, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged, read_list,
+    replaced, sign, whole_folder)
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
 from ..engine.models import FILES, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
@@ -224,7 +224,11 @@ def _entries(report:Mapping, tasks:Sequence[str])->list[str]:
     modules = {o.split('/')[0] for o in _modules(report)}
     return [*tasks, MERGED, RECIPE, 'README.md', *(o for o in modules if TASK_NAME.fullmatch(o))]
 
-def _check_place(path:Path, report:Mapping, tasks:Sequence[str])->list[str]:
+def check_place(
+    path:Path, # folder to write
+    tasks:Sequence[str],
+    report:Mapping[str,Any]={}, # what sentence-transformers reads
+)->list[str]: # patterns of what an earlier model without a list left there
     "By what names an earlier merge is known; `OutputExistsError` for what is in the way of a new one."
     old = _read_report(path) if is_merged(path) else None
     stale = [*WEIGHTS, *(_entries(old, list(old['tasks'])) if old else ())]
@@ -253,7 +257,7 @@ def check_target(
     taken = sorted({o.split('/')[0] for o in _modules(report)}&set(tasks))
     if taken: raise ValueError(f'task names {taken} are files of sentence-transformers')
     check_inputs(path, sources)
-    return _check_place(Path(path), report, list(tasks))
+    return check_place(Path(path), tasks, report)
 
 # %% ../../nbs/merging/04_merged.ipynb #1244b0f0
 def _modules(report:Mapping)->dict[str,Any]:

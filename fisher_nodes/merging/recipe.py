@@ -151,9 +151,10 @@ def _check_pins(recipe:Mapping[str,Any]):
     fishers = recipe.get('fishers')
     for t,o in fishers.items() if isinstance(fishers, dict) else ():
         if not isinstance(o, dict): continue
-        if 'file' in o and o.keys()<={'file', 'hash'} and all(isinstance(v, str) for v in o.values()): continue
-        raise ValueError(f'`fishers` of {t!r} must be a file, or a mapping with `file` and, if wanted, `hash`; '
-                         f'got {o}')
+        known = {'file'}<=o.keys()<={'file', 'hash'} and all(isinstance(v, str) for v in o.values())
+        if known: continue
+        raise ValueError(f'`fishers` of {t!r} must be a file, or a mapping with `file` and, if wanted, '
+                         f'`hash`; got {o}')
 
 def _validate(recipe:Mapping[str,Any])->MergeRequest:
     "The request that a recipe is."

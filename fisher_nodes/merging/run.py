@@ -37,9 +37,9 @@ from ..engine.models import (
     ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
 from ..engine.processes import from_main, once
 from .card import agreed_modules
-from fisher_nodes.merging.merged import (
-    Merged, all_heads, check_inputs, check_shard_size, check_target, hash_merged, new_copy, plan_files,
-    save_rest, with_body)
+from .merged import (
+    Merged, all_heads, check_inputs, check_place, check_shard_size, check_target, hash_merged, new_copy,
+    plan_files, save_rest, with_body)
 from .recipe import check_named, check_pinned, load_recipe, read_recipe, without_pins
 from .record import describe_base, merge_recipe, merge_report
 from .request import MergeRequest, ask
@@ -541,7 +541,8 @@ def open_inputs(
 # %% ../../nbs/merging/07_run.ipynb #c02df65b
 def _check_files(inputs:Inputs):
     "`ValueError` for a file that was written while it was read."
-    found = [*inputs.bodies.values(), inputs.base, *(getattr(o, 'values', None) for o in inputs.statistics.values())]
+    found = [*inputs.bodies.values(), inputs.base]
+    found += [getattr(o, 'values', None) for o in inputs.statistics.values()]
     slots = (o for blocks in found if isinstance(blocks, Blocks) for o in blocks.tensors.values())
     for file in {o.file for o in slots if isinstance(o, TensorSlot)}: check_stamp(file.path, file.stamp)
 
@@ -679,6 +680,7 @@ def run_recipe(
     from_main(lambda: str(check_folder(out, overwrite)))
     check_apart(out, {Path(path).name: path}, 'recipe')
     check_inputs(out, source_names(request), request.fishers, request.data)
+    from_main(lambda: check_place(Path(out), request.tasks))
     if not accept_changes: check_pinned(path)
     asked = without_pins(request) if accept_changes else request
     if request.data: merge_loaded(asked, device, progress).save_pretrained(out, overwrite=overwrite)

@@ -214,7 +214,7 @@ def _prepare(model, data, task:Task, num_layers, precision, tokenizer, max_lengt
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #b5e9ad96
 def _check_out(out:str|Path, model:Any, overwrite:bool):
-    "`OutputExistsError` unless `out` may be written, and neither is nor holds `model` or a tokenizer of one's own."
+    "`OutputExistsError` unless `out` may be written, and neither the model nor others' files would change."
     inside = isinstance(model, (str, Path)) and Path(model).resolve() in Path(out).resolve().parents
     if not inside: check_apart(out, dict(base=model))
     check_folder(out, overwrite)

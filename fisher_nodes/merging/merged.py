@@ -35,7 +35,7 @@ from ..engine.processes import is_main
 from .card import check_scores, model_card
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
 from .request import TASK_NAME
-from .store import read_slots
+from .store import hash_file
 
 # %% ../../nbs/merging/04_merged.ipynb #f35c1dd9
 def new_copy(
@@ -366,8 +366,7 @@ def _check_file(file:Path, said:Mapping|None):
     damaged = f'{file} is not what was saved there: it is damaged, or was changed'
     if said is None: raise ValueError(f'{file} is not among the files that {MERGED} lists')
     if not describe_file(file).items()<=said.items(): raise ValueError(f'{damaged} at its beginning')
-    def found(): return join_hashes(tensor_hashes({n: o[...] for n,o in read_slots(file).items()}))
-    check_hash(f'{damaged}; what it holds', said.get('tensors'), found)
+    check_hash(f'{damaged}; what it holds', said.get('tensors'), lambda: hash_file(file))
 
 def check_weights(
     path:Path, # of a merged model

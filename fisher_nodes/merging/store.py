@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_OPEN', 'DTYPES', 'OLD_NAMES', 'file_stamp', 'check_stamp', 'OpenFile', 'TensorSlot', 'read_slots',
-           'folder_slots', 'make_file', 'find_slot', 'MemoryStore', 'FileStore']
+           'folder_slots', 'hash_file', 'make_file', 'find_slot', 'MemoryStore', 'FileStore']
 
 # %% ../../nbs/merging/02_store.ipynb #a1967680
 import json
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from ..core.blocks import Block, Blocks, cut
 from ..engine.files import open_saved
-from ..engine.fingerprints import TensorHash
+from ..engine.fingerprints import TensorHash, join_hashes
 
 # %% ../../nbs/merging/02_store.ipynb #4c615460
 MOST_OPEN = 64 # a system may allow a few hundred; of more files, each is opened when it is used
@@ -101,6 +101,11 @@ class TensorSlot:
     @property
     def path(self)->Path: return self.file.path
 
+    def check_known(self):
+        "`ValueError` for numbers of a type that is not known."
+        if self.stored is not None: return
+        raise ValueError(f'{self.path} has a tensor of a type that is not known; known are {list(DTYPES)}')
+
     def _bytes(self, rows)->tuple[int,tuple[int,...]]:
         "First byte, and shape, of some rows."
         if rows is ...: return self.start,self.shape
@@ -112,9 +117,7 @@ class TensorSlot:
         rows:slice, # or `...` for all
     )->Tensor: # a new tensor
         "Read some rows."
-        if self.stored is None:
-            raise ValueError(f'{self.path} has a tensor of a type that is not known; '
-                             f'known are {list(DTYPES)}')
+        self.check_known()
         start,shape = self._bytes(rows)
         data = torch.empty(prod(shape)*self.stored.itemsize, dtype=torch.uint8, device='cpu')
         self.file.read(start, memoryview(data.numpy()))
@@ -158,6 +161,22 @@ def folder_slots(
     found = json.loads(index.read_text())['weight_map']
     files = sorted(set(found.values()))
     return {n: o for f in files for n,o in read_slots(folder/f).items()}
+
+# %% ../../nbs/merging/02_store.ipynb #b3f0c004
+def hash_file(
+    path:str|Path, # a safetensors file
+    chunk:int=1<<20, # bytes at a time
+)->str: # what `hash_tensors` gives of its tensors
+    "The fingerprint of all tensors in a file."
+    buffer,hashes = memoryview(bytearray(chunk)),{}
+    for n,o in read_slots(path).items():
+        o.check_known()
+        hashes[n],end = TensorHash(o.shape, o.stored),o.start+prod(o.shape)*o.stored.itemsize
+        for start in range(o.start, end, chunk):
+            part = buffer[:min(chunk, end-start)]
+            o.file.read(start, part)
+            hashes[n].state.update(part)
+    return join_hashes(hashes)
 
 # %% ../../nbs/merging/02_store.ipynb #7049c32e
 def _table(tensors:Mapping[str,Tensor])->tuple[dict[str,dict],int]:

@@ -62,13 +62,17 @@ def for_tasks(
 def check_file(
     path:str, # file to write
     overwrite:bool, # whether it may be there already
+    *sources:str, # what is read: paths, or names that are none
 )->Path:
-    "The path; `OutputExistsError` if the file is there."
+    "The path; `OutputExistsError` if the file is there, or belongs to what is read."
     from fisher_nodes.engine.files import OutputExistsError
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         hint = ' and is a folder' if path.is_dir() else '; give --overwrite to replace it'
         raise OutputExistsError(f'--out {path} exists{hint}')
+    places = (path.resolve(), *path.resolve().parents) if path.exists() else ()
+    own = [o for o in sources if Path(o).resolve() in places]
+    if own: raise OutputExistsError(f'--out {path} is of {own[0]}, which is read; give another')
     return path
 
 # %% ../../nbs/app/02_cli.ipynb #c9cf81d7
@@ -115,7 +119,7 @@ def _load_both(args:argparse.Namespace)->tuple[Any,Any,dict[str,Any]]:
 def run_fisher(args:argparse.Namespace)->dict|None:
     "Measure the mask Fisher of one model on one data set."
     from fisher_nodes.engine.measure import mask_fisher
-    out = check_file(args.out, args.overwrite)
+    out = check_file(args.out, args.overwrite, args.model, args.data)
     model,data,read = _load_both(args)
     how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'precision', 'device'))
     fisher = mask_fisher(model, data, **read, **how)
@@ -154,7 +158,7 @@ def run_merge(args:argparse.Namespace)->dict|None:
     if args.accept_changes and not recipe:
         raise ValueError('--accept-changes is about a recipe; these are models')
     import_methods(args.imports)
-    check_folder(args.out, args.overwrite)
+    from_main(lambda: str(check_folder(args.out, args.overwrite)))
     _merge_recipe(args) if recipe else _merge_models(args)
     report = from_main(lambda: json.loads((Path(args.out)/'merge_report.json').read_text()))
     tasks = {t: dict(model=o['model'], λ=o['weight']) for t,o in report['tasks'].items()}
@@ -162,12 +166,14 @@ def run_merge(args:argparse.Namespace)->dict|None:
 
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
-    from fisher_nodes.merging.run import run_recipe
+    from fisher_nodes.merging.run import RecipeDiffers, run_recipe
     kept = ('--out', '--overwrite', '--device', '--json', '--accept-changes', '--import')
     own = [o for o in args.given if o not in kept]
     if own: raise ValueError(f'{own[0]} is for the recipe to say; write it into {args.models[0]}')
-    run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device,
-        accept_changes=args.accept_changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', RecipeDiffers)
+        run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device,
+            accept_changes=args.accept_changes)
 
 def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
     "What the options ask of a merge: the fields of a request, and options of the method."
@@ -182,9 +188,13 @@ def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
 def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
     "The models that are named; `ValueError` for options that do not go with them."
     from fisher_nodes.engine.files import check_apart
-    from fisher_nodes.merging.merged import check_shard_size
+    from fisher_nodes.engine.processes import from_main
+    from fisher_nodes.merging.merged import check_place, check_shard_size
     models = parse_pairs(args.models, 'models')
     check_apart(args.out, models | ({'base': args.base} if args.base else {}))
+    for what,given in dict(Fisher=args.fisher, data=args.data).items():
+        check_apart(args.out, for_tasks(given, models, f'--{what.lower()}') or {}, what)
+    from_main(lambda: check_place(Path(args.out), list(models)))
     if args.data is None and args.num_samples:
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     check_shard_size(args.max_shard_size)
@@ -228,7 +238,8 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     from fisher_nodes.engine.files import write_record
     from fisher_nodes.engine.measure import describe_data
     from fisher_nodes.tasks.evaluation import evaluate
-    out = check_file(args.out, args.overwrite) if args.out else None
+    read = (args.model, *(o.rpartition('=')[2] for o in args.data))
+    out = check_file(args.out, args.overwrite, *read) if args.out else None
     models,specs,tokenizers,source = _models_to_score(args.model, args.data)
     loaded,split = _rows_to_score(args, models, specs),either(args.split, 'validation')
     how = _picked(args, ('max_length', 'device', 'precision'))
@@ -257,7 +268,8 @@ def _finetune_one(args:argparse.Namespace)->dict:
     asked = {k: either(getattr(args, k), v) for k,v in defaults.items()}
     finetune(args.model, data, task, validation=validation, **asked,
         **_picked(args, (*_SHARED, 'out', 'overwrite', 'max_length')))
-    return {'wrote': str(args.out), **json.loads((Path(args.out)/'finetune.json').read_text())}
+    record = json.loads((Path(args.out)/'finetune.json').read_text())
+    return {'wrote': str(args.out), **{k: v for k,v in record.items() if k!='files'}}
 
 def _finetune_glue(args:argparse.Namespace)->dict:
     "Fine-tune a model on several GLUE tasks, each into its own folder."
@@ -319,7 +331,7 @@ def run_bench(args:argparse.Namespace)->dict|None:
     "Time the Fisher step in several ways on the same rows."
     from fisher_nodes.engine.files import write_record
     from fisher_nodes.experiment.bench import bench
-    out = check_file(args.out, args.overwrite)
+    out = check_file(args.out, args.overwrite, args.model, args.data)
     model,data,read = _load_both(args)
     how = _picked(args, ('rounds', 'seed', 'device', 'precision'))
     found = bench(model, data, num_samples=either(args.num_samples, 128), **read, **how)

@@ -115,6 +115,7 @@ def kept_record(
 )->dict|None: # the record, or None where nothing was made yet
     "The record of a finished checkpoint; `ValueError` naming the first entry that is not as wanted."
     if not (folder/TRAINED).is_file(): return check_empty(folder)
+    check_folder(folder, overwrite=True) # a killed run may have left something hidden
     try: found = json.loads((folder/TRAINED).read_text())
     except ValueError as e: raise ValueError(f'{folder/TRAINED} cannot be read: {e}') from None
     for key,(there,asked) in differences(found, wanted).items():

@@ -17,6 +17,7 @@ from ..core.fisher import MaskFisher
 from ..core.schemes import weight_of
 from ..engine.files import versions
 from ..engine.fingerprints import hash_tensors
+from ..engine.measure import saved_hash
 from ..engine.models import (
     as_reference, fetch_model, head_tensors, hub_commit, model_errors, model_name, note_commit)
 from .card import agreed_modules, read_card
@@ -123,6 +124,12 @@ def _base_entry(base:Any, weight_hash:str, origin:Mapping|None)->dict[str,Any]:
     known = _on_hub(entry['model']) and origin['revision']
     return entry | (dict(revision=origin['revision']) if known else {})
 
+def _fisher_entry(given:Any)->Any:
+    "A file of measurements by name, with the fingerprint that it has."
+    name = _name(given)
+    pin = name and saved_hash(name)
+    return dict(file=name, hash=pin) if pin else name
+
 def _measuring(request:MergeRequest, lengths:Mapping[str,int])->dict[str,Any]:
     "How the statistics were measured."
     found = {t: n for t,n in lengths.items() if n}
@@ -144,8 +151,8 @@ def merge_recipe(
     out |= dict(method=request.method, weights=dict(zip(models, request.lambdas.tolist())), seed=request.seed)
     named = ('variant', 'scheme') if 'variant' in request.options else ()
     out |= {k: getattr(request, k) for k in named if getattr(request, k) is not None}
-    for k in ('data', 'fishers'):
-        if getattr(request, k): out[k] = {t: _name(o) for t,o in getattr(request, k).items()}
+    if request.data: out['data'] = {t: _name(o) for t,o in request.data.items()}
+    if request.fishers: out['fishers'] = {t: _fisher_entry(o) for t,o in request.fishers.items()}
     if request.data: out |= _measuring(request, lengths)
     options = {k: v for k,v in request.options.items() if k not in ('variant', 'scheme')}
     if options: out['options'] = options

@@ -7,7 +7,7 @@ __all__ = ['MUST_AGREE', 'all_finite', 'check_models', 'Inputs', 'find_tokenizer
            'check_measured_on', 'check_alike', 'measure_all', 'load_inputs', 'make_job', 'keep_memory', 'run',
            'assemble', 'merge_loaded', 'merge_options', 'merge', 'CheckedBlocks', 'open_statistic', 'open_base',
            'hash_base', 'open_inputs', 'check_read', 'make_files', 'source_names', 'merge_stored', 'merge_files',
-           'run_recipe']
+           'RecipeDiffers', 'run_recipe']
 
 # %% ../../nbs/merging/07_run.ipynb #8ec12d5c
 import os
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from ..core.averaging import widest
-from ..core.blocks import Block, Blocks, cut
+from ..core.blocks import Block, Blocks, cut, rows_meant
 from ..core.families import find_family, find_places
 from ..core.schemes import check_roles
 from ..engine.batches import no_collection
@@ -33,22 +33,23 @@ from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
 from ..engine.guard import keep_rng
-from ..engine.measure import measure, read_about, statistic_batches
+from ..engine.measure import check_unchanged, measure, read_about, statistic_batches
 from ..engine.models import (
     HOW, ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
 from ..engine.processes import from_main, once
 from ..engine.text import same_tokens
 from .card import agreed_modules
-from fisher_nodes.merging.merged import (
-    Merged, all_heads, check_shard_size, check_target, hash_merged, new_copy, plan_files, save_rest,
-    with_body)
-from .recipe import check_named, load_recipe, read_recipe, without_pins
+from .merged import (
+    Merged, all_heads, check_inputs, check_place, check_shard_size, check_target, hash_merged, new_copy,
+    plan_files, save_rest, with_body)
+from .recipe import check_named, check_pinned, load_recipe, read_recipe, without_pins
 from .record import describe_base, merge_recipe, merge_report
 from .request import READING, MergeRequest, ask
 from .skeletons import open_model, outline
-from .store import FileStore, MemoryStore, TensorSlot, make_file, read_slots
+from .store import (
+    FileStore, MemoryStore, TensorSlot, check_stamp, file_stamp, make_file, read_slots)
 from ..methods.method import (
-    METHODS, STATISTICS, Job, Rule, check_numbers, check_shapes, check_statistic)
+    METHODS, STATISTICS, Job, ParameterStatistic, Rule, check_numbers, check_shapes, check_statistic)
 from ..tasks.tasks import load_rows
 
 # %% ../../nbs/merging/07_run.ipynb #904dc33d
@@ -409,15 +410,24 @@ def _record(merged:Merged, request:MergeRequest, inputs:Inputs, done:tuple[Job,R
     recipe = merge_recipe(request, inputs.models, inputs.lengths, inputs.hashes, about['base_source'])
     merged.recipe = recipe | dict(result=result)
 
+def _stamps(request:MergeRequest)->dict[Path,tuple]:
+    "The files of weights in folders that are named; what is loaded from there is mapped, not copied."
+    named = [as_reference(o) for o in (*request.models.values(), request.base)]
+    folders = [Path(o.name) for o in named if o is not None]
+    return {f: file_stamp(f) for o in folders if o.is_dir() for f in o.glob('*.safetensors')}
+
 def merge_loaded(
     request:MergeRequest,
     device:Any=None, # where statistics are measured; None is where each model is
     progress:bool=True, # show progress bars
 )->Merged:
     "Do in memory what was asked."
+    stamps = _stamps(request)
     inputs = load_inputs(request, device, progress)
     store = MemoryStore(inputs.bodies)
+    for path,o in stamps.items(): check_stamp(path, o) # a mapped file that was cut off would end the process
     done = run(request, inputs, store, progress)
+    for path,o in stamps.items(): check_stamp(path, o)
     merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers))
     inputs.hashes |= {t: hash_weights(m) for t,m in inputs.models.items() if t not in inputs.hashes}
     if inputs.base is not None: inputs.hashes[None] = hash_tensors(inputs.base)
@@ -463,17 +473,33 @@ def merge(
 
 # %% ../../nbs/merging/07_run.ipynb #bf029de3
 class CheckedBlocks(Blocks):
-    "The numbers of a statistic, checked as they are read."
+    "The numbers of a statistic, checked as they are read, and taken into a digest the first time."
     def __init__(self,
         tensors:Mapping[str,Any], # name -> tensor, or its place in a file
         task:str, # for messages
         about:Any, # the `Statistic`
     ):
         super().__init__(tensors)
-        self.task,self.about = task,about
+        self.task,self.about,self.seen = task,about,dict.fromkeys(tensors, 0) # rows of each
+        self.hashes = {n: TensorHash(t.shape, t.dtype) for n,t in tensors.items()}
+
+    def _note(self, name:str, v:Tensor):
+        "Take in rows that come next."
+        rows = rows_meant(name)
+        if (0 if rows is ... else rows.start)!=self.seen[name]: return
+        self.hashes[name].add(v)
+        self.seen[str(name)] += v.shape[0] if v.ndim else 1
+
+    def fingerprint(self)->str:
+        "That of all numbers; what was not read yet is read."
+        for n,t in self.tensors.items():
+            size = t.shape[0] if len(t.shape) else 1
+            if self.seen[n]<size: self[Block(n, slice(self.seen[n], size) if self.seen[n] else ...)]
+        return join_hashes(self.hashes)
 
     def __getitem__(self, name):
         v = super().__getitem__(name)
+        self._note(name, v)
         squares = self.about.squares(v)
         low,high = torch.aminmax(v) if v.numel() else (v.new_zeros(()),)*2
         if squares is not v or not (low>=0 and high<torch.inf):
@@ -540,12 +566,23 @@ def open_inputs(
     return inputs
 
 # %% ../../nbs/merging/07_run.ipynb #c02df65b
+def _check_files(inputs:Inputs):
+    "`ValueError` for a file that was written while it was read."
+    found = [*inputs.bodies.values(), inputs.base]
+    found += [getattr(o, 'values', None) for o in inputs.statistics.values()]
+    slots = (o for blocks in found if isinstance(blocks, Blocks) for o in blocks.tensors.values())
+    for file in {o.file for o in slots if isinstance(o, TensorSlot)}: check_stamp(file.path, file.stamp)
+
 def check_read(
     request:MergeRequest,
     inputs:Inputs, # gets `hashes`
     store:FileStore, # that has been read
 ):
-    "`ValueError` unless the weights are those that references and statistics name."
+    "`ValueError` unless weights and statistics are those that were opened, and that were meant."
+    for t,o in inputs.statistics.items():
+        if isinstance(o, ParameterStatistic) and isinstance(request.fishers[t], (str, Path)):
+            check_unchanged(request.fishers[t], o.values.fingerprint)
+    _check_files(inputs)
     for t,model in inputs.models.items():
         reference,names = as_reference(request.models[t]),dict(model.base_model.named_parameters())
         found = join_hashes({n: h for n,h in store.hashes[t].items() if n in names})
@@ -615,6 +652,7 @@ def merge_stored(
     check_shard_size(max_shard_size)
     _check_threads(threads)
     device,path = find_device(device),check_folder(Path(out).resolve(), overwrite)
+    check_inputs(path, source_names(request), request.fishers)
     inputs = open_inputs(request)
     merged = _empty(inputs)
     stale = check_target(path, merged.body, merged.report, source_names(request), list(merged))
@@ -623,7 +661,7 @@ def merge_stored(
         slots,files = make_files(merged.body, folder, max_shard_size)
         store = FileStore(inputs.bodies, slots, device, threads or min(4, os.cpu_count() or 1))
         _fill(merged, request, inputs, store, progress)
-        save_rest(merged, files, folder, path)
+        save_rest(merged, files, store.hashes[None], folder, path)
     return path
 
 # %% ../../nbs/merging/07_run.ipynb #896f0a1f
@@ -652,6 +690,9 @@ def merge_files(
     return merge_stored(request, out, max_shard_size, overwrite, device, threads, progress)
 
 # %% ../../nbs/merging/07_run.ipynb #ca18b518
+class RecipeDiffers(UserWarning, ValueError):
+    "A recipe was repeated, and gave other weights than it says."
+
 def run_recipe(
     path:str|Path, # a recipe file
     out:str|Path, # folder for the merged model
@@ -664,13 +705,16 @@ def run_recipe(
     "Do the merge of a recipe, from file to file if nothing is measured; `ValueError` before any model loads."
     request = read_recipe(path)
     check_named(path)
-    check_folder(out, overwrite)
-    check_apart(out, source_names(request))
+    from_main(lambda: str(check_folder(out, overwrite)))
+    check_apart(out, {Path(path).name: path}, 'recipe')
+    check_inputs(out, source_names(request), request.fishers, request.data)
+    from_main(lambda: check_place(Path(out), request.tasks))
+    if not accept_changes: check_pinned(path)
     asked = without_pins(request) if accept_changes else request
     if request.data: merge_loaded(asked, device, progress).save_pretrained(out, overwrite=overwrite)
     else: merge_stored(asked, out, overwrite=overwrite, device=device or 'cpu', progress=progress)
     made = from_main(lambda: load_recipe(Path(out)/RECIPE))
     if not accept_changes and request.result and request.result!=made['result']:
-        warnings.warn(f'the merged weights differ from those of {Path(path).name}; '
-                      f'made with {request.versions}, now {made["versions"]}')
+        warnings.warn(f'the merged weights differ from those of {Path(path).name}, and are in {out}; '
+                      f'made with {request.versions}, now {made["versions"]}', RecipeDiffers)
     return Path(out)

@@ -157,6 +157,15 @@ def plain_name(
     "As it would be written today."
     return next((name.removesuffix(v)+k for k,v in OLD_NAMES.items() if name.endswith(v)), name)
 
+def _unprefixed(name:str)->Iterator[str]:
+    "A name, and what it is without its first part; and again while that repeats."
+    first,_,rest = name.partition('.')
+    yield name
+    while rest:
+        yield rest
+        again,_,rest = rest.partition('.')
+        if again!=first: return
+
 def _check_names(names:list[str]):
     "`ValueError` for a tensor that stands there twice, or under names that a wrapper gave."
     wrapped = [n for n in names if n.startswith(_WRAPPED)]
@@ -166,7 +175,7 @@ def _check_names(names:list[str]):
     found = {}
     for n in sorted(names, key=lambda n: n.count('.')):
         plain = plain_name(n)
-        other = found.get(plain) or found.get(plain.partition('.')[2])
+        other = next((found[o] for o in _unprefixed(plain) if o in found), None)
         if other: raise ValueError(f'it has both {one_line(other)} and {one_line(n)}; which is meant?')
         found[plain] = n
 

@@ -295,9 +295,10 @@ def model_errors(
     try: yield
     except BaseException as e:
         foreign = isinstance(e, Exception) or type(e).__name__=='PanicException' # of libraries in Rust
-        if not foreign or isinstance(e, ValueError) and str(e).startswith(f'cannot load {model}'): raise
+        start = f'cannot load {one_line(model)}: '
+        if not foreign or isinstance(e, ValueError) and str(e).startswith(start): raise
         said = _reason(model, e)
-        raise ValueError(f'cannot load {model}: {_loading_hint(model, said)}{said}') from None
+        raise ValueError(f'{start}{_loading_hint(model, said)}{said}') from None
 
 # %% ../../nbs/engine/05_models.ipynb #b231fea0
 HOW = dict(use_safetensors=True, trust_remote_code=False) # every model is loaded
@@ -345,7 +346,7 @@ _VOCABULARY = ('tokenizer.json', 'vocab.txt', 'vocab.json', '*.model') # of whic
 def _read_tokenizer(model:str|Path)->Any: # None where there is none
     "The tokenizer beside a model; `ValueError` for one that cannot be read."
     from transformers import AutoTokenizer
-    folder,start = Path(model),f'cannot load {model}: '
+    folder,start = Path(model),f'cannot load {one_line(model)}: '
     for o in (folder/k for k in _WORDS if os.path.exists(folder/k)): load_json(o)
     try:
         with model_errors(model): return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)

@@ -256,6 +256,7 @@ TWO_READERS = { # tensors in the file -> None where both read the same, else wha
     'gamma and weight': (lambda o: o | {old(NORM): o[NORM]+1}, 'which is meant'),
     'prefix and bare': (lambda o: o | {bare(QUERY): o[QUERY]+1}, 'which is meant'),
     'gamma and bare weight': (lambda o: o | {bare(old(NORM)): o[NORM]+1}, 'which is meant'),
+    'bare and twice the prefix': (lambda o: {bare(n): t for n, t in o.items()} | {f'bert.{QUERY}': o[QUERY]+1}, 'which is meant'),
     'twice the prefix': (lambda o: o | {f'bert.{QUERY}': o[QUERY]+1}, 'which is meant'),
     'module.': (rename('module.{}'.format), 'inside a wrapper'), '_orig_mod.': (rename('_orig_mod.{}'.format), 'inside a wrapper'),
     'float8': (lambda o: o | {QUERY: o[QUERY].to(torch.float8_e4m3fn)}, 'F8_E4M3'), 'complex': (lambda o: o | {QUERY: o[QUERY].to(torch.complex64)}, 'C64'),

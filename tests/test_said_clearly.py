@@ -175,6 +175,7 @@ def test_a_recipe_keeps_its_own_words(here, capsys, monkeypatch):
     assert 'needs either `fishers` or `data`' in shell('merge r.yml --out new', capsys)
 
 def test_in_shell():
+    assert in_shell('a/recipe.yml: `models` must be')=='a/recipe.yml: `models` must be'
     assert in_shell('`num_samples` and `label`, `scheme=`; pass overwrite=True (--overwrite) to')=='--num-samples and `label`, --scheme; give --overwrite to'
 
 def test_a_bug_is_called_one(capsys, monkeypatch):

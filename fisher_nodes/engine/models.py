@@ -157,6 +157,15 @@ def plain_name(
     "As it would be written today."
     return next((name.removesuffix(v)+k for k,v in OLD_NAMES.items() if name.endswith(v)), name)
 
+def _unprefixed(name:str)->Iterator[str]:
+    "A name, and what it is without its first part; and again while that repeats."
+    first,_,rest = name.partition('.')
+    yield name
+    while rest:
+        yield rest
+        again,_,rest = rest.partition('.')
+        if again!=first: return
+
 def _check_names(names:list[str]):
     "`ValueError` for a tensor that stands there twice, or under names that a wrapper gave."
     wrapped = [n for n in names if n.startswith(_WRAPPED)]
@@ -166,7 +175,7 @@ def _check_names(names:list[str]):
     found = {}
     for n in sorted(names, key=lambda n: n.count('.')):
         plain = plain_name(n)
-        other = found.get(plain) or found.get(plain.partition('.')[2])
+        other = next((found[o] for o in _unprefixed(plain) if o in found), None)
         if other: raise ValueError(f'it has both {one_line(other)} and {one_line(n)}; which is meant?')
         found[plain] = n
 
@@ -286,9 +295,10 @@ def model_errors(
     try: yield
     except BaseException as e:
         foreign = isinstance(e, Exception) or type(e).__name__=='PanicException' # of libraries in Rust
-        if not foreign or isinstance(e, ValueError) and str(e).startswith(f'cannot load {model}'): raise
+        start = f'cannot load {one_line(model)}: '
+        if not foreign or isinstance(e, ValueError) and str(e).startswith(start): raise
         said = _reason(model, e)
-        raise ValueError(f'cannot load {model}: {_loading_hint(model, said)}{said}') from None
+        raise ValueError(f'{start}{_loading_hint(model, said)}{said}') from None
 
 # %% ../../nbs/engine/05_models.ipynb #b231fea0
 DTYPE = 'dtype' if hasattr(PretrainedConfig(), 'dtype') else 'torch_dtype' # its name before transformers 4.56
@@ -337,7 +347,7 @@ _VOCABULARY = ('tokenizer.json', 'vocab.txt', 'vocab.json', '*.model') # of whic
 def _read_tokenizer(model:str|Path)->Any: # None where there is none
     "The tokenizer beside a model; `ValueError` for one that cannot be read."
     from transformers import AutoTokenizer
-    folder,start = Path(model),f'cannot load {model}: '
+    folder,start = Path(model),f'cannot load {one_line(model)}: '
     for o in (folder/k for k in _WORDS if os.path.exists(folder/k)): load_json(o)
     try:
         with model_errors(model): return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)

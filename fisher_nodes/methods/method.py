@@ -117,8 +117,9 @@ def in_shell(
     message:str, # which puts words of Python between backticks
 )->str:
     "The message in words of the shell."
-    def said(found): return SHELL.get(found[1], found[0])
-    return re.sub(r'`(\w+)=?`', said, message.replace(_OVERWRITE, 'give --overwrite'))
+    message = message.replace(_OVERWRITE, 'give --overwrite')
+    if re.match(r'[^`]*\.(yml|json)\b', message): return message # it speaks of what stands in that file
+    return re.sub(r'`(\w+)=?`', lambda o: SHELL.get(o[1], o[0]), message)
 
 # %% ../../nbs/methods/00_method.ipynb #4196f3b3
 def plain_value(o:Any)->Any:

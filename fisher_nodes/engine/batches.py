@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BATCH_TOKENS', 'BUSY', 'TOKEN_COLUMNS', 'check_num_samples', 'check_seed', 'sample_rows', 'length_batches',
-           'plan_lengths', 'is_dataset', 'is_made', 'is_raw', 'row_lengths', 'collate', 'check_labels', 'one_label',
-           'Batch', 'Batches', 'table_sizes', 'no_collection', 'read_columns', 'dataset_classes', 'dataset_batches',
-           'own_batches', 'how_many', 'make_batches']
+           'plan_lengths', 'is_dataset', 'is_made', 'shown', 'is_raw', 'row_lengths', 'collate', 'check_labels',
+           'one_label', 'Batch', 'Batches', 'table_sizes', 'no_collection', 'read_columns', 'dataset_classes',
+           'dataset_batches', 'own_batches', 'how_many', 'make_batches']
 
 # %% ../../nbs/engine/06_batches.ipynb #60349003
 import gc
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.fisher import is_regression
-from .classes import head_names, model_labels
+from .classes import INVENTED, are_bare, head_names, model_labels
 from .text import max_positions, text_columns, text_limit, tokenize
 
 # %% ../../nbs/engine/06_batches.ipynb #730d5886
@@ -92,10 +92,15 @@ def is_made(data:Any)->bool:
     "Whether a data set makes its rows by a function of the user's own, as `set_transform` has it."
     return data.format['type']=='custom'
 
+def shown(data:Any)->Any:
+    "A data set with the columns that its format shows."
+    names = data.format['columns']
+    return data if is_made(data) or set(names)==set(data.column_names) else data.select_columns(names)
+
 def is_raw(data:Any)->bool:
     "Whether `data` is a data set of text, which takes a tokenizer to read."
     if not is_dataset(data): return False
-    return 'input_ids' not in (data[:1] if is_made(data) else data.column_names)
+    return 'input_ids' not in (data[:1] if is_made(data) else shown(data).column_names)
 
 # %% ../../nbs/engine/06_batches.ipynb #d7726048
 def _attended(mask:Sequence)->int:
@@ -166,6 +171,12 @@ def one_label(
     return {'labels' if k=='label' else k: v for k,v in named.items()}
 
 # %% ../../nbs/engine/06_batches.ipynb #106546c3
+def _own_loss_labels(model:PreTrainedModel, labels:list, names:Any)->list:
+    "Labels for a loss of the user's own: renumbered if their names are the model's, else as they are."
+    own = head_names(model.config)
+    known = bool(names) and not are_bare(own) and {o.lower() for o in names}<={o.lower() for o in own}
+    return model_labels(own, labels, names) if known else labels
+
 def _dataset_labels(model:PreTrainedModel, columns:dict[str,list], rows:Sequence[int], names:Any)->list:
     "The labels of a data set's rows as the model means them, checked."
     if 'labels' not in columns:
@@ -235,12 +246,12 @@ def _padding(model:PreTrainedModel)->int|None:
 def _check_padding(model:PreTrainedModel, ids:Sequence, masks:Sequence|None, rows:Sequence[int]):
     "`ValueError` naming a row that is padded and has no mask; a warning where the mask reads padding."
     pad = _padding(model)
-    def read(mask): return [mask is None or mask.ndim!=1 or mask[i] for i in (0,-1)]
-    def padded(o, mask): return len(o)>1 and any(o[i]==pad and r for i,r in zip((0,-1), read(mask)))
+    def ends(o, mask): return any(o[i]==pad and mask.ndim==1 and mask[i] for i in (0,-1))
+    def padded(o, mask): return len(o)>1 and ((o==pad).any() if mask is None else ends(o, mask))
     found = zip(rows, ids, masks if masks is not None else [None]*len(ids))
     row = next((r for r,o,m in found if padded(o, m)), None) if pad is not None else None
     if row is None: return
-    said = f'row {row} begins or ends with padding, token {pad}'
+    said = f'row {row} has padding, token {pad}'
     if masks is not None: warnings.warn(f'{said}, which its `attention_mask` reads as text')
     else: raise ValueError(f'{said}, and there is no `attention_mask`; keep that of the tokenizer')
 
@@ -323,9 +334,16 @@ def _dataset_columns(model, dataset, rows, **how)->dict[str,list]:
 def dataset_classes(
     dataset:Any, # a `datasets.Dataset`
 )->list[str]|None: # None if they are plain numbers, or words
-    "The names of a data set's classes."
-    found = [dataset.features[k] for k in ('labels', 'label') if k in dataset.features]
-    return getattr(found[0], 'names', None) if found else None
+    "The names of a data set's classes; `ValueError` if two columns of labels have different ones."
+    features = [dataset.features[k] for k in ('labels', 'label') if k in dataset.features]
+    found = [list(o.names) for o in features if getattr(o, 'names', None)]
+    if found and any(o!=found[0] for o in found): raise ValueError(f'`labels` and `label` name classes {found}')
+    return found[0] if found else None
+
+def _check_invented(model:PreTrainedModel, dataset:Any, names:Sequence[str]|None):
+    "`ValueError` where words of a file were numbered by the alphabet, and the model has no names to match."
+    if dataset.info.description!=INVENTED or not are_bare(head_names(model.config)) or are_bare(names or ()): return
+    raise ValueError(f'the labels are words, {names}, and the classes of the model have no names; give numbers')
 
 def _check_lengths(model, columns:dict[str,list], lengths:Sequence[int], rows:Sequence[int]):
     "`ValueError` naming the first row that is empty, too long, or whose mask has another length."
@@ -367,9 +385,12 @@ def dataset_batches(
     every:bool=False, # keep every column of numbers, not only those `forward` takes
 )->Batches: # checked, ready to go through
     "Batch some rows of a data set."
-    how = dict(tokenizer=tokenizer, max_length=max_length, text=text)
+    how,dataset = dict(tokenizer=tokenizer, max_length=max_length, text=text),shown(dataset)
     columns = _for_model(model, _dataset_columns(model, dataset, rows, **how), every)
-    if need_labels: columns['labels'] = _dataset_labels(model, columns, rows, dataset_classes(dataset))
+    names = dataset_classes(dataset)
+    if need_labels: _check_invented(model, dataset, names)
+    if need_labels: columns['labels'] = _dataset_labels(model, columns, rows, names)
+    elif every and 'labels' in columns: columns['labels'] = _own_loss_labels(model, columns['labels'], names)
     elif not every: columns.pop('labels', None)
     columns = _token_columns(model, columns, rows)
     lengths = row_lengths(columns)
@@ -389,14 +410,28 @@ def _batch_size(batch:Any, start:int)->int:
     if len(ids)==0: raise ValueError(f'the batch at example {start} is empty: no examples')
     return len(ids)
 
+def _shape(o:Any)->str: return f'{tuple(o.shape)} of {o.dtype}' if isinstance(o, Tensor) else type(o).__name__
+
+def _fits(o:Any, ids:Tensor)->bool:
+    "Whether a tensor can stand beside ids; a mask may be of numbers, or have an entry for each pair of tokens."
+    if not isinstance(o, Tensor): return False
+    whole = not (o.is_floating_point() or o.is_complex()) and o.dtype not in (torch.int16, torch.int8, torch.uint8)
+    if o is ids: return whole and o.ndim==2 and o.shape[1]>0
+    return o.shape==ids.shape or o.ndim>2
+
 def _check_tokens(model:PreTrainedModel, batch:Mapping, start:int):
     "`ValueError` for ids that the model does not know, rows too long for it, or padding without a mask."
     ids = batch.get('input_ids')
     if ids is None: return
     rows,limit = range(start, start+len(ids)),max_positions(model)
+    odd = next((k for k in TOKEN_COLUMNS if k in batch and not _fits(batch[k], ids)), None)
+    if odd: raise ValueError(f'`{odd}` at example {start} is {_shape(batch[odd])}; expected whole numbers of '
+                             f'shape {tuple(ids.shape)}')
     given = {k: v.cpu().numpy() for k,v in batch.items() if k in (*TOKEN_COLUMNS, 'position_ids')}
     mask,width = given.get('attention_mask'),ids.shape[1]
-    longest = int(mask.sum(1).max()) if mask is not None and mask.ndim==2 else width
+    counts = mask.sum(1) if mask is not None and mask.ndim==2 else np.full(len(ids), width)
+    longest = int(counts.max())
+    if not counts.all(): raise ValueError(f'row {rows[int(counts.argmin())]} has 0 tokens; expected 1 to {limit}')
     if longest>limit or width>model.config.max_position_embeddings:
         raise ValueError(f'row {start} or below has {max(longest, width)} tokens; '
                          f'expected 1 to {limit}, the positions of the model')
@@ -423,7 +458,7 @@ def own_batches(
     start,left = 0,torch.inf if num_samples is None else num_samples
     for batch in data:
         if left<=0: return
-        size,batch = _batch_size(batch, start),one_label(batch)
+        size,batch = _batch_size(batch, start),one_label({k: v for k,v in batch.items() if v is not None})
         if need_labels: _check_batch_labels(model, batch, size, start)
         _check_tokens(model, batch, start)
         n = min(size, left)

@@ -9,7 +9,8 @@ __all__ = ['READERS', 'unpack_text', 'split_suffix', 'read_table']
 import gzip
 import json
 from collections.abc import Sequence
-from io import BytesIO
+from csv import Error, reader
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 from .reading import check_regular
@@ -28,8 +29,10 @@ def unpack_text(
 
 # %% ../../nbs/engine/05c_tables.ipynb #a9cdd82c
 def _separated(text:str, delimiter:str)->Any:
-    "A table of separated values."
+    "A table of separated values; `ValueError` for a quote that is not closed, or stands within a value."
     from pyarrow import csv
+    try: list(reader(StringIO(text, newline=''), delimiter=delimiter, strict=True))
+    except Error as e: raise ValueError(f'a quote is not closed, or not doubled: {e}') from None
     how = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     strings = csv.ConvertOptions(strings_can_be_null=False)
     return csv.read_csv(BytesIO(text.encode()), parse_options=how, convert_options=strings)
@@ -37,7 +40,7 @@ def _separated(text:str, delimiter:str)->Any:
 def _read_csv(text:str)->Any: return _separated(text, ',')
 
 def _read_tsv(text:str)->Any:
-    "Tab-separated values; `ValueError` for a quote that is not closed."
+    "Tab-separated values; `ValueError` for a value with a tab in it."
     from pyarrow.compute import any as some, match_substring
     table = _separated(text, '\t')
     strings = [c for c in table.column_names if str(table[c].type)=='string']
@@ -64,9 +67,14 @@ def _records(rows:Sequence[Any])->Any:
     names = list(dict.fromkeys(k for o in rows for k in o))
     return pa.table({k: _column(k, [o.get(k) for o in rows]) for k in names})
 
+def _once(pairs:list[tuple[str,Any]])->dict[str,Any]:
+    "An object in which no name stands twice."
+    if len(found := dict(pairs))==len(pairs): return found
+    raise ValueError(f'a name stands twice in {[k for k,_ in pairs][:20]}')
+
 def _parse(text:str, where:str)->Any:
     "What a piece of JSON says."
-    try: return json.loads(text)
+    try: return json.loads(text, object_pairs_hook=_once)
     except RecursionError: raise ValueError(f'{where} is nested too deeply') from None
     except ValueError as e: raise ValueError(f'{where} is not JSON: {e}') from None
 

@@ -20,10 +20,12 @@ from .reading import load_json
 KNOWN = ( # one text, or a pair in the order in which models read it
     ('text',), ('sentence',), ('premise', 'hypothesis'),
     ('sentence1', 'sentence2'), ('sentencea', 'sentenceb'), ('text1', 'text2'), ('texta', 'textb'),
+    ('text', 'textpair'), ('sentence', 'sentencepair'),
     ('question1', 'question2'), ('question', 'sentence'), ('question', 'passage'), ('question', 'context'),
     ('question', 'answer'), ('query', 'passage'), ('query', 'document'), ('claim', 'evidence'))
-NO_TEXT = ('label', 'labels', 'labeltext', 'labelname', 'target', 'class', 'category', 'split',
-           'id', 'idx', 'guid', 'uuid', 'index') # strings that are no text
+NO_TEXT = ('label', 'labels', 'labeltext', 'labelname', 'labelstr', 'labeldesc', 'target', 'class', 'classname',
+    'category', 'split', 'id', 'idx', 'guid', 'uuid', 'index', 'indexlevel0', 'unnamed0', 'url', 'lang', 'language',
+    'date', 'timestamp') # strings that are no text
 STRINGS = ('string', 'large_string', 'string_view') # types of text
 _WORDS = {o for names in KNOWN for o in names} | {'title', 'body', 'content'}
 
@@ -31,15 +33,20 @@ def _plain(name:str)->str:
     "A name without capitals, dashes and underscores."
     return ''.join(filter(str.isalnum, name.lower()))
 
+def _named(columns:Sequence[str])->dict[str,str]:
+    "Plain name -> column; of names that are alike the plain one itself, or none."
+    found = {}
+    for c in columns: found.setdefault(_plain(c), []).append(c)
+    return {k: k if k in v else v[0] for k,v in found.items() if k in v or len(v)==1}
+
 def known_text(
-    columns:Sequence[str], # columns of strings
+    columns:Sequence[str], # that may be text
 )->list[str]|None: # one name or two; None if the names do not tell
     "The columns that are text by their names."
-    named = {_plain(c): c for c in columns}
+    named,said = _named(columns),{_plain(c) for c in columns} & _WORDS
     there = [o for o in KNOWN if set(o)<=named.keys()]
     widest = [o for o in there if not any(set(o)<set(p) for p in there)]
-    if len(widest)!=1 or (_WORDS & named.keys())-set(widest[0]): return None
-    return [named[o] for o in widest[0]]
+    return [named[o] for o in widest[0]] if len(widest)==1 and said<=set(widest[0]) else None
 
 # %% ../../nbs/engine/05a_text.ipynb #98d23d7b
 LOOKED_AT = 1000 # rows that tell whether a column repeats the label
@@ -96,9 +103,9 @@ def pick_text(
     "The columns of text; `ValueError` unless it is clear which they are."
     strings = [c for c,k in kinds.items() if k in STRINGS]
     asked = check_text(text) or (list(recorded) if set(recorded)<=set(strings) else [])
-    _check_strings(asked or [c for c in kinds if (c,) in KNOWN], kinds)
-    found = _candidates(strings, labels, read)
-    chosen = asked or known_text(found) or (found if len(found)==1 else [])
+    _check_strings(asked or known_text([c for c in kinds if _plain(c) not in NO_TEXT]) or [], kinds)
+    found,others = _candidates(strings, labels, read),{_plain(c) for c in kinds if c not in strings} & _WORDS
+    chosen = asked or known_text(found) or (found if len(found)==1 and not others else [])
     if chosen: return chosen
     raise ValueError(f'it is not clear which columns are the text, {_among(kinds)}; '
                      'name one or two with `text=` (--text)')
@@ -152,8 +159,12 @@ def same_tokens(
     a:Any, # a Hugging Face tokenizer
     b:Any,
 )->bool:
-    "Whether two tokenizers make the same of `PROBES`, by themselves and in pairs."
-    texts,pairs = list(PROBES),list(PROBES[::-1])
+    "Whether two tokenizers make the same of `PROBES` and of their own words, alone and in pairs."
     if a is b: return True
+    if a is None or b is None or a.get_vocab()!=b.get_vocab(): return False
+    known = sorted(a.get_vocab())
+    words = [w for w in known[::max(1, len(known)//200)] if w not in a.all_special_tokens]
+    texts = [*PROBES, *(f(o) for o in (' '.join(words), *words) for f in (str, str.upper, str.title))]
+    pairs = texts[::-1]
     def read(t): return [dict(t(*o, truncation=True, max_length=16)) for o in ([texts], [texts, pairs])]
-    return a.get_vocab()==b.get_vocab() and read(a)==read(b)
+    return read(a)==read(b)

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FunctionType
 from typing import Any
 import torch
 import transformers
@@ -30,10 +29,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import count_nodes
 from ..engine.files import (
-    MERGED, RECIPE, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged, read_list,
+    MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged, read_list,
     replaced, sign, whole_folder)
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
-from ..engine.models import DTYPE, FILES, HOW, head_tensors, load_tokenizer, model_errors
+from ..engine.models import DTYPE, FILES, HOW, find_file, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
 from ..engine.reading import check_inside, load_json
 from .card import check_scores, kept_files, model_card, read_report
@@ -43,12 +42,17 @@ from .store import folder_slots, hash_file
 
 # %% ../../nbs/merging/04_merged.ipynb #f35c1dd9
 def _drop_replaced(module:nn.Module):
-    "Functions that were put on a module in place of its class's own, which would go on running the original."
+    "What was put on a module in place of its class's own code, and would go on running the original."
+    placed = hasattr(module, '_hf_hook') # by accelerate, which copies
     for name,o in list(vars(module).items()):
-        if not (isinstance(o, FunctionType) and hasattr(type(module), name)): continue
+        if placed or isinstance(o, type) or not (callable(o) and hasattr(type(module), name)): continue
         delattr(module, name)
         if name=='forward':
             warnings.warn(f'`forward` of a {type(module).__name__} was replaced; the merged one runs its own')
+
+def _uncompile(module:nn.Module):
+    "The modules themselves in place of compiled ones around them."
+    for name,o in module._modules.items(): module._modules[name] = getattr(o, '_orig_mod', o)
 
 def new_copy(
     module:nn.Module,
@@ -56,6 +60,7 @@ def new_copy(
 )->nn.Module:
     "A deep copy in evaluation mode, trainable, without hooks and code that somebody put on the original."
     new = copy.deepcopy(module, memo).eval().requires_grad_(True)
+    for m in list(new.modules()): _uncompile(m)
     for m in new.modules():
         _drop_replaced(m)
         for name,o in vars(m).items():
@@ -209,11 +214,16 @@ def _save_body(
 
 # %% ../../nbs/merging/04_merged.ipynb #e1bd11a8
 def _head_state(model:PreTrainedModel)->dict[str,Tensor]:
-    "What of a model's state is not its body's; one name of tensors that are tied."
+    "What of a model's state is not its body's; one name of tensors that are tied to each other."
+    prefix = f'{model.base_model_prefix}.'
     shared = {t.data_ptr() for t in model.base_model.state_dict().values()}
-    there = {n: t for n,t in model.state_dict().items() if not t.is_meta}
-    own = {t.data_ptr(): n for n,t in there.items() if t.data_ptr() not in shared}
-    return {n: t.contiguous() for n,t in there.items() if own.get(t.data_ptr())==n}
+    tied = [re.compile(o) for o in getattr(model, '_tied_weights_keys', None) or ()] # which loading ties again
+    there = {n: t for n,t in model.state_dict().items() if not (t.is_meta or n.startswith(prefix))}
+    if model is model.base_model: return {}
+    first = {t.data_ptr(): n for n,t in reversed(there.items())}
+    own = {n: t for n,t in there.items() if t.data_ptr() in shared or first[t.data_ptr()]==n}
+    return {n: t.contiguous().clone() for n,t in own.items()
+            if not (t.data_ptr() in shared and any(o.search(n) for o in tied))}
 
 def _save_task(model:PreTrainedModel, files:Mapping[str,Sequence[str]], folder:Path)->dict[str,Any]:
     """A task's folder, beside the body's files: config, head, links to the body, and an index of all.
@@ -223,6 +233,7 @@ def _save_task(model:PreTrainedModel, files:Mapping[str,Sequence[str]], folder:P
     index = {n: link for link,o in zip(names, files.values()) for n in o} | {n: names[-1] for n in head}
     folder.mkdir()
     _save_config(model, folder)
+    if learned := find_file(model.config, TRAINED): shutil.copyfile(learned, folder/TRAINED)
     for f,link in zip(files, names): _link(folder.parent/f, folder/link)
     save_file(head, folder/names[-1], dict(format='pt'))
     text = json.dumps(dict(metadata={}, weight_map=index), indent=1)
@@ -375,7 +386,10 @@ def _load_any(folder:Path)->PreTrainedModel:
         cls = getattr(transformers, name, None)
         if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
             raise ValueError(f'{name!r} is not a transformers model')
-        return cls.from_pretrained(folder, **HOW)
+        found,info = cls.from_pretrained(folder, **HOW, output_loading_info=True)
+        missing = sorted(info['missing_keys'])
+        if missing: raise ValueError(f'it has no weights for {", ".join(missing)}')
+        return found
 
 # %% ../../nbs/merging/04_merged.ipynb #b3f0b001
 def _check_file(file:Path, said:Mapping|None):

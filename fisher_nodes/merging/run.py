@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -32,7 +32,7 @@ from ..engine.batches import no_collection
 from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
-from ..engine.guard import keep_rng
+from ..engine.guard import keep_rng, turn
 from ..engine.measure import check_unchanged, measure, read_about, statistic_batches
 from ..engine.models import (
     HOW, ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
@@ -127,25 +127,29 @@ def _check_vocabularies(found:Mapping[str,Any]):
         if o.get_vocab()!=found[first].get_vocab():
             raise ValueError(f'models cannot be merged: the tokenizers of {first} and {path} differ')
 
+def _place(model:Any)->str|None:
+    "Where a model's tokenizer may lie: its folder or Hub id, also of a model that was loaded from a folder."
+    if (reference := as_reference(model)) is not None: return fetch_model(reference)
+    name = getattr(getattr(model, 'config', None), '_name_or_path', None)
+    return name if name and Path(name).is_dir() else None
+
 def find_tokenizers(
     request:MergeRequest,
 )->dict[str,Any]: # task -> tokenizer, or None
-    "The tokenizer given, or that beside each model; a model in memory takes the first of these."
+    "The tokenizer given, or that beside each model."
     if request.tokenizer is not None: return dict.fromkeys(request.models, request.tokenizer)
-    named = {t: as_reference(o) for t,o in request.models.items()}
-    paths = {t: fetch_model(o) for t,o in named.items() if o is not None}
-    loaded = {o: load_tokenizer(o, needed=False) for o in dict.fromkeys(paths.values())}
-    found = {o: t for o,t in loaded.items() if t is not None}
-    _check_vocabularies(found)
-    first = next(iter(found.values()), None)
-    return {t: found.get(paths.get(t), first) for t in request.models}
+    places = {t: _place(o) for t,o in request.models.items()}
+    loaded = {o: load_tokenizer(o, needed=False) for o in dict.fromkeys(places.values()) if o}
+    _check_vocabularies({o: t for o,t in loaded.items() if t is not None})
+    return {t: loaded.get(o) for t,o in places.items()}
 
 def one_tokenizer(
     tokenizers:Mapping[str,Any], # of `find_tokenizers`
 )->Any: # one for all tasks, or the mapping where they read text differently
     "What is saved with a merged model."
-    first,*others = tokenizers.values()
-    return first if all(o is first or same_tokens(first, o) for o in others) else tokenizers
+    found = [o for o in tokenizers.values() if o is not None]
+    if all(same_tokens(found[0], o) for o in found[1:]): return found[0] if found else None
+    return tokenizers
 
 # %% ../../nbs/merging/07_run.ipynb #b264a5fd
 def _check_base(
@@ -399,8 +403,10 @@ def assemble(
     old = next(iter(models.values())).base_model
     named = [*old.named_parameters(), *old.named_buffers()]
     def renewed(n, o): return nn.Parameter(state[n]) if isinstance(o, nn.Parameter) else state[n]
-    body = new_copy(old, {id(o): renewed(n, o) for n,o in named if n in state})
-    return Merged(body, {t: with_body(m, body) for t,m in models.items()}, {}, tokenizer)
+    with ExitStack() as turns: # a thread that measures one has put hooks on it meanwhile
+        for m in sorted(models.values(), key=lambda m: id(m.base_model)): turns.enter_context(turn(m))
+        body = new_copy(old, {id(o): renewed(n, o) for n,o in named if n in state})
+        return Merged(body, {t: with_body(m, body) for t,m in models.items()}, {}, tokenizer)
 
 def _record(merged:Merged, request:MergeRequest, inputs:Inputs, done:tuple[Job,Rule], result:str):
     "Write down what was done, and what was asked."

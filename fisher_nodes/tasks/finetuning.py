@@ -18,13 +18,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
     AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed)
 from ..core.families import find_places
 from ..engine.batches import (
-    collate, dataset_batches, is_dataset, is_raw, make_batches, row_lengths, sample_rows)
+    collate, dataset_batches, dataset_classes, is_dataset, is_made, is_raw, make_batches, one_label,
+    read_columns, row_lengths, sample_rows)
 from ..engine.devices import find_device, precision_context
 from ..engine.files import (
     TOKENIZER, TRAINED, WEIGHTS, check_apart, check_folder, check_free, replaced, versions, whole_folder)
@@ -34,9 +36,17 @@ from ..engine.measure import describe_data
 from ..engine.models import HOW, load_tokenizer, model_errors, model_name
 from ..engine.text import check_text, text_columns
 from .evaluation import evaluate, task_text
-from .tasks import Task, as_task
+from .tasks import Task, as_task, natural
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #28e970c0
+def _classes(values:Sequence[Any])->tuple[tuple[str,...],tuple[str,...]]: # class names, and metrics
+    "What is to be learned of labels without names: words, whole numbers, or numbers."
+    if any(isinstance(o, float) for o in values): return (), ('pearson', 'spearmanr')
+    if all(isinstance(o, str) for o in values): return tuple(sorted(set(values), key=natural)), ('accuracy',)
+    odd = next((o for o in values if not isinstance(o, (int, np.integer))), None)
+    if odd is not None: raise ValueError(f'labels must be numbers, or words in all rows, got {odd!r}')
+    return tuple(f'LABEL_{i}' for i in range(1+max(map(int, values)))), ('accuracy',)
+
 def data_task(
     data:Any, # a `datasets.Dataset` with a label column
     task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None to read it off `data`
@@ -44,14 +54,12 @@ def data_task(
 )->Task: # the task to train for
     "The task of a data set."
     if task is not None: return replace(as_task(task), **({'text': tuple(check_text(text))} if text else {}))
-    column = next((c for c in ('label','labels') if c in data.column_names), None)
-    if column is None: raise ValueError(f'`data` has no column `label` or `labels`, only {data.column_names}')
-    feature = data.features[column]
-    text = tuple(text_columns(data, text)) if is_raw(data) else ()
-    if names := getattr(feature, 'names', None): return Task('task', text, tuple(names))
-    if feature.dtype.startswith('float'): return Task('task', text, (), ('pearson','spearmanr'))
-    if not feature.dtype.startswith('int'): raise ValueError(f'labels must be numbers, got {feature.dtype}')
-    return Task('task', text, tuple(f'LABEL_{i}' for i in range(1+max(data[column]))))
+    if not is_dataset(data): raise ValueError(f'`data` must be a datasets.Dataset, got {type(data).__name__}')
+    text = tuple(text_columns(data, text)) if is_raw(data) and not is_made(data) else ()
+    if names := dataset_classes(data): return Task('task', text, tuple(names))
+    values = one_label(read_columns(data)).get('labels')
+    if values is None: raise ValueError(f'`data` has no column `label` or `labels`, only {data.column_names}')
+    return Task('task', text, *_classes(values))
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #77d07cae
 def task_config(

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['GLUE', 'PAPER_TASKS', 'METRICS', 'Task', 'as_task', 'check_label_type', 'check_label_values', 'check_rows',
-           'as_dataset', 'read_glue', 'with_label', 'is_text', 'table_text', 'numbered_names', 'label_names',
-           'with_class_numbers', 'stored_names', 'file_task', 'load_task', 'correlation', 'from_sklearn', 'task_metric',
-           'score_predictions', 'check_task', 'load_rows']
+           'as_dataset', 'read_glue', 'label_column', 'stored_names', 'with_label', 'is_text', 'table_text',
+           'numbered_names', 'natural', 'label_names', 'with_class_numbers', 'file_task', 'load_task', 'correlation',
+           'from_sklearn', 'task_metric', 'score_predictions', 'check_task', 'load_rows']
 
 # %% ../../nbs/tasks/00_tasks.ipynb #f8c6f460
+import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 from ..core.fisher import is_regression
-from ..engine.classes import head_names, word_classes
+from ..engine.classes import INVENTED, are_bare, head_names, word_classes
 from ..engine.models import load_model
 from ..engine.tables import read_table, split_suffix
 from ..engine.text import LOOKED_AT, pick_text, recorded_text
@@ -111,13 +113,14 @@ def as_dataset(
     task:Task,
     source:str, # short name: `glue/rte`, or a file's name
     split:str='train',
+    invented:bool=False, # whether the classes are words in alphabetical order
 )->Any: # a `datasets.Dataset` with the text columns and `label`
     "Checked rows as a data set with typed columns."
     from datasets import ClassLabel, Dataset, DatasetInfo, Features, NamedSplit, Value
     check_rows(table, task, source)
     label = ClassLabel(names=list(task.labels)) if task.labels else Value('float64')
     features = Features({**{column:Value('string') for column in task.text}, 'label':label})
-    info = DatasetInfo(features=features, builder_name=source)
+    info = DatasetInfo(INVENTED if invented else '', features=features, builder_name=source)
     table = table.select([*task.text,'label']).cast(features.arrow_schema)
     return Dataset(table, info=info, split=NamedSplit(split))
 
@@ -136,21 +139,37 @@ def read_glue(
     return read_table(path)
 
 # %% ../../nbs/tasks/00_tasks.ipynb #9de61bda
-def with_label(
+def label_column(
     table:Any, # a `pyarrow.Table`
     source:str, # what the messages call it
     label:str|None=None, # the column of labels; None is `label` or `labels`
-)->Any: # the table, that column called `label`
-    "The table with one column of labels; `ValueError` if it has none, or two that differ."
+)->str: # its name
+    "Where the labels are; `ValueError` if there are none, or two columns that differ."
     known = ('label', 'labels') if label is None else (label,)
     there = [c for c in known if c in table.column_names]
     if not there:
         raise ValueError(f'{source}: no column {known[0]!r} among {table.column_names}; '
                          'name that of the labels with `label=` (--label)')
-    if len(there)==2 and not table['label'].equals(table['labels']):
+    if len(there)==2 and table['label'].to_pylist()!=table['labels'].to_pylist():
         raise ValueError(f'{source}: `label` and `labels` differ; name one with `label=` (--label)')
-    kept = [c for c in table.column_names if c not in ('label', 'labels', *known)]
-    return table.select(kept).append_column('label', table[there[0]])
+    return next((c for c in there if stored_names(table, c)), there[0])
+
+def stored_names(
+    table:Any, # a `pyarrow.Table`
+    column:str, # of labels
+)->tuple[str,...]: # empty if it has none
+    "Names of classes that `datasets` wrote into a parquet file."
+    said = json.loads((table.schema.metadata or {}).get(b'huggingface', b'{}'))
+    feature = said.get('info', {}).get('features', {}).get(column, {})
+    return tuple(feature.get('names', ())) if isinstance(feature, dict) else ()
+
+def with_label(
+    table:Any, # a `pyarrow.Table`
+    column:str, # of labels
+)->Any: # the table, that column called `label`, and without others that may be
+    "The table with one column of labels."
+    kept = [c for c in table.column_names if c not in ('label', 'labels', column)]
+    return table.select(kept).append_column('label', table[column])
 
 # %% ../../nbs/tasks/00_tasks.ipynb #4be9191d
 def is_text(
@@ -182,6 +201,13 @@ def numbered_names(
     if n<=1000: return tuple(f'LABEL_{i}' for i in range(n))
     raise ValueError(f'{source}: label {n-1} would mean {n} classes; is `label` the right column?')
 
+def natural(
+    word:str,
+)->tuple: # to sort by
+    "Bare numbers, such as `LABEL_10`, by number, and words by the alphabet."
+    found = re.search(r'\d+$', word)
+    return (word[:found.start()], int(found[0])) if found and are_bare([word]) else (word, -1)
+
 def label_names(
     table:Any, # a `pyarrow.Table` with a column `label`
     source:str, # what the messages call the file
@@ -191,7 +217,7 @@ def label_names(
     from pyarrow.compute import max as largest
     labels = table['label']
     if pa.types.is_floating(labels.type): return ()
-    if is_text(labels): names = tuple(sorted(set(labels.drop_null().to_pylist())))
+    if is_text(labels): names = tuple(sorted(set(labels.drop_null().to_pylist()), key=natural))
     elif pa.types.is_integer(labels.type): names = numbered_names(largest(labels).as_py() or 0, source)
     else: raise ValueError(f'{source}: labels must be integers, floats or strings, got {labels.type}')
     if len(names)>1: return names
@@ -212,13 +238,6 @@ def with_class_numbers(
     numbers = pa.array([ids.get(v) for v in values], pa.int64())
     return table.set_column(table.column_names.index('label'), 'label', numbers)
 
-def stored_names(
-    table:Any, # a `pyarrow.Table` with a column `label`
-)->tuple[str,...]: # empty if it has none
-    "Names of classes that `datasets` wrote into a parquet file."
-    from datasets import Features
-    return tuple(getattr(Features.from_arrow_schema(table.schema)['label'], 'names', None) or ())
-
 def file_task(
     table:Any, # a `pyarrow.Table` of raw text with a column of labels
     source:str, # file name; its stem becomes the task's name
@@ -229,8 +248,9 @@ def file_task(
 )->tuple[Any,Task]: # the table with integer or float labels, and its `Task`
     "Read a `Task` off the columns of a file and turn string labels into integers."
     if not len(table): raise ValueError(f'{source}: no rows')
-    table = with_label(table, source, label)
-    names = stored_names(table) or tuple(labels or label_names(table, source))
+    column = label_column(table, source, label)
+    stored,table = stored_names(table, column),with_label(table, column)
+    names = stored or tuple(labels or label_names(table, source))
     metrics = ('accuracy',) if names else ('pearson','spearmanr')
     task = Task(split_suffix(source)[0], table_text(table, source, text, recorded), names, metrics)
     if not (names and is_text(table['label'])): return table, task
@@ -253,8 +273,11 @@ def load_task(
         split = {'train':task.train, 'validation':task.validation}.get(split, split)
         return as_dataset(read_glue(task, split), task, f'glue/{task.name}', split), task
     name = Path(spec).name
-    table, task = file_task(read_table(spec), name, labels, text, label, recorded)
-    return as_dataset(table, task, name, split), task
+    found = read_table(spec)
+    table,task = file_task(found, name, labels, text, label, recorded)
+    column = label_column(found, name, label)
+    invented = not labels and is_text(found[column])
+    return as_dataset(table, task, name, split, invented), task
 
 # %% ../../nbs/tasks/00_tasks.ipynb #f40c4817
 def correlation(

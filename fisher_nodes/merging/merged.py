@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPE', 'new_copy', 'with_body', 'Merged', 'all_heads', 'tensor_hashes', 'hash_merged', 'check_shard_size',
-           'plan_files', 'check_place', 'check_inputs', 'check_target', 'save_rest', 'check_weights']
+           'plan_files', 'check_room', 'check_inputs', 'check_target', 'save_rest', 'check_weights']
 
 # %% ../../nbs/merging/04_merged.ipynb #7f9b6b08
 import copy
@@ -224,7 +224,7 @@ def _entries(report:Mapping, tasks:Sequence[str])->list[str]:
     modules = {o.split('/')[0] for o in _modules(report)}
     return [*tasks, MERGED, RECIPE, 'README.md', *(o for o in modules if TASK_NAME.fullmatch(o))]
 
-def check_place(
+def check_room(
     path:Path, # folder to write
     tasks:Sequence[str],
     report:Mapping[str,Any]={}, # what sentence-transformers reads
@@ -257,7 +257,7 @@ def check_target(
     taken = sorted({o.split('/')[0] for o in _modules(report)}&set(tasks))
     if taken: raise ValueError(f'task names {taken} are files of sentence-transformers')
     check_inputs(path, sources)
-    return check_place(Path(path), tasks, report)
+    return check_room(Path(path), tasks, report)
 
 # %% ../../nbs/merging/04_merged.ipynb #1244b0f0
 def _modules(report:Mapping)->dict[str,Any]:

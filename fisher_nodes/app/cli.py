@@ -189,12 +189,12 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
     "The models that are named; `ValueError` for options that do not go with them."
     from fisher_nodes.engine.files import check_apart
     from fisher_nodes.engine.processes import from_main
-    from fisher_nodes.merging.merged import check_place, check_shard_size
+    from fisher_nodes.merging.merged import check_room, check_shard_size
     models = parse_pairs(args.models, 'models')
     check_apart(args.out, models | ({'base': args.base} if args.base else {}))
     for what,given in dict(Fisher=args.fisher, data=args.data).items():
         check_apart(args.out, for_tasks(given, models, f'--{what.lower()}') or {}, what)
-    from_main(lambda: check_place(Path(args.out), list(models)))
+    from_main(lambda: check_room(Path(args.out), list(models)))
     if args.data is None and args.num_samples:
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     check_shard_size(args.max_shard_size)

@@ -337,13 +337,14 @@ def dataset_classes(
     "The names of a data set's classes; `ValueError` if two columns of labels have different ones."
     features = [dataset.features[k] for k in ('labels', 'label') if k in dataset.features]
     found = [list(o.names) for o in features if getattr(o, 'names', None)]
-    if found and any(o!=found[0] for o in found): raise ValueError(f'`labels` and `label` name classes {found}')
+    if any(o!=found[0] for o in found): raise ValueError(f'`labels` and `label` name other classes: {found}')
     return found[0] if found else None
 
 def _check_invented(model:PreTrainedModel, dataset:Any, names:Sequence[str]|None):
     "`ValueError` where words of a file were numbered by the alphabet, and the model has no names to match."
-    if dataset.info.description!=INVENTED or not are_bare(head_names(model.config)) or are_bare(names or ()): return
-    raise ValueError(f'the labels are words, {names}, and the classes of the model have no names; give numbers')
+    own = head_names(model.config)
+    if dataset.info.description!=INVENTED or not are_bare(own) or are_bare(names or ()): return
+    raise ValueError(f'the labels are words, {names}, and the model has no names for them; give numbers')
 
 def _check_lengths(model, columns:dict[str,list], lengths:Sequence[int], rows:Sequence[int]):
     "`ValueError` naming the first row that is empty, too long, or whose mask has another length."
@@ -413,10 +414,9 @@ def _batch_size(batch:Any, start:int)->int:
 def _shape(o:Any)->str: return f'{tuple(o.shape)} of {o.dtype}' if isinstance(o, Tensor) else type(o).__name__
 
 def _fits(o:Any, ids:Tensor)->bool:
-    "Whether a tensor can stand beside ids; a mask may be of numbers, or have an entry for each pair of tokens."
+    "Whether a tensor can stand beside ids; a mask may have an entry for each pair of tokens."
     if not isinstance(o, Tensor): return False
-    whole = not (o.is_floating_point() or o.is_complex()) and o.dtype not in (torch.int16, torch.int8, torch.uint8)
-    if o is ids: return whole and o.ndim==2 and o.shape[1]>0
+    if o is ids: return o.dtype in (torch.int64, torch.int32) and o.ndim==2 and o.shape[1]>0
     return o.shape==ids.shape or o.ndim>2
 
 def _check_tokens(model:PreTrainedModel, batch:Mapping, start:int):
@@ -431,7 +431,8 @@ def _check_tokens(model:PreTrainedModel, batch:Mapping, start:int):
     mask,width = given.get('attention_mask'),ids.shape[1]
     counts = mask.sum(1) if mask is not None and mask.ndim==2 else np.full(len(ids), width)
     longest = int(counts.max())
-    if not counts.all(): raise ValueError(f'row {rows[int(counts.argmin())]} has 0 tokens; expected 1 to {limit}')
+    empty = rows[int(counts.argmin())]
+    if not counts.all(): raise ValueError(f'row {empty} has 0 tokens; expected 1 to {limit}')
     if longest>limit or width>model.config.max_position_embeddings:
         raise ValueError(f'row {start} or below has {max(longest, width)} tokens; '
                          f'expected 1 to {limit}, the positions of the model')

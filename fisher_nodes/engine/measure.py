@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT', 'split_batches', 'describe_data', 'hashing', 'describe_run', 'check_known', 'check_choices',
            'statistic_batches', 'run_options', 'measure', 'mask_fisher', 'parameter_fisher', 'linear_grams',
-           'content_hash', 'save_statistic', 'read_about', 'saved_hash', 'check_unchanged', 'load_statistic']
+           'content_hash', 'save_statistic', 'read_about', 'saved_hash', 'check_saved', 'load_statistic']
 
 # %% ../../nbs/engine/09_measure.ipynb #190f6273
 import hashlib
@@ -326,7 +326,7 @@ def saved_hash(
     "The fingerprint that a file has of itself; `ValueError` for a file that is something else."
     with open_saved(path, 'Fisher') as f: return (f.metadata() or {}).get('hash')
 
-def check_unchanged(
+def check_saved(
     path:str|Path, # a file that `save` wrote
     find:Callable[[],str], # gives the fingerprint of the tensors that were read from it
 ):
@@ -342,7 +342,7 @@ def load_statistic(
     "Read what `save` wrote; `ValueError` for a file that is something else, or damaged."
     about = read_about(path, cls)
     with open_saved(path, cls.__name__) as f: tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
-    check_unchanged(path, lambda: hash_tensors(tensors))
+    check_saved(path, lambda: hash_tensors(tensors))
     try: return cls.from_tensors(tensors, **about)
     except ValueError as e: raise ValueError(f'{path} is not a saved {cls.__name__}: {one_line(e)}') from None
 

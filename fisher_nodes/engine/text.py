@@ -23,9 +23,10 @@ KNOWN = ( # one text, or a pair in the order in which models read it
     ('text', 'textpair'), ('sentence', 'sentencepair'),
     ('question1', 'question2'), ('question', 'sentence'), ('question', 'passage'), ('question', 'context'),
     ('question', 'answer'), ('query', 'passage'), ('query', 'document'), ('claim', 'evidence'))
-NO_TEXT = ('label', 'labels', 'labeltext', 'labelname', 'labelstr', 'labeldesc', 'target', 'class', 'classname',
-    'category', 'split', 'id', 'idx', 'guid', 'uuid', 'index', 'indexlevel0', 'unnamed0', 'url', 'lang', 'language',
-    'date', 'timestamp') # strings that are no text
+NO_TEXT = ( # strings that are no text
+    'label', 'labels', 'labeltext', 'labelname', 'labelstr', 'labeldesc', 'target', 'class', 'classname',
+    'category', 'split', 'id', 'idx', 'guid', 'uuid', 'index', 'indexlevel0', 'unnamed0', 'url', 'lang',
+    'language', 'date', 'timestamp')
 STRINGS = ('string', 'large_string', 'string_view') # types of text
 _WORDS = {o for names in KNOWN for o in names} | {'title', 'body', 'content'}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['new_copy', 'with_body', 'Merged', 'all_heads', 'tensor_hashes', 'hash_merged', 'check_shard_size', 'plan_files',
-           'check_place', 'check_inputs', 'check_target', 'save_rest', 'check_stored']
+           'check_room', 'check_inputs', 'check_target', 'save_rest', 'check_stored']
 
 # %% ../../nbs/merging/04_merged.ipynb #7f9b6b08
 import copy
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import count_nodes
 from ..engine.files import (
-    MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged, read_list,
-    replaced, sign, whole_folder)
+    MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged,
+    read_list, replaced, sign, whole_folder)
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
-from ..engine.models import DTYPE, FILES, HOW, find_file, head_tensors, load_tokenizer, model_errors
+from ..engine.models import (
+    DTYPE, FILES, HOW, find_file, head_tensors, load_tokenizer, model_errors)
 from ..engine.processes import is_main
 from ..engine.reading import check_inside, load_json
 from .card import check_scores, kept_files, model_card, read_report
@@ -217,7 +218,7 @@ def _head_state(model:PreTrainedModel)->dict[str,Tensor]:
     "What of a model's state is not its body's; one name of tensors that are tied to each other."
     prefix = f'{model.base_model_prefix}.'
     shared = {t.data_ptr() for t in model.base_model.state_dict().values()}
-    tied = [re.compile(o) for o in getattr(model, '_tied_weights_keys', None) or ()] # which loading ties again
+    tied = [re.compile(o) for o in getattr(model, '_tied_weights_keys', None) or ()] # tied again in loading
     there = {n: t for n,t in model.state_dict().items() if not (t.is_meta or n.startswith(prefix))}
     if model is model.base_model: return {}
     first = {t.data_ptr(): n for n,t in reversed(there.items())}
@@ -254,7 +255,7 @@ def _entries(report:Mapping, tasks:Sequence[str])->list[str]:
     modules = {o.split('/')[0] for o in kept_files(report)}
     return [*tasks, MERGED, RECIPE, 'README.md', *(o for o in modules if TASK_NAME.fullmatch(o))]
 
-def check_place(
+def check_room(
     path:Path, # folder to write
     tasks:Sequence[str],
     report:Mapping[str,Any]={}, # what sentence-transformers reads
@@ -287,7 +288,7 @@ def check_target(
     taken = sorted({o.split('/')[0] for o in kept_files(report)}&set(tasks))
     if taken: raise ValueError(f'task names {taken} are files of sentence-transformers')
     check_inputs(path, sources)
-    return check_place(Path(path), tasks, report)
+    return check_room(Path(path), tasks, report)
 
 # %% ../../nbs/merging/04_merged.ipynb #1244b0f0
 def _save_modules(report:Mapping, folder:Path):

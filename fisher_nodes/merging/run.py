@@ -33,14 +33,14 @@ from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
 from ..engine.guard import keep_rng, turn
-from ..engine.measure import check_unchanged, measure, read_about, statistic_batches
+from ..engine.measure import check_saved, measure, read_about, statistic_batches
 from ..engine.models import (
     HOW, ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
 from ..engine.processes import from_main, once
 from ..engine.text import same_tokens
 from .card import agreed_modules
 from .merged import (
-    Merged, all_heads, check_inputs, check_place, check_shard_size, check_target, hash_merged, new_copy,
+    Merged, all_heads, check_inputs, check_room, check_shard_size, check_target, hash_merged, new_copy,
     plan_files, save_rest, with_body)
 from .recipe import check_named, check_pinned, load_recipe, read_recipe, without_pins
 from .record import describe_base, merge_recipe, merge_report
@@ -587,7 +587,7 @@ def check_read(
     "`ValueError` unless weights and statistics are those that were opened, and that were meant."
     for t,o in inputs.statistics.items():
         if isinstance(o, ParameterStatistic) and isinstance(request.fishers[t], (str, Path)):
-            check_unchanged(request.fishers[t], o.values.fingerprint)
+            check_saved(request.fishers[t], o.values.fingerprint)
     _check_files(inputs)
     for t,model in inputs.models.items():
         reference,names = as_reference(request.models[t]),dict(model.base_model.named_parameters())
@@ -714,7 +714,7 @@ def run_recipe(
     from_main(lambda: str(check_folder(out, overwrite)))
     check_apart(out, {Path(path).name: path}, 'recipe')
     check_inputs(out, source_names(request), request.fishers, request.data)
-    from_main(lambda: check_place(Path(out), request.tasks))
+    from_main(lambda: check_room(Path(out), request.tasks))
     if not accept_changes: check_pinned(path)
     asked = without_pins(request) if accept_changes else request
     if request.data: merge_loaded(asked, device, progress).save_pretrained(out, overwrite=overwrite)

@@ -91,7 +91,7 @@ def test_a_planted_report_deletes_nothing(here, listed):
     for o in ('out/thesis.tex', 'outside/x'): (here/o).write_text('mine')
     (here/'out'/'merge_report.json').write_text(json.dumps(dict(tasks=dict(a={}, outside={}), files=listed)))
     try: average(here, overwrite=True)
-    except OutputExistsError: pass
+    except ValueError: pass # it is no report, or what it lists is not there
     assert (here/'out'/'thesis.tex').read_text() == (here/'outside'/'x').read_text() == 'mine'
 
 def test_a_result_of_another_kind_without_a_list_is_refused(here):
@@ -359,7 +359,7 @@ def test_a_fisher_file_is_pinned(here):
 @pytest.mark.parametrize('entry', ['{fil: x}', '{file: 3}', '{file: x, sha: y}', '{hash: x}'])
 def test_a_pin_is_checked(here, entry):
     (here/'r.yml').write_text(f'models: {{a: ./a, b: ./b}}\nfishers: {{a: {entry}, b: x}}\n')
-    with pytest.raises(ValueError, match="`fishers` of 'a' must be a file, or a mapping"): run_recipe(here/'r.yml', here/'out')
+    with pytest.raises(ValueError, match="`fishers` of 'a' must be a file, "): run_recipe(here/'r.yml', here/'out')
 
 def test_a_recipe_with_another_result_fails_in_the_shell(here, capsys):
     average(here)

@@ -1,15 +1,17 @@
 """What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
 import random
+from collections import Counter
 from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
-from fisher_nodes import METHODS, MaskFisher, ParameterFisher, Rule, mask_fisher, merge, merge_files
+from fisher_nodes import METHODS, MaskFisher, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
+from fisher_nodes.core import kernel
 from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
-from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, split_roles
-from fisher_nodes.core.fisher import VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
+from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, count_nodes, find_places, split_roles
+from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
 from fisher_nodes.core.nodes import mask_sites, node_gradients
 from fisher_nodes.core.schemes import SCHEMES, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
@@ -24,6 +26,7 @@ from fisher_nodes.methods.regmean import InputGrams, gram, regression_mean, toke
 from fisher_nodes.methods.released import fill_zeros, square_mean
 from reference import brute_grads, ragged_batches, tiny
 from safetensors.torch import load_file, save_file
+from test_nodes import MODELS, ROWS
 from torch.testing import assert_close
 from transformers import BertTokenizerFast
 
@@ -114,6 +117,8 @@ def test_tokenizers_are_compared_by_words_and_by_what_they_do(tmp_path):
     assert same_tokens(one, one) and same_tokens(one, low)
     assert not same_tokens(one, tokenizer(tmp_path/'case', lower=False))
     assert not same_tokens(one, tokenizer(tmp_path/'more', [*WORDS, 'never-in-a-probe']))
+    narrow = tokenizer(tmp_path/'narrow', [*WORDS[:5], 'acg', 'ttg'])
+    assert not same_tokens(narrow, tokenizer(tmp_path/'cased', [*WORDS[:5], 'acg', 'ttg'], lower=False))
 
 
 # --- what comes back ----------------------------------------------------------------------------
@@ -527,3 +532,55 @@ def test_an_element_mean_with_a_floor():
     got, empty = element_mean(ts, Fs, torch.tensor([1., 2.]), .5)
     assert_close(got, torch.tensor([(3+10)/5, (.5+20)/4.5, (.5+5)/1.5]), rtol=1e-6, atol=0)
     assert empty == 0 and fisher_norm(dict(a=torch.tensor([3.]), b=torch.tensor([[0., 4.]]))) == 5.
+
+
+# --- other families, other devices ------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', MODELS)
+def test_nodes_of_families_that_lie_otherwise(monkeypatch, name):
+    monkeypatch.setitem(FAMILIES, name, ROWS[name])
+    model, shared = MODELS[name](), {} if name == 'gpt2' else dict(group=[2, 2])
+    assert count_nodes(model) == dict(head=[8, 8], row=[24, 24]) | shared
+    places, state = find_places(model), model.base_model.state_dict()
+    assert places.keys() == {n for n, t in state.items() if t.is_floating_point()}
+    for n, o in places.items():
+        rows = [s.rows for s in o.slices if s.rows is not None]
+        if rows: assert torch.cat(rows).sort().values.tolist() == list(range(state[n].shape[o.slices[0].axis])), n
+    layers = {o.layer for n, o in places.items() if '.0.' in n}, {o.layer for n, o in places.items() if '.1.' in n}
+    assert layers == ({0}, {1}) and all(o.layer is None for n, o in places.items() if not {'0', '1'} & set(n.split('.')))
+
+@pytest.mark.parametrize('labels', ESTIMATORS)
+def test_weights_lie_beside_the_losses(labels):
+    "The meta device stands in for a GPU."
+    logits, y = torch.ones(2, 3, device='meta'), torch.zeros(2, device='meta').long()
+    for weights, losses in ESTIMATORS[labels](tiny(), logits, y, [0, 1], 0): assert weights.device.type == losses.device.type == 'meta'
+
+def test_a_loss_that_leaves_a_layer_out():
+    def loss(model, batch):
+        inputs = {k: v for k, v in batch.items() if k != 'labels'}
+        return model(**inputs, output_hidden_states=True).hidden_states[1].sum((1, 2))
+    with pytest.raises(ValueError, match='no gradient reached layer 1: do the losses depend on the whole body'):
+        mask_fisher(tiny(), ragged_batches(), loss=loss, **QUIET)
+
+def test_the_kernel_is_used_where_it_agrees(monkeypatch):
+    monkeypatch.setattr(kernel, '_agrees', lambda device: True)
+    assert kernel.best_sums.__wrapped__(torch.device('cuda')) is kernel.fused_sums
+    assert kernel.best_sums.__wrapped__(torch.device('cpu')) is kernel.plain_sums
+
+def test_rules_say_how_they_are_run():
+    models, base = [tiny(seed=i) for i in range(2)], tiny(seed=9).base_model.state_dict()
+    states = {t: dict(m.base_model.named_parameters()) for t, m in zip('ab', models)}
+    measured = {None: {}, 'mask-fisher': mask_fisher, 'full-fisher': parameter_fisher, 'grams': linear_grams}
+    rules = {}
+    for name, o in METHODS.items():
+        if not o.rule.__module__.startswith('fisher_nodes'): continue
+        found = {t: measured[o.statistic](m, ragged_batches(), **QUIET) for t, m in zip('ab', models)} if o.statistic else {}
+        rules[name] = o.rule(Job(states, torch.ones(2).double(), found, base, model=models[0]))
+    assert {k: (o.once, len(o.whole)) for k, o in rules.items()} == {
+        'average': (True, 0), 'dare': (False, 0), 'fisher': (False, 0), 'mask-fisher': (True, 0), 'regmean': (True, 13), 'task-arithmetic': (False, 0), 'ties': (False, 0)}
+    kinds = {k: Counter(o.kinds.values()) for k, o in rules.items()}
+    n = len(states['a'])
+    assert kinds == {'average': {'one': n}, 'dare': {'task vector': n}, 'task-arithmetic': {'task vector': n}, 'ties': {'task vector': n}, 'fisher': {'parameter': n},
+                     'regmean': {'gram': 13, 'one': n-13}, 'mask-fisher': {'head': 8, 'row': 4, 'one': n-12}}
+    assert rules['fisher'].counts == dict(zero_fisher_elements=0) and rules['regmean'].counts == dict(unused_inputs=0)
+    assert rules['regmean'].whole == {k for k, v in rules['regmean'].kinds.items() if v == 'gram'}

@@ -149,12 +149,18 @@ PROBES = ( # capitals, accents, other scripts, digits, white space, marks
     'The cat SAT in Paris.', 'Zürich naïve façade ÉTÉ ß', "don't co-operate, e.g. U.S.A.!", '3.14 + 1,000',
     ' two  spaces\tand a\nline', '東京 Москва 서울 עברית', 'a_b http://x.org/?q=1 @me #tag', '…—“quotes” 🙂 é', '')
 
+def _own_words(tokenizer:Any)->list[str]:
+    "Some words of a vocabulary, as they are, in small letters and in capitals."
+    words = sorted(tokenizer.get_vocab())
+    some = words[::-(-len(words)//300)]
+    return [*some, *map(str.lower, some), *map(str.upper, some)]
+
 def same_tokens(
     a:Any, # a Hugging Face tokenizer
     b:Any,
 )->bool:
-    "Whether two tokenizers make the same of `PROBES`, by themselves and in pairs."
-    texts,pairs = list(PROBES),list(PROBES[::-1])
+    "Whether two tokenizers make the same of `PROBES` and of their words, by themselves and in pairs."
     if a is b: return True
-    def read(t): return [dict(t(*o, truncation=True, max_length=16)) for o in ([texts], [texts, pairs])]
+    texts = [*PROBES, *_own_words(a)]
+    def read(t): return [dict(t(*o, truncation=True, max_length=16)) for o in ([texts], [texts, texts[::-1]])]
     return a.get_vocab()==b.get_vocab() and read(a)==read(b)

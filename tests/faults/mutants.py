@@ -25,6 +25,8 @@ SLOW = 'shell or entry_point or grid or threads or importing or compiled' # test
 MODULES = 'core/*.py', 'methods/*.py', *(f'engine/{o}.py' for o in ('guard', 'devices', 'classes', 'text')), 'merging/*.py'
 OPTIONS = ['-q', '-s', '-o', 'addopts=', '-p', 'no:xdist', '-p', 'no:cacheprovider', f'--rootdir={ROOT}', '-k', f'not ({SLOW})']
 
+ELSEWHERE = '_kernel', 'fused_sums', '_agrees' # tests/kernel runs them, in Triton's interpreter
+
 EXPLAINED = { # how the key of a survivor begins -> why no test can notice
 }
 
@@ -61,7 +63,7 @@ def variants(node):
 def nodes(node, around=()):
     "Every node outside of words and types, with those around it."
     yield node, around
-    if isinstance(node, (ast.JoinedStr, ast.Raise, ast.arg)): return
+    if isinstance(node, (ast.JoinedStr, ast.Raise, ast.arg)) or getattr(node, 'name', '') in ELSEWHERE: return
     for field, o in ast.iter_fields(node):
         if field in ('annotation', 'returns'): continue
         for child in o if isinstance(o, list) else [o]:
@@ -171,39 +173,44 @@ class Lines:
         self.seen.setdefault(frame.f_code.co_filename, set()).add(frame.f_lineno)
         return self
 
+def stamp(item):
+    "What the notes on a test depend on."
+    return max(o.stat().st_mtime for o in [*PACKAGE.rglob('*.py'), TESTS/'reference.py', item.path])
+
+def read_notes(path): return {o['test']: o for o in map(json.loads, path.open())} if path.exists() else {}
+
 def trace(items, path):
-    "Write which lines every test runs, and how long it takes; what is written already stays while no file has changed."
-    last = path.stat().st_mtime if path.exists() else 0
-    stale = any(o.stat().st_mtime > last for o in [*PACKAGE.rglob('*.py'), TESTS/'reference.py'])
-    out, lines = {} if stale else json.loads(path.read_text()), Lines()
+    "Note which lines every test runs, and how long it takes; what is noted stays while no file changes."
+    known, lines = read_notes(path), Lines()
+    todo = [o for o in items if known.get(o.nodeid, {}).get('stamp') != stamp(o)]
     sys.settrace(lines)
     threading.settrace(lines)
     start = time.time()
-    for item, found in reports([o for o in items if o.nodeid not in out or o.path.stat().st_mtime > last]):
-        seen, lines.seen = lines.seen, {}
-        out[item.nodeid] = dict(ran={k: sorted(o) for k, o in seen.items()}, seconds=time.time()-start, failed=any(o.failed for o in found))
-        start = time.time()
-    path.write_text(json.dumps(out))
+    with path.open('a') as notes:
+        for item, found in reports(todo):
+            seen, lines.seen = lines.seen, {}
+            about = dict(test=item.nodeid, stamp=stamp(item), seconds=time.time()-start, failed=any(o.failed for o in found))
+            print(json.dumps(about | dict(ran={k: sorted(o) for k, o in seen.items()})), file=notes, flush=True)
+            start = time.time()
     return 0
 
 def few(items, cases):
-    "At most so many parameters of every test, evenly spread."
+    "At most so many parameters of every test, evenly spread; all of those that were written for mutants."
     found = {}
     for o in items: found.setdefault(o.nodeid.partition('[')[0], []).append(o)
-    return [o for same in found.values() for o in same[::-(-len(same)//cases)]]
+    return [o for k, same in found.items() for o in same[::1 if QUICK[0] in k else -(-len(same)//cases)]]
 
 def chosen(m, traced, patience):
-    "The tests that run a mutant's line, or else its function or module; the shortest of every file first."
+    "The tests that run a mutant's line, or else its function or module; short ones first, of many files."
     ran = {k: o['ran'].get(m['path'], ()) for k, o in traced.items()}
     fits = [k for k, o in ran.items() if (m['line'] in o if m['at'] else o)] or [k for k, o in ran.items() if m['at'] in o]
-    ranks, order = Counter(), []
+    ranks, cost = Counter(), {}
     for k in sorted(fits, key=lambda k: traced[k]['seconds']):
-        file = k.partition('::')[0]
-        order.append((ranks[file], traced[k]['seconds'], k))
-        ranks[file] += 1
+        ranks[k.partition('::')[0]] += 1
+        cost[k] = traced[k]['seconds']*ranks[k.partition('::')[0]]
     kept = []
-    for _, seconds, k in sorted(order):
-        if not kept or (patience := patience-seconds) > 0: kept.append(k)
+    for k in sorted(cost, key=cost.get):
+        if not kept or (patience := patience-traced[k]['seconds']) > 0: kept.append(k)
     return kept
 
 class Loop:
@@ -212,7 +219,7 @@ class Loop:
     def pytest_runtestloop(self, session):
         items, notes = few(session.items, self.args.cases), self.args.out.with_suffix('.tests')
         forked(lambda: trace(items, notes), 7200)
-        self.items, traced = {o.nodeid: o for o in items}, json.loads(notes.read_text())
+        self.items, traced = {o.nodeid: o for o in items}, read_notes(notes)
         self.traced = {o: traced[o] for o in self.items if not traced[o]['failed']}
         print(len(self.traced), 'tests; these fail unchanged:', [o for o in self.items if o not in self.traced], flush=True)
         done = outcomes(self.args.out)

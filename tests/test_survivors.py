@@ -1,4 +1,5 @@
 """What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
+import hashlib
 import random
 from collections import Counter
 from dataclasses import FrozenInstanceError
@@ -19,6 +20,7 @@ from fisher_nodes.engine.devices import find_device
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_limit
 from fisher_nodes.merging import store
+from fisher_nodes.methods.dare import drop_elements, seeded
 from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, element_mean, fisher_norm
 from fisher_nodes.methods.mask_fisher import MaskSquares
 from fisher_nodes.methods.method import STATISTICS, Job, check_numbers, check_shapes
@@ -584,3 +586,25 @@ def test_rules_say_how_they_are_run():
                      'regmean': {'gram': 13, 'one': n-13}, 'mask-fisher': {'head': 8, 'row': 4, 'one': n-12}}
     assert rules['fisher'].counts == dict(zero_fisher_elements=0) and rules['regmean'].counts == dict(unused_inputs=0)
     assert rules['regmean'].whole == {k for k, v in rules['regmean'].kinds.items() if v == 'gram'}
+
+@pytest.mark.parametrize('method', ['dare', 'ties', 'task-arithmetic', 'average'])
+def test_blocks_of_rows_give_what_whole_parameters_give(method):
+    gen = torch.Generator().manual_seed(0)
+    states = {t: Blocks(dict(w=torch.randn(8, 5, generator=gen))) for t in 'ab'}
+    rule = METHODS[method].rule(Job(states, torch.tensor([1., 2.]).double(), base=Blocks(dict(w=torch.zeros(8, 5))), seed=3))
+    def part(n): return rule.combine(n, [s[n] for s in states.values()])
+    whole, parts = part('w'), [part(Block('w', slice(i, i+2))) for i in (0, 2, 4, 6)]
+    assert torch.equal(torch.cat(parts), whole) and not torch.equal(parts[0], parts[1])
+
+def test_dare_keeps_what_was_drawn():
+    v = torch.arange(1., 41.).view(8, 5)
+    got = drop_elements(v, .3, seeded('3 a w'))
+    drawn = torch.rand(8, 5, generator=torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b'3 a w').digest()[:7], 'big')), dtype=torch.float64)
+    assert_close(got.double(), torch.where(drawn < .3, v.double()/.3, 0.), rtol=1e-6, atol=0)
+
+def test_rows_inside_the_body_are_those_of_the_batch():
+    def loss(model, batch):
+        h = model.base_model(**{k: v for k, v in batch.items() if k != 'labels'}).last_hidden_state
+        return model.base_model.encoder.layer[0].intermediate.dense(h.repeat(2, 1, 1)).sum((1, 2))[:len(h)]
+    with pytest.raises(ValueError, match="3 examples, but 'encoder.layer.0.intermediate.dense' saw 6 rows; one example must be one row"):
+        parameter_fisher(tiny(), ragged_batches(), loss=loss, **QUIET)

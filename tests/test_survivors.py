@@ -14,7 +14,7 @@ from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_share
 from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, count_nodes, find_places, split_roles
 from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
 from fisher_nodes.core.nodes import mask_sites, node_gradients
-from fisher_nodes.core.schemes import SCHEMES, check_roles, get_scheme, weight_of
+from fisher_nodes.core.schemes import SCHEMES, WHOLE, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
 from fisher_nodes.engine.devices import find_device
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
@@ -23,7 +23,7 @@ from fisher_nodes.merging import store
 from fisher_nodes.methods.dare import drop_elements, seeded
 from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, element_mean, fisher_norm
 from fisher_nodes.methods.mask_fisher import MaskSquares
-from fisher_nodes.methods.method import STATISTICS, Job, check_numbers, check_shapes
+from fisher_nodes.methods.method import STATISTICS, Job, MergeMethod, check_numbers, check_shapes, mean_of_sums, plain_value, widen
 from fisher_nodes.methods.regmean import InputGrams, gram, regression_mean, token_positions
 from fisher_nodes.methods.released import fill_zeros, square_mean
 from reference import brute_grads, ragged_batches, tiny
@@ -608,3 +608,39 @@ def test_rows_inside_the_body_are_those_of_the_batch():
         return model.base_model.encoder.layer[0].intermediate.dense(h.repeat(2, 1, 1)).sum((1, 2))[:len(h)]
     with pytest.raises(ValueError, match="3 examples, but 'encoder.layer.0.intermediate.dense' saw 6 rows; one example must be one row"):
         parameter_fisher(tiny(), ragged_batches(), loss=loss, **QUIET)
+
+def test_a_new_batch_forgets_an_unfinished_one():
+    model, (batch,) = tiny(), ragged_batches(sizes=(3,))
+    with MaskSquares(model) as found:
+        model(**{k: v for k, v in batch.items() if k != 'labels'})
+        assert len(found.masks.leaves) == 1
+        found.begin(3)
+        assert found.masks.leaves == [] and found.part == {}
+
+def test_options_are_taken_as_they_are():
+    for bad in (dict(density='0.5'), dict(scale=True), dict(nonsense=1)):
+        with pytest.raises(ValueError): METHODS['ties'].check(bad)
+    def rule(job, where:torch.device=torch.device('cpu')): return None
+    assert MergeMethod('mine', rule).check(dict(where=torch.device('meta'))) == dict(where=torch.device('meta'))
+    assert plain_value(np.int64(3)) == 3 and type(plain_value(np.int64(3))) is int and plain_value('a') == 'a'
+    assert (widen(torch.ones(2).half()).dtype, widen(torch.ones(2).double()).dtype, widen(torch.ones(2).int()).dtype) == (torch.float32, torch.float64, torch.int32)
+    sums = dict(w=torch.tensor([6., 9.]).double())
+    assert mean_of_sums(sums, 3, torch.float16)['w'].tolist() == [2, 3] and sums == {}
+
+def test_schemes_are_these_tables():
+    paper, heads = dict(query='head', key='head', ffn_in='row'), dict(query='head', key='head')
+    assert dict(SCHEMES) == {
+        'paper': paper, 'with-value': paper | dict(value='head'), 'heads': heads, 'rows': dict(ffn_in='row'), 'average': {},
+        'layer-mean': dict(query='head_mean', key='head_mean', ffn_in='row_mean'),
+        'released': paper | dict(value='head_mean', attention_output='head_mean', attention_norm='head_mean', ffn_out='row_mean', ffn_norm='row_mean',
+                                 embeddings='universal', pooler='universal')}
+    f = MaskFisher(torch.tensor([[1., 3.], [2., 6.]]), torch.tensor([[1., 1., 4.], [3., 3., 3.]]))
+    assert {k: [w(f, i).tolist() for i in (0, 1)] for k, w in WHOLE.items()} == dict(
+        one=[[1], [1]], head_mean=[[2], [4]], row_mean=[[2], [3]], universal=[[5.5], [5.5]])
+
+def test_one_model_may_be_merged_by_grams():
+    model, gs = tiny(), linear_grams(tiny(), ragged_batches(), **QUIET)
+    rule = METHODS['regmean'].rule(Job(dict(a=dict(model.base_model.named_parameters())), torch.ones(1).double(), dict(a=gs), model=model))
+    name = 'encoder.layer.0.output.dense.weight'
+    want = model.base_model.get_parameter(name)
+    assert_close(rule.combine(name, [want]), want.detach(), rtol=1e-6, atol=1e-9)

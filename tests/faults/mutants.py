@@ -1,6 +1,6 @@
 """Mutation testing: change one thing in the package, and see whether a test notices.
 
-    python tests/faults/mutants.py --out _proof/mutants.json [--most 24] [--seed 0] [--only core.averaging]
+    python tests/faults/mutants.py --out _bench/mutants.json [--most 24] [--seed 0] [--only core.averaging]
 
 One pytest session collects the quick tests, and a fork of it notes which lines each of them runs. Then every mutant is
 a fork in which a function has other code (or, for what stands outside of functions, in which everything is imported anew

@@ -1,14 +1,16 @@
 """What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
 import hashlib
 import random
+import warnings
 from collections import Counter
 from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from fisher_nodes import METHODS, MaskFisher, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
-from fisher_nodes.core import kernel
+from fisher_nodes.core import blocks, kernel
 from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
 from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, count_nodes, find_places, split_roles
@@ -16,10 +18,14 @@ from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regre
 from fisher_nodes.core.nodes import mask_sites, node_gradients
 from fisher_nodes.core.schemes import SCHEMES, WHOLE, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
-from fisher_nodes.engine.devices import find_device
+from fisher_nodes.engine.devices import PRECISIONS, find_device, running_device
+from fisher_nodes.engine.files import OutputExistsError
+from fisher_nodes.engine.fingerprints import hash_weights
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
-from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_limit
+from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_columns, text_limit, tokenize
 from fisher_nodes.merging import store
+from fisher_nodes.merging.card import check_scores, model_card
+from fisher_nodes.merging.merged import _hub_name, _widen, check_shard_size
 from fisher_nodes.methods.dare import drop_elements, seeded
 from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, element_mean, fisher_norm
 from fisher_nodes.methods.mask_fisher import MaskSquares
@@ -27,6 +33,8 @@ from fisher_nodes.methods.method import STATISTICS, Job, MergeMethod, check_numb
 from fisher_nodes.methods.regmean import InputGrams, gram, regression_mean, token_positions
 from fisher_nodes.methods.released import fill_zeros, square_mean
 from reference import brute_grads, ragged_batches, tiny
+from fisher_nodes.methods.task_vectors import add_task_vectors
+from fisher_nodes.methods.ties import trim_threshold
 from safetensors.torch import load_file, save_file
 from test_nodes import MODELS, ROWS
 from torch.testing import assert_close
@@ -218,9 +226,9 @@ def test_shares_lie_along_any_axis(axis, dtype):
 @pytest.mark.parametrize('shape, models, rows', [((5000, 768), 1, 682), ((5000, 768), 8, 682), ((5000, 768), 16, 340), ((7, 1<<20), 1, 1),
                                                  ((9, 3), 2, 9), ((9, 10**7), 2, 4), ((2048,), 64, 2048)], ids=str)
 def test_a_parameter_is_cut_into_rows(shape, models, rows):
-    blocks = cut('w', shape, models)
-    assert [o.rows for o in blocks] == [slice(i, min(i+rows, shape[0])) for i in range(0, shape[0], rows)]
-    assert all(o == 'w' for o in blocks)
+    found = cut('w', shape, models)
+    assert [o.rows for o in found] == [slice(i, min(i+rows, shape[0])) for i in range(0, shape[0], rows)]
+    assert all(o == 'w' for o in found)
 
 @pytest.mark.parametrize('shape', [(), (0, 3), (3, 0)], ids=str)
 def test_what_has_no_rows_is_not_cut(shape): assert [(o, o.rows) for o in cut('w', shape)] == [('w', ...)]
@@ -644,3 +652,106 @@ def test_one_model_may_be_merged_by_grams():
     name = 'encoder.layer.0.output.dense.weight'
     want = model.base_model.get_parameter(name)
     assert_close(rule.combine(name, [want]), want.detach(), rtol=1e-6, atol=1e-9)
+
+def test_a_threshold_is_found_by_blocks_too(monkeypatch):
+    monkeypatch.setattr(blocks, 'BLOCK', 64)
+    gen = torch.Generator().manual_seed(0)
+    state, base = ({'w': torch.randn(1024, 2, generator=gen), 'b': torch.randn(3, generator=gen)} for _ in range(2))
+    assert len(cut('w', (1024, 2))) == 4
+    sizes = torch.cat([(state[k].double()-base[k].double()).abs().flatten() for k in state]).sort(descending=True).values
+    for density in (.2, 1., 1e-9):
+        want = sizes[max(1, round(density*len(sizes)))-1].item()
+        assert trim_threshold(state, base, density) == trim_threshold(Blocks(state), Blocks(base), density) == want
+
+def test_task_vectors_are_scaled_by_four_tenths():
+    assert_close(add_task_vectors(torch.ones(2), [torch.full((2,), 3.), torch.full((2,), 2.)], torch.tensor([1., 2.])), torch.full((2,), 1+.4*(2+2)), rtol=1e-6, atol=0)
+
+def test_a_forward_that_was_compiled_is_refused_unless_it_is_meant():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    def forward(x): return x
+    forward._torchdynamo_orig_callable = model[0].forward
+    model[0].forward = forward
+    with pytest.raises(ValueError, match="`forward` of '0' was replaced by a compiled one"):
+        with frozen_eval(model): pass
+    with frozen_eval(model, compiled=True): assert not model.training
+
+def test_where_a_model_runs():
+    model = tiny()
+    assert running_device(model) == running_device(model, 'cpu') == torch.device('cpu')
+    with pytest.raises(ValueError, match='holds no numbers'): running_device(model, 'meta')
+    before = torch.get_float32_matmul_precision()
+    for name, want in (('fp32', 'highest'), ('tf32', 'high'), ('bf16', before)):
+        with PRECISIONS[name](torch.device('cpu')):
+            assert torch.get_float32_matmul_precision() == want and torch.is_autocast_enabled('cpu') == (name == 'bf16')
+    assert torch.get_float32_matmul_precision() == before
+
+def test_labels_in_the_models_order_are_left_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert model_labels(['No', 'Yes'], [0, 1, 5], ['no', 'yes']) == [0, 1, 5]
+
+@pytest.mark.parametrize('label', ['label', 'labels', None])
+def test_text_is_found_beside_any_column_of_labels(label):
+    rows = dict(story=['x', 'y', 'z'], name=['a', 'b', 'a']) | ({label: [0, 1, 0]} if label else {})
+    if label: assert text_columns(Dataset.from_dict(rows)) == ['story']
+    else:
+        with pytest.raises(ValueError, match='it is not clear'): text_columns(Dataset.from_dict(rows))
+
+def test_text_is_cut_where_it_is_asked_for(tmp_path):
+    one, texts = tokenizer(tmp_path), [['the cat rains the cat', 'rains']]
+    assert [len(o) for o in tokenize(texts, one, 4)['input_ids']] == [4, 3] and [len(o) for o in tokenize(texts, one)['input_ids']] == [7, 3]
+
+@pytest.mark.parametrize('scores, say', [
+    ({}, 'must be a mapping from task to metrics'), (3, 'must be a mapping from task to metrics'), (dict(c=dict(acc=1.)), "has 'c', which is not among the tasks"),
+    (dict(a={}), 'must be a finite number for each metric'), (dict(a=dict(acc=float('inf'))), 'must be a finite number'), (dict(a=dict(acc=float('nan'))), 'must be a finite'),
+    (dict(a=dict(acc='1')), 'must be a finite number'), (dict(a=3), 'must be a finite number')], ids=str)
+def test_scores_are_numbers_of_tasks(scores, say):
+    with pytest.raises(ValueError, match=say): check_scores(scores, ['a', 'b'])
+
+def test_a_card_tells_scores_and_use():
+    report = merge([tiny(), tiny(seed=1)], method='average').report | dict(scores=check_scores(dict(task0=dict(acc=.25)), ['task0', 'task1']))
+    text = str(model_card(report, None, 'me/it'))
+    assert 'acc 0.25' in text and 'pipeline_tag: text-classification' in text and 'No recipe was recorded.' in text and '# Merged: task0, task1' in text
+    assert 'feature-extraction' in str(model_card(report, None, 'me/it', 'AutoModel')) and 'AutoTokenizer' not in str(model_card(report, None, 'x', tokenizer=False))
+
+def test_sizes_of_files():
+    for size in (1, '1KB', '2GB'): check_shard_size(size)
+    for size in (0, -1, True, 'much', None, 1.5):
+        with pytest.raises(ValueError, match='max_shard_size'): check_shard_size(size)
+
+def folders(root):
+    for i, t in enumerate(('a', 'bé', 'base')): tiny(seed=i, dtype=torch.float32).save_pretrained(root/t)
+    return dict(a=root/'a', b=root/'bé')
+
+def test_a_recipe_says_what_was_merged(tmp_path):
+    models = folders(tmp_path)
+    merged = merge(models, method='ties', base=tmp_path/'base', weights=dict(a=1, b=2), density=.3, seed=5, **QUIET)
+    recipe = dict(merged.recipe)
+    assert set(recipe.pop('versions')) == {'fisher_nodes', 'torch', 'transformers'} and len(recipe.pop('result')) > 8
+    def entry(folder, seed, **kw): return dict(model=str(folder), weight_hash=hash_weights(tiny(seed=seed, dtype=torch.float32)), **kw)
+    heads = {t: recipe['models'][t]['head_hash'] for t in 'ab'}
+    assert len(set(heads.values())) == 2
+    assert recipe == dict(models={t: entry(o, i, head_hash=heads[t]) for i, (t, o) in enumerate(models.items())}, base=entry(tmp_path/'base', 2), method='ties',
+                          weights=dict(a=1., b=2.), seed=5, options=dict(density=.3, scale=1.))
+    with pytest.raises(OutputExistsError, match="the model of 'base'"): merged.save_pretrained(tmp_path/'base', overwrite=True)
+    merged.save_pretrained(tmp_path/'out')
+    text, card = (tmp_path/'out'/'recipe.yml').read_text(), (tmp_path/'out'/'README.md').read_text()
+    assert 'model: ../bé\n' in text and text.index('models:') < text.index('base:') < text.index('method: ties') and 'changed after' not in text+card
+    with torch.no_grad(): merged.body.embeddings.word_embeddings.weight.add_(1)
+    merged.save_pretrained(tmp_path/'more')
+    assert all('changed after merging' in (tmp_path/'more'/o).read_text() for o in ('recipe.yml', 'README.md'))
+
+def test_a_mask_has_no_options_beside_variant_and_scheme(family):
+    models = [tiny(family), tiny(family, seed=1)]
+    merged = merge(models, [mask_fisher(m, ragged_batches(family), **QUIET) for m in models], **QUIET)
+    assert 'options' not in merged.recipe and merged.recipe['variant'] == 'paper' and merged.recipe['weights'] == dict(task0=1., task1=1.)
+    assert merged.report['zero_fisher'] == dict(heads=0, rows=0) and merged.report['copied'] == [n for n in merged.body.state_dict() if 'ids' in n]
+
+def test_a_head_of_more_digits_keeps_them():
+    wide, narrow = (dict(w=torch.nn.Parameter(torch.ones(2).to(o))) for o in (torch.float64, torch.float16))
+    for o in (wide, narrow): _widen(o, torch.float32)
+    assert (wide['w'].dtype, narrow['w'].dtype) == (torch.float64, torch.float32)
+
+@pytest.mark.parametrize('name', ['a/b/c', 'a//b', '-x', ''])
+def test_a_name_that_the_hub_cannot_have(name):
+    with pytest.raises(ValueError): _hub_name(None, name)

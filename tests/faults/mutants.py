@@ -35,6 +35,8 @@ EXPLAINED = { # how the key of a survivor begins -> why no test can notice
     'core.nodes | CHUNK = ': 'how much is done at once, not what',
     'methods.dare | keep = torch.rand(vector.shape, generator=draw, dtype=torch.float64)<density | torch.rand(vector.shape, generator=draw, dtype='
     'torch.float64) < density': 'a draw equals a density once in 2**53 times',
+    'methods.ties | blocks = [b for n,s in shapes.items() for b in cut(n, s, 4)] | 4 -> ': 'how much is read at once, not what',
+    'engine.devices | return (v.pin_memory() if v.is_cpu and device.type==\'cuda\' else v).to(device, non_blocking=True) | True': 'speed, on a GPU',
     'methods.method | _EXPECTED = ': 'wording: the sentence of pydantic stands in its place',
 }
 

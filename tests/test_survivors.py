@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from fisher_nodes import METHODS, MaskFisher, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
+from fisher_nodes import METHODS, MaskFisher, ModelReference, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
 from fisher_nodes.core import blocks, kernel
 from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
@@ -26,6 +26,7 @@ from fisher_nodes.engine.text import check_text, known_text, max_positions, pick
 from fisher_nodes.merging import store
 from fisher_nodes.merging.card import check_scores, model_card
 from fisher_nodes.merging.merged import _hub_name, _widen, check_shard_size
+from fisher_nodes.merging.request import ask
 from fisher_nodes.methods.dare import drop_elements, seeded
 from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, element_mean, fisher_norm
 from fisher_nodes.methods.mask_fisher import MaskSquares
@@ -405,7 +406,8 @@ def test_numbers_are_checked():
 
 def small():
     gen = torch.Generator().manual_seed(0)
-    return {'b.half': torch.randn(3, generator=gen).half(), 'a.wide': torch.randn(4, 3, generator=gen).double(), 'c.bits': torch.tensor([True, False]),
+    whole = {f'{o}': torch.ones(3).to(o) for o in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bfloat16)}
+    return whole | {'b.half': torch.randn(3, generator=gen).half(), 'a.wide': torch.randn(4, 3, generator=gen).double(), 'c.bits': torch.tensor([True, False]),
             'z.float': torch.randn(5, 2, generator=gen), 'a.float': torch.randn((), generator=gen), 'e.empty': torch.ones(0, 3)}
 
 @pytest.mark.parametrize('most_open', [64, 0])
@@ -420,6 +422,9 @@ def test_a_file_is_what_safetensors_writes(tmp_path, monkeypatch, most_open):
     for n, t in tensors.items(): assert torch.equal(slots[n][...], t) and slots[n].dtype == slots[n].stored == t.dtype and slots[n].shape == tuple(t.shape)
     assert torch.equal(slots['z.float'][1:3], tensors['z.float'][1:3]) and torch.equal(slots['a.wide'][3:9], tensors['a.wide'][3:9])
     with pytest.raises(FileExistsError): store.make_file(tmp_path/'got', tensors)
+    file = slots['z.float'].file
+    file.close()
+    assert file.raw is None if most_open == 0 else file.raw.closed
 
 def test_rows_are_written_in_place(tmp_path):
     slot = store.make_file(tmp_path/'f', dict(a=torch.ones(2), w=torch.ones(4, 3)))['w']
@@ -437,11 +442,11 @@ def test_a_file_that_ends_too_early(tmp_path):
     with pytest.raises(ValueError, match='f ends too early; was it changed'): slot[...]
 
 def test_a_parameter_has_one_name(tmp_path):
-    tensors = {'bert.w': torch.ones(1), 'x': torch.ones(2), 'bert.n.LayerNorm.gamma': torch.ones(3), 'two': torch.ones(4), 'bert.two': torch.ones(4)}
+    tensors = {'bert.w': torch.ones(1), 'x': torch.ones(2), 'bert.n.LayerNorm.gamma': torch.ones(3), 'n.LayerNorm.beta': torch.ones(5), 'two': torch.ones(4), 'bert.two': torch.ones(4)}
     save_file(tensors, tmp_path/'f')
     slots = store.read_slots(tmp_path/'f')
     def find(name): return store.find_slot(slots, name, 'bert', torch.float64)
-    assert (find('w').shape, find('x').shape, find('n.LayerNorm.weight').shape) == ((1,), (2,), (3,)) and find('x')[...].dtype == torch.float64
+    assert (find('w').shape, find('x').shape, find('n.LayerNorm.weight').shape, find('n.LayerNorm.bias').shape) == ((1,), (2,), (3,), (5,)) and find('x')[...].dtype == torch.float64
     assert find('two').start == slots['bert.two'].start
     with pytest.raises(ValueError, match='gone is not in'): find('gone')
     save_file(tensors | {'n.LayerNorm.weight': torch.ones(3)}, tmp_path/'g')
@@ -755,3 +760,31 @@ def test_a_head_of_more_digits_keeps_them():
 @pytest.mark.parametrize('name', ['a/b/c', 'a//b', '-x', ''])
 def test_a_name_that_the_hub_cannot_have(name):
     with pytest.raises(ValueError): _hub_name(None, name)
+
+def test_fishers_of_two_estimators_are_refused():
+    models = [tiny(), tiny(seed=1)]
+    fishers = [mask_fisher(m, ragged_batches(), labels=o, **QUIET) for m, o in zip(models, ('exact', 'empirical'))]
+    with pytest.raises(ValueError, match='the Fishers differ in estimator'): merge(models, fishers, **QUIET)
+    merged = merge(models, [mask_fisher(m, ragged_batches(), **QUIET) for m in models], scheme='with-value', **QUIET)
+    assert merged.report['options']['scheme'] == dict(SCHEMES['with-value']) and merged.report['roles']['value']['weight'] == 'head'
+
+@pytest.mark.parametrize('run', [merge, merge_files])
+def test_pinned_weights_are_looked_at(tmp_path, run):
+    models, out = folders(tmp_path), {} if run is merge else dict(out=tmp_path/'out')
+    for pins in (dict(weight_hash='0'*64), dict(head_hash='0'*64)):
+        with pytest.raises(ValueError, match="0000"): run(models | dict(a=ModelReference(str(models['a']), **pins)), method='average', **out, **QUIET)
+    with pytest.raises(ValueError, match="0000"):
+        run(models, method='ties', base=ModelReference(str(tmp_path/'base'), weight_hash='0'*64), **out, **QUIET)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+def test_files_keep_their_type(tmp_path, dtype):
+    for i, t in enumerate('ab'): tiny(seed=i, dtype=dtype).save_pretrained(tmp_path/t)
+    merge_files({t: tmp_path/t for t in 'ab'}, method='average', out=tmp_path/'out', **QUIET)
+    assert {t.dtype for t in load_file(tmp_path/'out'/'model.safetensors').values()} == {dtype}
+
+@pytest.mark.parametrize('kw, error', [(dict(max_length=0), ValueError), (dict(max_length=2.), ValueError), (dict(max_length=True), ValueError), (dict(tokenizer=3), TypeError)], ids=str)
+def test_how_rows_are_read_is_checked(kw, error, tmp_path):
+    rows = ragged_batches()
+    with pytest.raises(error, match='must be|expected'): ask([tiny(), tiny()], data=[rows, rows], **kw)
+    assert ask([tiny()], data=[rows], max_length=1, tokenizer=(one := tokenizer(tmp_path))).tokenizer is one
+    with pytest.raises(ValueError, match='differ in capitals only'): ask(dict(A=tiny(), a=tiny()), method='average')

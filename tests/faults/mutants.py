@@ -37,6 +37,10 @@ EXPLAINED = { # how the key of a survivor begins -> why no test can notice
     'torch.float64) < density': 'a draw equals a density once in 2**53 times',
     'methods.ties | blocks = [b for n,s in shapes.items() for b in cut(n, s, 4)] | 4 -> ': 'how much is read at once, not what',
     'engine.devices | return (v.pin_memory() if v.is_cpu and device.type==\'cuda\' else v).to(device, non_blocking=True) | True': 'speed, on a GPU',
+    'merging.merged | split = split_torch_state_dict_into_shards(': 'the pattern is the default of the library',
+    'merging.skeletons | return Skeleton(model, Blocks(body)) | return': 'a shortcut; transformers looks instead',
+    'merging.skeletons | return found if whole and not old else None | return': 'a shortcut; transformers looks instead',
+    'merging.merged | def __enter__(self): return self': 'what the block is called is not used',
     'methods.method | _EXPECTED = ': 'wording: the sentence of pydantic stands in its place',
 }
 

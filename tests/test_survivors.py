@@ -310,7 +310,7 @@ def test_columns_of_text():
     assert not repeats(['a', 'a', 'a'], [0, 1, 0])
     kinds = dict(note='string', label_text='large_string', label='int64')
     assert pick_text(kinds) == ['note'] and pick_text(kinds, 'label_text') == ['label_text'] and pick_text(kinds, recorded=['label_text']) == ['label_text']
-    assert pick_text(kinds, recorded=['gone']) == ['note']
+    assert pick_text(kinds, recorded=['gone']) == ['note'] and pick_text(dict(note='string', score='int64')) == ['note']
     words = dict(note=['x', 'y', 'z'], name=['a', 'b', 'a'])
     assert pick_text(dict(note='string', name='string'), labels=[0, 1, 0], read=words.get) == ['note']
 
@@ -671,7 +671,7 @@ def test_a_threshold_is_found_by_blocks_too(monkeypatch):
 def test_task_vectors_are_scaled_by_four_tenths():
     assert_close(add_task_vectors(torch.ones(2), [torch.full((2,), 3.), torch.full((2,), 2.)], torch.tensor([1., 2.])), torch.full((2,), 1+.4*(2+2)), rtol=1e-6, atol=0)
 
-def test_a_forward_that_was_compiled_is_refused_unless_it_is_meant():
+def test_a_forward_that_was_replaced_is_refused_unless_it_is_meant():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     def forward(x): return x
     forward._torchdynamo_orig_callable = model[0].forward

@@ -41,6 +41,7 @@ EXPLAINED = { # how the key of a survivor begins -> why no test can notice
     'merging.skeletons | return Skeleton(model, Blocks(body)) | return': 'a shortcut; transformers looks instead',
     'merging.skeletons | return found if whole and not old else None | return': 'a shortcut; transformers looks instead',
     'merging.merged | def __enter__(self): return self': 'what the block is called is not used',
+    'engine.text | def read(t): return [dict(t(*o, truncation=True, max_length=16))': 'how much of the probes is compared, and in which pairs',
     'methods.method | _EXPECTED = ': 'wording: the sentence of pydantic stands in its place',
 }
 

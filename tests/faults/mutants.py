@@ -278,7 +278,7 @@ def main():
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--only', default='', help='how the names of modules begin')
     p.add_argument('--cases', type=int, default=2, help='parameters of a test')
-    p.add_argument('--patience', type=float, default=12., help='seconds of tests for a mutant')
+    p.add_argument('--patience', type=float, default=60., help='seconds of tests for a mutant')
     args = p.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     pytest.main([*OPTIONS, *(str(TESTS/f'test_{o}.py') for o in QUICK)], [Loop(args)])

@@ -1,29 +1,43 @@
 """What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
+import hashlib
 import random
+import warnings
+from collections import Counter
 from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
-from fisher_nodes import METHODS, MaskFisher, ParameterFisher, Rule, mask_fisher, merge, merge_files
+from datasets import Dataset
+from fisher_nodes import METHODS, MaskFisher, ModelReference, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
+from fisher_nodes.core import blocks, kernel
 from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
-from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, split_roles
-from fisher_nodes.core.fisher import VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
+from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, count_nodes, find_places, split_roles
+from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
 from fisher_nodes.core.nodes import mask_sites, node_gradients
-from fisher_nodes.core.schemes import SCHEMES, check_roles, get_scheme, weight_of
+from fisher_nodes.core.schemes import SCHEMES, WHOLE, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
-from fisher_nodes.engine.devices import find_device
+from fisher_nodes.engine.devices import PRECISIONS, find_device, running_device
+from fisher_nodes.engine.files import OutputExistsError
+from fisher_nodes.engine.fingerprints import hash_weights
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
-from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_limit
+from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_columns, text_limit, tokenize
 from fisher_nodes.merging import store
+from fisher_nodes.merging.card import check_scores, model_card
+from fisher_nodes.merging.merged import _hub_name, _widen, check_shard_size
+from fisher_nodes.merging.request import ask
+from fisher_nodes.methods.dare import drop_elements, seeded
 from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, element_mean, fisher_norm
 from fisher_nodes.methods.mask_fisher import MaskSquares
-from fisher_nodes.methods.method import STATISTICS, Job, check_numbers, check_shapes
+from fisher_nodes.methods.method import STATISTICS, Job, MergeMethod, check_numbers, check_shapes, mean_of_sums, plain_value, widen
 from fisher_nodes.methods.regmean import InputGrams, gram, regression_mean, token_positions
 from fisher_nodes.methods.released import fill_zeros, square_mean
 from reference import brute_grads, ragged_batches, tiny
+from fisher_nodes.methods.task_vectors import add_task_vectors
+from fisher_nodes.methods.ties import trim_threshold
 from safetensors.torch import load_file, save_file
+from test_nodes import MODELS, ROWS
 from torch.testing import assert_close
 from transformers import BertTokenizerFast
 
@@ -114,6 +128,8 @@ def test_tokenizers_are_compared_by_words_and_by_what_they_do(tmp_path):
     assert same_tokens(one, one) and same_tokens(one, low)
     assert not same_tokens(one, tokenizer(tmp_path/'case', lower=False))
     assert not same_tokens(one, tokenizer(tmp_path/'more', [*WORDS, 'never-in-a-probe']))
+    narrow = tokenizer(tmp_path/'narrow', [*WORDS[:5], 'acg', 'ttg'])
+    assert not same_tokens(narrow, tokenizer(tmp_path/'cased', [*WORDS[:5], 'acg', 'ttg'], lower=False))
 
 
 # --- what comes back ----------------------------------------------------------------------------
@@ -211,9 +227,9 @@ def test_shares_lie_along_any_axis(axis, dtype):
 @pytest.mark.parametrize('shape, models, rows', [((5000, 768), 1, 682), ((5000, 768), 8, 682), ((5000, 768), 16, 340), ((7, 1<<20), 1, 1),
                                                  ((9, 3), 2, 9), ((9, 10**7), 2, 4), ((2048,), 64, 2048)], ids=str)
 def test_a_parameter_is_cut_into_rows(shape, models, rows):
-    blocks = cut('w', shape, models)
-    assert [o.rows for o in blocks] == [slice(i, min(i+rows, shape[0])) for i in range(0, shape[0], rows)]
-    assert all(o == 'w' for o in blocks)
+    found = cut('w', shape, models)
+    assert [o.rows for o in found] == [slice(i, min(i+rows, shape[0])) for i in range(0, shape[0], rows)]
+    assert all(o == 'w' for o in found)
 
 @pytest.mark.parametrize('shape', [(), (0, 3), (3, 0)], ids=str)
 def test_what_has_no_rows_is_not_cut(shape): assert [(o, o.rows) for o in cut('w', shape)] == [('w', ...)]
@@ -294,7 +310,7 @@ def test_columns_of_text():
     assert not repeats(['a', 'a', 'a'], [0, 1, 0])
     kinds = dict(note='string', label_text='large_string', label='int64')
     assert pick_text(kinds) == ['note'] and pick_text(kinds, 'label_text') == ['label_text'] and pick_text(kinds, recorded=['label_text']) == ['label_text']
-    assert pick_text(kinds, recorded=['gone']) == ['note']
+    assert pick_text(kinds, recorded=['gone']) == ['note'] and pick_text(dict(note='string', score='int64')) == ['note']
     words = dict(note=['x', 'y', 'z'], name=['a', 'b', 'a'])
     assert pick_text(dict(note='string', name='string'), labels=[0, 1, 0], read=words.get) == ['note']
 
@@ -390,7 +406,8 @@ def test_numbers_are_checked():
 
 def small():
     gen = torch.Generator().manual_seed(0)
-    return {'b.half': torch.randn(3, generator=gen).half(), 'a.wide': torch.randn(4, 3, generator=gen).double(), 'c.bits': torch.tensor([True, False]),
+    whole = {f'{o}': torch.ones(3).to(o) for o in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bfloat16)}
+    return whole | {'b.half': torch.randn(3, generator=gen).half(), 'a.wide': torch.randn(4, 3, generator=gen).double(), 'c.bits': torch.tensor([True, False]),
             'z.float': torch.randn(5, 2, generator=gen), 'a.float': torch.randn((), generator=gen), 'e.empty': torch.ones(0, 3)}
 
 @pytest.mark.parametrize('most_open', [64, 0])
@@ -405,6 +422,9 @@ def test_a_file_is_what_safetensors_writes(tmp_path, monkeypatch, most_open):
     for n, t in tensors.items(): assert torch.equal(slots[n][...], t) and slots[n].dtype == slots[n].stored == t.dtype and slots[n].shape == tuple(t.shape)
     assert torch.equal(slots['z.float'][1:3], tensors['z.float'][1:3]) and torch.equal(slots['a.wide'][3:9], tensors['a.wide'][3:9])
     with pytest.raises(FileExistsError): store.make_file(tmp_path/'got', tensors)
+    file = slots['z.float'].file
+    file.close()
+    assert file.raw is None if most_open == 0 else file.raw.closed
 
 def test_rows_are_written_in_place(tmp_path):
     slot = store.make_file(tmp_path/'f', dict(a=torch.ones(2), w=torch.ones(4, 3)))['w']
@@ -422,11 +442,11 @@ def test_a_file_that_ends_too_early(tmp_path):
     with pytest.raises(ValueError, match='f ends too early; was it changed'): slot[...]
 
 def test_a_parameter_has_one_name(tmp_path):
-    tensors = {'bert.w': torch.ones(1), 'x': torch.ones(2), 'bert.n.LayerNorm.gamma': torch.ones(3), 'two': torch.ones(4), 'bert.two': torch.ones(4)}
+    tensors = {'bert.w': torch.ones(1), 'x': torch.ones(2), 'bert.n.LayerNorm.gamma': torch.ones(3), 'n.LayerNorm.beta': torch.ones(5), 'two': torch.ones(4), 'bert.two': torch.ones(4)}
     save_file(tensors, tmp_path/'f')
     slots = store.read_slots(tmp_path/'f')
     def find(name): return store.find_slot(slots, name, 'bert', torch.float64)
-    assert (find('w').shape, find('x').shape, find('n.LayerNorm.weight').shape) == ((1,), (2,), (3,)) and find('x')[...].dtype == torch.float64
+    assert (find('w').shape, find('x').shape, find('n.LayerNorm.weight').shape, find('n.LayerNorm.bias').shape) == ((1,), (2,), (3,), (5,)) and find('x')[...].dtype == torch.float64
     assert find('two').start == slots['bert.two'].start
     with pytest.raises(ValueError, match='gone is not in'): find('gone')
     save_file(tensors | {'n.LayerNorm.weight': torch.ones(3)}, tmp_path/'g')
@@ -527,3 +547,244 @@ def test_an_element_mean_with_a_floor():
     got, empty = element_mean(ts, Fs, torch.tensor([1., 2.]), .5)
     assert_close(got, torch.tensor([(3+10)/5, (.5+20)/4.5, (.5+5)/1.5]), rtol=1e-6, atol=0)
     assert empty == 0 and fisher_norm(dict(a=torch.tensor([3.]), b=torch.tensor([[0., 4.]]))) == 5.
+
+
+# --- other families, other devices ------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', MODELS)
+def test_nodes_of_families_that_lie_otherwise(monkeypatch, name):
+    monkeypatch.setitem(FAMILIES, name, ROWS[name])
+    model, shared = MODELS[name](), {} if name == 'gpt2' else dict(group=[2, 2])
+    assert count_nodes(model) == dict(head=[8, 8], row=[24, 24]) | shared
+    places, state = find_places(model), model.base_model.state_dict()
+    assert places.keys() == {n for n, t in state.items() if t.is_floating_point()}
+    for n, o in places.items():
+        rows = [s.rows for s in o.slices if s.rows is not None]
+        if rows: assert torch.cat(rows).sort().values.tolist() == list(range(state[n].shape[o.slices[0].axis])), n
+    layers = {o.layer for n, o in places.items() if '.0.' in n}, {o.layer for n, o in places.items() if '.1.' in n}
+    assert layers == ({0}, {1}) and all(o.layer is None for n, o in places.items() if not {'0', '1'} & set(n.split('.')))
+
+@pytest.mark.parametrize('labels', ESTIMATORS)
+def test_weights_lie_beside_the_losses(labels):
+    "The meta device stands in for a GPU."
+    logits, y = torch.ones(2, 3, device='meta'), torch.zeros(2, device='meta').long()
+    for weights, losses in ESTIMATORS[labels](tiny(), logits, y, [0, 1], 0): assert weights.device.type == losses.device.type == 'meta'
+
+def test_a_loss_that_leaves_a_layer_out():
+    def loss(model, batch):
+        inputs = {k: v for k, v in batch.items() if k != 'labels'}
+        return model(**inputs, output_hidden_states=True).hidden_states[1].sum((1, 2))
+    with pytest.raises(ValueError, match='no gradient reached layer 1: do the losses depend on the whole body'):
+        mask_fisher(tiny(), ragged_batches(), loss=loss, **QUIET)
+
+def test_the_kernel_is_used_where_it_agrees(monkeypatch):
+    monkeypatch.setattr(kernel, '_agrees', lambda device: True)
+    assert kernel.best_sums.__wrapped__(torch.device('cuda')) is kernel.fused_sums
+    assert kernel.best_sums.__wrapped__(torch.device('cpu')) is kernel.plain_sums
+
+def test_rules_say_how_they_are_run():
+    models, base = [tiny(seed=i) for i in range(2)], tiny(seed=9).base_model.state_dict()
+    states = {t: dict(m.base_model.named_parameters()) for t, m in zip('ab', models)}
+    measured = {None: {}, 'mask-fisher': mask_fisher, 'full-fisher': parameter_fisher, 'grams': linear_grams}
+    rules = {}
+    for name, o in METHODS.items():
+        if not o.rule.__module__.startswith('fisher_nodes'): continue
+        found = {t: measured[o.statistic](m, ragged_batches(), **QUIET) for t, m in zip('ab', models)} if o.statistic else {}
+        rules[name] = o.rule(Job(states, torch.ones(2).double(), found, base, model=models[0]))
+    assert {k: (o.once, len(o.whole)) for k, o in rules.items()} == {
+        'average': (True, 0), 'dare': (False, 0), 'fisher': (False, 0), 'mask-fisher': (True, 0), 'regmean': (True, 13), 'task-arithmetic': (False, 0), 'ties': (False, 0)}
+    kinds = {k: Counter(o.kinds.values()) for k, o in rules.items()}
+    n = len(states['a'])
+    assert kinds == {'average': {'one': n}, 'dare': {'task vector': n}, 'task-arithmetic': {'task vector': n}, 'ties': {'task vector': n}, 'fisher': {'parameter': n},
+                     'regmean': {'gram': 13, 'one': n-13}, 'mask-fisher': {'head': 8, 'row': 4, 'one': n-12}}
+    assert rules['fisher'].counts == dict(zero_fisher_elements=0) and rules['regmean'].counts == dict(unused_inputs=0)
+    assert rules['regmean'].whole == {k for k, v in rules['regmean'].kinds.items() if v == 'gram'}
+
+@pytest.mark.parametrize('method', ['dare', 'ties', 'task-arithmetic', 'average'])
+def test_blocks_of_rows_give_what_whole_parameters_give(method):
+    gen = torch.Generator().manual_seed(0)
+    states = {t: Blocks(dict(w=torch.randn(8, 5, generator=gen))) for t in 'ab'}
+    rule = METHODS[method].rule(Job(states, torch.tensor([1., 2.]).double(), base=Blocks(dict(w=torch.zeros(8, 5))), seed=3))
+    def part(n): return rule.combine(n, [s[n] for s in states.values()])
+    whole, parts = part('w'), [part(Block('w', slice(i, i+2))) for i in (0, 2, 4, 6)]
+    assert torch.equal(torch.cat(parts), whole) and not torch.equal(parts[0], parts[1])
+
+def test_dare_keeps_what_was_drawn():
+    v = torch.arange(1., 41.).view(8, 5)
+    got = drop_elements(v, .3, seeded('3 a w'))
+    drawn = torch.rand(8, 5, generator=torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b'3 a w').digest()[:7], 'big')), dtype=torch.float64)
+    assert_close(got.double(), torch.where(drawn < .3, v.double()/.3, 0.), rtol=1e-6, atol=0)
+
+def test_rows_inside_the_body_are_those_of_the_batch():
+    def loss(model, batch):
+        h = model.base_model(**{k: v for k, v in batch.items() if k != 'labels'}).last_hidden_state
+        return model.base_model.encoder.layer[0].intermediate.dense(h.repeat(2, 1, 1)).sum((1, 2))[:len(h)]
+    with pytest.raises(ValueError, match="3 examples, but 'encoder.layer.0.intermediate.dense' saw 6 rows; one example must be one row"):
+        parameter_fisher(tiny(), ragged_batches(), loss=loss, **QUIET)
+
+def test_a_new_batch_forgets_an_unfinished_one():
+    model, (batch,) = tiny(), ragged_batches(sizes=(3,))
+    with MaskSquares(model) as found:
+        model(**{k: v for k, v in batch.items() if k != 'labels'})
+        assert len(found.masks.leaves) == 1
+        found.begin(3)
+        assert found.masks.leaves == [] and found.part == {}
+
+def test_options_are_taken_as_they_are():
+    for bad in (dict(density='0.5'), dict(scale=True), dict(nonsense=1)):
+        with pytest.raises(ValueError): METHODS['ties'].check(bad)
+    def rule(job, where:torch.device=torch.device('cpu')): return None
+    assert MergeMethod('mine', rule).check(dict(where=torch.device('meta'))) == dict(where=torch.device('meta'))
+    assert plain_value(np.int64(3)) == 3 and type(plain_value(np.int64(3))) is int and plain_value('a') == 'a'
+    assert (widen(torch.ones(2).half()).dtype, widen(torch.ones(2).double()).dtype, widen(torch.ones(2).int()).dtype) == (torch.float32, torch.float64, torch.int32)
+    sums = dict(w=torch.tensor([6., 9.]).double())
+    assert mean_of_sums(sums, 3, torch.float16)['w'].tolist() == [2, 3] and sums == {}
+
+def test_schemes_are_these_tables():
+    paper, heads = dict(query='head', key='head', ffn_in='row'), dict(query='head', key='head')
+    assert dict(SCHEMES) == {
+        'paper': paper, 'with-value': paper | dict(value='head'), 'heads': heads, 'rows': dict(ffn_in='row'), 'average': {},
+        'layer-mean': dict(query='head_mean', key='head_mean', ffn_in='row_mean'),
+        'released': paper | dict(value='head_mean', attention_output='head_mean', attention_norm='head_mean', ffn_out='row_mean', ffn_norm='row_mean',
+                                 embeddings='universal', pooler='universal')}
+    f = MaskFisher(torch.tensor([[1., 3.], [2., 6.]]), torch.tensor([[1., 1., 4.], [3., 3., 3.]]))
+    assert {k: [w(f, i).tolist() for i in (0, 1)] for k, w in WHOLE.items()} == dict(
+        one=[[1], [1]], head_mean=[[2], [4]], row_mean=[[2], [3]], universal=[[5.5], [5.5]])
+
+def test_one_model_may_be_merged_by_grams():
+    model, gs = tiny(), linear_grams(tiny(), ragged_batches(), **QUIET)
+    rule = METHODS['regmean'].rule(Job(dict(a=dict(model.base_model.named_parameters())), torch.ones(1).double(), dict(a=gs), model=model))
+    name = 'encoder.layer.0.output.dense.weight'
+    want = model.base_model.get_parameter(name)
+    assert_close(rule.combine(name, [want]), want.detach(), rtol=1e-6, atol=1e-9)
+
+def test_a_threshold_is_found_by_blocks_too(monkeypatch):
+    monkeypatch.setattr(blocks, 'BLOCK', 64)
+    gen = torch.Generator().manual_seed(0)
+    state, base = ({'w': torch.randn(1024, 2, generator=gen), 'b': torch.randn(3, generator=gen)} for _ in range(2))
+    assert len(cut('w', (1024, 2))) == 4
+    sizes = torch.cat([(state[k].double()-base[k].double()).abs().flatten() for k in state]).sort(descending=True).values
+    for density in (.2, 1., 1e-9):
+        want = sizes[max(1, round(density*len(sizes)))-1].item()
+        assert trim_threshold(state, base, density) == trim_threshold(Blocks(state), Blocks(base), density) == want
+
+def test_task_vectors_are_scaled_by_four_tenths():
+    assert_close(add_task_vectors(torch.ones(2), [torch.full((2,), 3.), torch.full((2,), 2.)], torch.tensor([1., 2.])), torch.full((2,), 1+.4*(2+2)), rtol=1e-6, atol=0)
+
+def test_a_forward_that_was_replaced_is_refused_unless_it_is_meant():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    def forward(x): return x
+    forward._torchdynamo_orig_callable = model[0].forward
+    model[0].forward = forward
+    with pytest.raises(ValueError, match="`forward` of '0' was replaced by a compiled one"):
+        with frozen_eval(model): pass
+    with frozen_eval(model, compiled=True): assert not model.training
+
+def test_where_a_model_runs():
+    model = tiny()
+    assert running_device(model) == running_device(model, 'cpu') == torch.device('cpu')
+    with pytest.raises(ValueError, match='holds no numbers'): running_device(model, 'meta')
+    before = torch.get_float32_matmul_precision()
+    for name, want in (('fp32', 'highest'), ('tf32', 'high'), ('bf16', before)):
+        with PRECISIONS[name](torch.device('cpu')):
+            assert torch.get_float32_matmul_precision() == want and torch.is_autocast_enabled('cpu') == (name == 'bf16')
+    assert torch.get_float32_matmul_precision() == before
+
+def test_labels_in_the_models_order_are_left_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert model_labels(['No', 'Yes'], [0, 1, 5], ['no', 'yes']) == [0, 1, 5]
+
+@pytest.mark.parametrize('label', ['label', 'labels', None])
+def test_text_is_found_beside_any_column_of_labels(label):
+    rows = dict(story=['x', 'y', 'z'], name=['a', 'b', 'a']) | ({label: [0, 1, 0]} if label else {})
+    if label: assert text_columns(Dataset.from_dict(rows)) == ['story']
+    else:
+        with pytest.raises(ValueError, match='it is not clear'): text_columns(Dataset.from_dict(rows))
+
+def test_text_is_cut_where_it_is_asked_for(tmp_path):
+    one, texts = tokenizer(tmp_path), [['the cat rains the cat', 'rains']]
+    assert [len(o) for o in tokenize(texts, one, 4)['input_ids']] == [4, 3] and [len(o) for o in tokenize(texts, one)['input_ids']] == [7, 3]
+
+@pytest.mark.parametrize('scores, say', [
+    ({}, 'must be a mapping from task to metrics'), (3, 'must be a mapping from task to metrics'), (dict(c=dict(acc=1.)), "has 'c', which is not among the tasks"),
+    (dict(a={}), 'must be a finite number for each metric'), (dict(a=dict(acc=float('inf'))), 'must be a finite number'), (dict(a=dict(acc=float('nan'))), 'must be a finite'),
+    (dict(a=dict(acc='1')), 'must be a finite number'), (dict(a=3), 'must be a finite number')], ids=str)
+def test_scores_are_numbers_of_tasks(scores, say):
+    with pytest.raises(ValueError, match=say): check_scores(scores, ['a', 'b'])
+
+def test_a_card_tells_scores_and_use():
+    report = merge([tiny(), tiny(seed=1)], method='average').report | dict(scores=check_scores(dict(task0=dict(acc=.25)), ['task0', 'task1']))
+    text = str(model_card(report, None, 'me/it'))
+    assert 'acc 0.25' in text and 'pipeline_tag: text-classification' in text and 'No recipe was recorded.' in text and '# Merged: task0, task1' in text
+    assert 'feature-extraction' in str(model_card(report, None, 'me/it', 'AutoModel')) and 'AutoTokenizer' not in str(model_card(report, None, 'x', tokenizer=False))
+
+def test_sizes_of_files():
+    for size in (1, '1KB', '2GB'): check_shard_size(size)
+    for size in (0, -1, True, 'much', None, 1.5):
+        with pytest.raises(ValueError, match='max_shard_size'): check_shard_size(size)
+
+def folders(root):
+    for i, t in enumerate(('a', 'bé', 'base')): tiny(seed=i, dtype=torch.float32).save_pretrained(root/t)
+    return dict(a=root/'a', b=root/'bé')
+
+def test_a_recipe_says_what_was_merged(tmp_path):
+    models = folders(tmp_path)
+    merged = merge(models, method='ties', base=tmp_path/'base', weights=dict(a=1, b=2), density=.3, seed=5, **QUIET)
+    recipe = dict(merged.recipe)
+    assert set(recipe.pop('versions')) == {'fisher_nodes', 'torch', 'transformers'} and len(recipe.pop('result')) > 8
+    def entry(folder, seed, **kw): return dict(model=str(folder), weight_hash=hash_weights(tiny(seed=seed, dtype=torch.float32)), **kw)
+    heads = {t: recipe['models'][t]['head_hash'] for t in 'ab'}
+    assert len(set(heads.values())) == 2
+    assert recipe == dict(models={t: entry(o, i, head_hash=heads[t]) for i, (t, o) in enumerate(models.items())}, base=entry(tmp_path/'base', 2), method='ties',
+                          weights=dict(a=1., b=2.), seed=5, options=dict(density=.3, scale=1.))
+    with pytest.raises(OutputExistsError, match="the model of 'base'"): merged.save_pretrained(tmp_path/'base', overwrite=True)
+    merged.save_pretrained(tmp_path/'out')
+    text, card = (tmp_path/'out'/'recipe.yml').read_text(), (tmp_path/'out'/'README.md').read_text()
+    assert 'model: ../bé\n' in text and text.index('models:') < text.index('base:') < text.index('method: ties') and 'changed after' not in text+card
+    with torch.no_grad(): merged.body.embeddings.word_embeddings.weight.add_(1)
+    merged.save_pretrained(tmp_path/'more')
+    assert all('changed after merging' in (tmp_path/'more'/o).read_text() for o in ('recipe.yml', 'README.md'))
+
+def test_a_mask_has_no_options_beside_variant_and_scheme(family):
+    models = [tiny(family), tiny(family, seed=1)]
+    merged = merge(models, [mask_fisher(m, ragged_batches(family), **QUIET) for m in models], **QUIET)
+    assert 'options' not in merged.recipe and merged.recipe['variant'] == 'paper' and merged.recipe['weights'] == dict(task0=1., task1=1.)
+    assert merged.report['zero_fisher'] == dict(heads=0, rows=0) and merged.report['copied'] == [n for n in merged.body.state_dict() if 'ids' in n]
+
+def test_a_head_of_more_digits_keeps_them():
+    wide, narrow = (dict(w=torch.nn.Parameter(torch.ones(2).to(o))) for o in (torch.float64, torch.float16))
+    for o in (wide, narrow): _widen(o, torch.float32)
+    assert (wide['w'].dtype, narrow['w'].dtype) == (torch.float64, torch.float32)
+
+@pytest.mark.parametrize('name', ['a/b/c', 'a//b', '-x', ''])
+def test_a_name_that_the_hub_cannot_have(name):
+    with pytest.raises(ValueError): _hub_name(None, name)
+
+def test_fishers_of_two_estimators_are_refused():
+    models = [tiny(), tiny(seed=1)]
+    fishers = [mask_fisher(m, ragged_batches(), labels=o, **QUIET) for m, o in zip(models, ('exact', 'empirical'))]
+    with pytest.raises(ValueError, match='the Fishers differ in estimator'): merge(models, fishers, **QUIET)
+    merged = merge(models, [mask_fisher(m, ragged_batches(), **QUIET) for m in models], scheme='with-value', **QUIET)
+    assert merged.report['options']['scheme'] == dict(SCHEMES['with-value']) and merged.report['roles']['value']['weight'] == 'head'
+
+@pytest.mark.parametrize('run', [merge, merge_files])
+def test_pinned_weights_are_looked_at(tmp_path, run):
+    models, out = folders(tmp_path), {} if run is merge else dict(out=tmp_path/'out')
+    for pins in (dict(weight_hash='0'*64), dict(head_hash='0'*64)):
+        with pytest.raises(ValueError, match="0000"): run(models | dict(a=ModelReference(str(models['a']), **pins)), method='average', **out, **QUIET)
+    with pytest.raises(ValueError, match="0000"):
+        run(models, method='ties', base=ModelReference(str(tmp_path/'base'), weight_hash='0'*64), **out, **QUIET)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+def test_files_keep_their_type(tmp_path, dtype):
+    for i, t in enumerate('ab'): tiny(seed=i, dtype=dtype).save_pretrained(tmp_path/t)
+    merge_files({t: tmp_path/t for t in 'ab'}, method='average', out=tmp_path/'out', **QUIET)
+    assert {t.dtype for t in load_file(tmp_path/'out'/'model.safetensors').values()} == {dtype}
+
+@pytest.mark.parametrize('kw, error', [(dict(max_length=0), ValueError), (dict(max_length=2.), ValueError), (dict(max_length=True), ValueError), (dict(tokenizer=3), TypeError)], ids=str)
+def test_how_rows_are_read_is_checked(kw, error, tmp_path):
+    rows = ragged_batches()
+    with pytest.raises(error, match='must be|expected'): ask([tiny(), tiny()], data=[rows, rows], **kw)
+    assert ask([tiny()], data=[rows], max_length=1, tokenizer=(one := tokenizer(tmp_path))).tokenizer is one
+    with pytest.raises(ValueError, match='differ in capitals only'): ask(dict(A=tiny(), a=tiny()), method='average')

@@ -1,6 +1,6 @@
 """Mutation testing: change one thing in the package, and see whether a test notices.
 
-    python tests/faults/mutants.py --out _proof/mutants.json [--most 24] [--seed 0] [--only core.averaging]
+    python tests/faults/mutants.py --out _bench/mutants.json [--most 24] [--seed 0] [--only core.averaging]
 
 One pytest session collects the quick tests, and a fork of it notes which lines each of them runs. Then every mutant is
 a fork in which a function has other code (or, for what stands outside of functions, in which everything is imported anew
@@ -25,7 +25,24 @@ SLOW = 'shell or entry_point or grid or threads or importing or compiled' # test
 MODULES = 'core/*.py', 'methods/*.py', *(f'engine/{o}.py' for o in ('guard', 'devices', 'classes', 'text')), 'merging/*.py'
 OPTIONS = ['-q', '-s', '-o', 'addopts=', '-p', 'no:xdist', '-p', 'no:cacheprovider', f'--rootdir={ROOT}', '-k', f'not ({SLOW})']
 
+ELSEWHERE = '_kernel', 'fused_sums', '_agrees' # tests/kernel runs them, in Triton's interpreter
+
 EXPLAINED = { # how the key of a survivor begins -> why no test can notice
+    'core.averaging | shares = products/total.masked_fill(empty, 1) | 1 -> 2': 'these columns are replaced in the next line',
+    'core.averaging | key = (kind:=weight_of(scheme, part)), part.kind if kind in BY_NODE else None, layer | part.kind if': 'a finer key of a cache',
+    'core.blocks | yield bits if shift==3*_BITS else bits[bits>>shift==prefix] | bits if shift': 'a shortcut: all numbers begin with prefix 0',
+    'core.blocks | if shift and counts[i]<=few: return as_float(held(shift).kthvalue(k+1).values) | if': 'a shortcut to the same number',
+    'core.nodes | CHUNK = ': 'how much is done at once, not what',
+    'methods.dare | keep = torch.rand(vector.shape, generator=draw, dtype=torch.float64)<density | torch.rand(vector.shape, generator=draw, dtype='
+    'torch.float64) < density': 'a draw equals a density once in 2**53 times',
+    'methods.ties | blocks = [b for n,s in shapes.items() for b in cut(n, s, 4)] | 4 -> ': 'how much is read at once, not what',
+    'engine.devices | return (v.pin_memory() if v.is_cpu and device.type==\'cuda\' else v).to(device, non_blocking=True) | True': 'speed, on a GPU',
+    'merging.merged | split = split_torch_state_dict_into_shards(': 'the pattern is the default of the library',
+    'merging.skeletons | return Skeleton(model, Blocks(body)) | return': 'a shortcut; transformers looks instead',
+    'merging.skeletons | return found if whole and not old else None | return': 'a shortcut; transformers looks instead',
+    'merging.merged | def __enter__(self): return self': 'what the block is called is not used',
+    'engine.text | def read(t): return [dict(t(*o, truncation=True, max_length=16))': 'how much of the probes is compared, and in which pairs',
+    'methods.method | _EXPECTED = ': 'wording: the sentence of pydantic stands in its place',
 }
 
 # --- what is changed ------------------------------------------------------------------------------
@@ -61,7 +78,7 @@ def variants(node):
 def nodes(node, around=()):
     "Every node outside of words and types, with those around it."
     yield node, around
-    if isinstance(node, (ast.JoinedStr, ast.Raise, ast.arg)): return
+    if isinstance(node, (ast.JoinedStr, ast.Raise, ast.arg)) or getattr(node, 'name', '') in ELSEWHERE: return
     for field, o in ast.iter_fields(node):
         if field in ('annotation', 'returns'): continue
         for child in o if isinstance(o, list) else [o]:
@@ -171,39 +188,44 @@ class Lines:
         self.seen.setdefault(frame.f_code.co_filename, set()).add(frame.f_lineno)
         return self
 
+def stamp(item):
+    "What the notes on a test depend on."
+    return max(o.stat().st_mtime for o in [*PACKAGE.rglob('*.py'), TESTS/'reference.py', item.path])
+
+def read_notes(path): return {o['test']: o for o in map(json.loads, path.open())} if path.exists() else {}
+
 def trace(items, path):
-    "Write which lines every test runs, and how long it takes; what is written already stays while no file has changed."
-    last = path.stat().st_mtime if path.exists() else 0
-    stale = any(o.stat().st_mtime > last for o in [*PACKAGE.rglob('*.py'), TESTS/'reference.py'])
-    out, lines = {} if stale else json.loads(path.read_text()), Lines()
+    "Note which lines every test runs, and how long it takes; what is noted stays while no file changes."
+    known, lines = read_notes(path), Lines()
+    todo = [o for o in items if known.get(o.nodeid, {}).get('stamp') != stamp(o)]
     sys.settrace(lines)
     threading.settrace(lines)
     start = time.time()
-    for item, found in reports([o for o in items if o.nodeid not in out or o.path.stat().st_mtime > last]):
-        seen, lines.seen = lines.seen, {}
-        out[item.nodeid] = dict(ran={k: sorted(o) for k, o in seen.items()}, seconds=time.time()-start, failed=any(o.failed for o in found))
-        start = time.time()
-    path.write_text(json.dumps(out))
+    with path.open('a') as notes:
+        for item, found in reports(todo):
+            seen, lines.seen = lines.seen, {}
+            about = dict(test=item.nodeid, stamp=stamp(item), seconds=time.time()-start, failed=any(o.failed for o in found))
+            print(json.dumps(about | dict(ran={k: sorted(o) for k, o in seen.items()})), file=notes, flush=True)
+            start = time.time()
     return 0
 
 def few(items, cases):
-    "At most so many parameters of every test, evenly spread."
+    "At most so many parameters of every test, evenly spread; all of those that were written for mutants."
     found = {}
     for o in items: found.setdefault(o.nodeid.partition('[')[0], []).append(o)
-    return [o for same in found.values() for o in same[::-(-len(same)//cases)]]
+    return [o for k, same in found.items() for o in same[::1 if QUICK[0] in k else -(-len(same)//cases)]]
 
 def chosen(m, traced, patience):
-    "The tests that run a mutant's line, or else its function or module; the shortest of every file first."
+    "The tests that run a mutant's line, or else its function or module; short ones first, of many files."
     ran = {k: o['ran'].get(m['path'], ()) for k, o in traced.items()}
-    fits = [k for k, o in ran.items() if (m['line'] in o if m['at'] else o)] or [k for k, o in ran.items() if m['at'] in o]
-    ranks, order = Counter(), []
+    fits = [k for k, o in ran.items() if (m['line'] in o if m['at'] else o or QUICK[0] in k)] or [k for k, o in ran.items() if m['at'] in o]
+    ranks, cost = Counter(), {}
     for k in sorted(fits, key=lambda k: traced[k]['seconds']):
-        file = k.partition('::')[0]
-        order.append((ranks[file], traced[k]['seconds'], k))
-        ranks[file] += 1
+        ranks[k.partition('::')[0]] += 1
+        cost[k] = traced[k]['seconds']*ranks[k.partition('::')[0]]
     kept = []
-    for _, seconds, k in sorted(order):
-        if not kept or (patience := patience-seconds) > 0: kept.append(k)
+    for k in sorted(cost, key=cost.get):
+        if not kept or (patience := patience-traced[k]['seconds']) > 0: kept.append(k)
     return kept
 
 class Loop:
@@ -212,7 +234,7 @@ class Loop:
     def pytest_runtestloop(self, session):
         items, notes = few(session.items, self.args.cases), self.args.out.with_suffix('.tests')
         forked(lambda: trace(items, notes), 7200)
-        self.items, traced = {o.nodeid: o for o in items}, json.loads(notes.read_text())
+        self.items, traced = {o.nodeid: o for o in items}, read_notes(notes)
         self.traced = {o: traced[o] for o in self.items if not traced[o]['failed']}
         print(len(self.traced), 'tests; these fail unchanged:', [o for o in self.items if o not in self.traced], flush=True)
         done = outcomes(self.args.out)
@@ -256,7 +278,7 @@ def main():
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--only', default='', help='how the names of modules begin')
     p.add_argument('--cases', type=int, default=2, help='parameters of a test')
-    p.add_argument('--patience', type=float, default=12., help='seconds of tests for a mutant')
+    p.add_argument('--patience', type=float, default=60., help='seconds of tests for a mutant')
     args = p.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     pytest.main([*OPTIONS, *(str(TESTS/f'test_{o}.py') for o in QUICK)], [Loop(args)])

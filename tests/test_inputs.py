@@ -2,6 +2,7 @@
 
 Kinds: which columns are the text, whose classes, what is read of a file, which tokenizer, masks and ids,
 which code runs, what stays as it was, what is iterated, what threads share, and where."""
+import functools
 import gzip
 import json
 import types
@@ -131,6 +132,28 @@ def test_the_shell_takes_columns(tmp_path, capsys):
     assert "names 'c', which is no task" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('columns', [dict(question=PREMISES, answer=[1, 2, 3, 4, 5]), dict(sentence1=PREMISES, sentence2=[1, 2, 3, 4, 5]), dict(Text=[1, 2, 3, 4, 5], author=PREMISES), dict(text=PREMISES, Text=HYPOTHESES, TEXT=PREMISES[::-1], title=PREMISES)])
+def test_half_a_pair_is_not_dropped(tmp_path, columns):
+    rows = Dataset.from_dict(columns | dict(label=LABELS))
+    with pytest.raises(ValueError, match='expected text|not clear'): mask_fisher(tiny(), rows, tokenizer=tokenizer(tmp_path))
+
+def test_names_of_one_spelling_and_pairs_of_the_tokenizer(tmp_path):
+    model, tok = tiny(), tokenizer(tmp_path)
+    rows = Dataset.from_dict(dict(text_pair=HYPOTHESES, text=PREMISES, url=PREMISES, label=LABELS))
+    same(mask_fisher(model, rows, tokenizer=tok), heads_of(model, read(tok, PREMISES, HYPOTHESES)))
+    rows = Dataset.from_dict(dict(Text=HYPOTHESES, text=PREMISES, label=LABELS))
+    same(mask_fisher(model, rows, tokenizer=tok), heads_of(model, read(tok, PREMISES)))
+
+def test_the_order_of_a_recorded_pair_survives_merging(tmp_path):
+    rows = Dataset.from_dict(dict(hypothesis=HYPOTHESES, premise=PREMISES, label=LABELS))
+    tok = tokenizer(tmp_path/'tok')
+    for t in 'ab': finetune(tiny(dtype=torch.float32), rows, text=['hypothesis', 'premise'], tokenizer=tok, out=tmp_path/t, epochs=.2, progress=False)
+    merge_files(dict(a=tmp_path/'a', b=tmp_path/'b'), method='average', out=tmp_path/'both')
+    found = mask_fisher(tmp_path/'both'/'a', rows).heads
+    assert torch.equal(found, mask_fisher(tmp_path/'both'/'a', rows, text=['hypothesis', 'premise']).heads)
+    assert not torch.equal(found, mask_fisher(tmp_path/'both'/'a', rows, text=['premise', 'hypothesis']).heads)
+
+
 # --- whose classes ----------------------------------------------------------------------------
 
 def classes(names, labels=LABELS): return Dataset.from_list(examples(len(labels))).remove_columns('labels').add_column('label', labels).cast_column('label', ClassLabel(names=list(names)))
@@ -210,6 +233,53 @@ def test_a_known_task_is_checked_wherever_it_is_known(tmp_path, monkeypatch, cap
         assert why in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('column, kind', [('labels', None), ('gold', None), ('label', 'int32'), ('label', 'int8')])
+def test_names_are_stored_with_any_column(tmp_path, column, kind):
+    names = ('entailment', 'neutral', 'contradiction')
+    rows = Dataset.from_dict({'text': PREMISES, column: LABELS}).cast_column(column, ClassLabel(names=list(names)))
+    rows.to_parquet(tmp_path/'r.parquet')
+    if kind:
+        table = pq.read_table(tmp_path/'r.parquet')
+        pq.write_table(table.set_column(1, column, table[column].cast(kind)).replace_schema_metadata(table.schema.metadata), tmp_path/'r.parquet')
+    model, tok = named(), tokenizer(tmp_path)
+    data, _ = load_rows(tmp_path/'r.parquet', model, label=column)
+    same(mask_fisher(model, data, tokenizer=tok), heads_of(model, read(tok, PREMISES, labels=[(y+1)%3 for y in LABELS])))
+
+@pytest.mark.parametrize('own, names', [(('LABEL_0', 'LABEL_1', 'LABEL_2'), ('2', '0', '1')), (('LABEL_0', 'LABEL_1', 'LABEL_2'), ('LABEL_2', 'LABEL_0', 'LABEL_1')), (('0', '1', '2'), ('3', '1', '2'))])
+def test_bare_numbers_are_matched_by_number(own, names):
+    model = named(own)
+    meant = [sorted(names).index(names[y]) for y in LABELS]
+    by_hand = [collate([o | dict(labels=y)]) for o, y in zip(examples(len(meant)), meant)]
+    same(mask_fisher(model, classes(names)), heads_of(model, by_hand))
+
+def test_names_beside_numbers_are_read_wherever_they_stand():
+    rows = classes(('entailment', 'neutral', 'contradiction'))
+    want = mask_fisher(named(), rows).heads
+    same(mask_fisher(named(), rows.add_column('labels', LABELS)), want)
+    model = tiny()
+    model.config.label2id = {o: i for i, o in enumerate(NLI)}
+    same(mask_fisher(model, rows), want)
+
+def test_an_own_loss_sees_the_model_s_classes():
+    rows = classes(('entailment', 'neutral', 'contradiction'))
+    def loss(model, batch): return torch.nn.functional.cross_entropy(model(**{k: batch[k] for k in ('input_ids', 'attention_mask')}).logits, batch['labels'], reduction='none')
+    same(mask_fisher(named(), rows, loss=loss), mask_fisher(named(), rows).heads)
+
+def test_an_order_by_the_alphabet_is_no_order_of_a_model(tmp_path):
+    Dataset.from_dict(dict(text=PREMISES, label=[('spam', 'ham')[y%2] for y in LABELS])).to_csv(tmp_path/'w.csv')
+    with pytest.raises(ValueError, match='the model has no names for them'): mask_fisher(tiny(num_labels=2), load_task(tmp_path/'w.csv')[0], tokenizer=tokenizer(tmp_path))
+    rows = Dataset.from_dict(dict(text=PREMISES*3, label=[f'LABEL_{i}' for i in range(12)]+['LABEL_0']*3))
+    rows.to_json(tmp_path/'n.jsonl')
+    assert load_task(tmp_path/'n.jsonl')[0]['label'][:12] == list(range(12))
+
+def test_a_nameless_model_is_scored_in_the_order_of_the_task():
+    model, plain = tiny(num_labels=2), [0, 1, 1, 0, 1]
+    flipped = classes(('positive', 'negative'), [1-y for y in plain])
+    want = evaluate(model, classes(('negative', 'positive'), plain), 'sst2')
+    assert evaluate(model, flipped, 'sst2') == want
+    with pytest.raises(ValueError, match="no 'x'"): evaluate(model, classes(('x', 'y'), plain), 'sst2')
+
+
 # --- what is read of a file -------------------------------------------------------------------
 
 def test_columns_are_those_of_all_rows(tmp_path):
@@ -254,6 +324,14 @@ def test_categories_are_words(tmp_path):
     assert task.labels == ('ham', 'spam') and rows['label'][:] == [1, 0, 1] and rows['text'][:] == PREMISES[:3]
 
 
+@pytest.mark.parametrize('name, content', [
+    ('a.csv', 'label,text\n1,x\n0,"a cat\n1,b\n0,c\n1,d\n'), ('a.csv', 'label,text\n1,"it" rains\n0,b\n'), ('a.tsv', 'label\ttext\n1\t"it rains\n0\tb\n'),
+    ('a.jsonl', '{"text": "a", "label": 0, "label": 1}\n{"text": "b", "label": 1}\n')])
+def test_what_a_reader_would_swallow_is_refused(tmp_path, name, content):
+    (tmp_path/name).write_text(content)
+    with pytest.raises(ValueError, match=f'{name} cannot be read: .*(quote|twice)'): load_task(tmp_path/name)
+
+
 # --- which tokenizer --------------------------------------------------------------------------
 
 SHOUTED = ['The Cat sat', 'it rains', 'The cat is wet']
@@ -281,6 +359,16 @@ def test_tokenizers_that_do_the_same_are_one(tmp_path):
     assert merged.tokenizer is not None
     merged.save_pretrained(tmp_path/'out')
     assert Merged.from_pretrained(tmp_path/'out').tokenizer.tokenize('The') == ['the']
+
+
+def test_a_model_in_memory_reads_with_the_tokenizer_beside_it(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+    a, b = saved(tmp_path/'a', tiny(num_labels=2), lower=True), saved(tmp_path/'b', tiny(num_labels=2, seed=1), lower=False)
+    rows = Dataset.from_dict(dict(text=SHOUTED, label=[0, 1, 0]))
+    loaded = AutoModelForSequenceClassification.from_pretrained(b)
+    want, got = merge(dict(a=a, b=b), data=dict(a=rows, b=rows)), merge(dict(a=a, b=loaded), data=dict(a=rows, b=rows))
+    for n, p in want.body.state_dict().items(): assert torch.equal(got.body.state_dict()[n], p), n
+    with pytest.raises(ValueError, match="data of 'b': .*give `tokenizer=`"): merge(dict(a=a, b=tiny(num_labels=2)), data=dict(a=rows, b=rows))
 
 
 # --- masks and ids ----------------------------------------------------------------------------
@@ -334,6 +422,18 @@ def test_tokens_are_whole_numbers(column):
     with pytest.raises(ValueError, match=f'`{column}` of row 0 has float64; expected whole numbers'): mask_fisher(tiny(), Dataset.from_dict(rows))
 
 
+def test_padding_in_the_middle_and_empty_rows_are_refused():
+    with pytest.raises(ValueError, match='row 0 has padding'): mask_fisher(tiny(), [dict(input_ids=torch.tensor([[9, 0, 0, 10]]), labels=torch.tensor([0]))])
+    batch = collate(examples(3))
+    batch['attention_mask'][1] = 0
+    with pytest.raises(ValueError, match='row 1 has 0 tokens'): mask_fisher(tiny(), [batch])
+
+@pytest.mark.parametrize('change', [dict(attention_mask=torch.ones(9)), dict(attention_mask=torch.ones(3, 4)), dict(input_ids=torch.ones(3, 9)), dict(token_type_ids=torch.zeros(2, 9, dtype=torch.long))])
+def test_tensors_of_another_shape_are_named(change):
+    key = next(iter(change))
+    with pytest.raises(ValueError, match=f'`{key}` at example 0 is .*expected whole numbers of shape'): mask_fisher(tiny(), [collate(examples(3)) | change])
+
+
 # --- which code runs --------------------------------------------------------------------------
 
 def replace_by_closure(model):
@@ -344,7 +444,17 @@ def replace_by_autocast(model): model.forward = torch.autocast('cpu', enabled=Fa
 def replace_by_compiled(model): model.classifier.compile(backend='eager')
 def replace_by_method(model): model.classifier.forward = types.MethodType(lambda self, x: torch.nn.functional.linear(x, self.weight, self.bias), model.classifier)
 
-@pytest.mark.parametrize('change', [replace_by_closure, replace_by_autocast, replace_by_compiled, replace_by_method])
+def replace_by_partial(model):
+    old = model.bert.forward
+    model.bert.forward = functools.partial(lambda *a, **k: old(*a, **k))
+
+def replace_by_bound_closure(model):
+    old = model.bert.forward
+    model.bert.forward = types.MethodType(lambda self, *a, **k: old(*a, **k), model.bert)
+
+def replace_by_wrapped_module(model): model.classifier = torch.compile(model.classifier, backend='eager')
+
+@pytest.mark.parametrize('change', [replace_by_closure, replace_by_autocast, replace_by_compiled, replace_by_method, replace_by_partial, replace_by_bound_closure, replace_by_wrapped_module])
 @pytest.mark.filterwarnings('ignore:`forward` of a')
 def test_a_merged_task_runs_its_own_code(change):
     plain, models = dict(a=tiny(), b=tiny(seed=1)), dict(a=tiny(), b=tiny(seed=1))
@@ -386,6 +496,16 @@ def test_a_narrow_head_is_widened_exactly():
     batch = {k: v for k, v in collate(examples(2)).items() if k != 'labels'}
     assert merged['a'](**batch).logits.dtype == torch.float32
     assert torch.equal(merged['a'].classifier.weight, tiny(dtype=torch.bfloat16).classifier.weight.float())
+
+
+def test_a_head_tied_to_the_body_comes_back(tmp_path):
+    model = tiny(num_labels=16, dtype=torch.float32)
+    model.classifier.weight = model.bert.pooler.dense.weight
+    other = tiny(num_labels=3, dtype=torch.float32, seed=1)
+    merged = merge(dict(a=model, b=other), method='average')
+    merged.save_pretrained(tmp_path/'x')
+    batch = {k: v for k, v in collate(examples(3)).items() if k != 'labels'}
+    with torch.no_grad(): assert_close(Merged.from_pretrained(tmp_path/'x')['a'](**batch).logits, merged['a'](**batch).logits, rtol=1e-5, atol=1e-6)
 
 
 # --- what is iterated -------------------------------------------------------------------------
@@ -431,6 +551,20 @@ def test_two_columns_of_labels_that_differ_are_refused():
     batch = collate(rows) | dict(label=torch.tensor([o['label'] for o in rows]))
     for data in (Dataset.from_list(rows), [batch]):
         with pytest.raises(ValueError, match='`label` and `labels` differ, first in example 0'): mask_fisher(tiny(), data)
+
+
+def test_columns_that_a_format_hides_are_not_read():
+    rows = [o | dict(token_type_ids=[1]*len(o['input_ids'])) for o in examples(4)]
+    hidden = Dataset.from_list(rows).with_format('torch', columns=['input_ids', 'attention_mask', 'labels'])
+    model = tiny()
+    same(mask_fisher(model, hidden), heads_of(model, [collate(examples(4))]))
+
+def test_merging_while_a_model_is_measured():
+    models, data = dict(a=tiny(), b=tiny(seed=1)), Dataset.from_list(examples(6))
+    want, fisher = merge(models, method='average').body.state_dict(), mask_fisher(models['a'], data, progress=False).heads
+    def one(i): return merge(models, method='average', progress=False).body.state_dict() if i%2 else mask_fisher(models['a'], data, progress=False).heads
+    with ThreadPoolExecutor(4) as pool: got = list(pool.map(one, range(24)))
+    for i, o in enumerate(got): assert all(torch.equal(o[n], t) for n, t in want.items()) if i%2 else torch.equal(o, fisher)
 
 
 # --- what threads share -----------------------------------------------------------------------

@@ -27,6 +27,8 @@ NO_TEXT = ( # strings that are no text
     'label', 'labels', 'labeltext', 'labelname', 'labelstr', 'labeldesc', 'target', 'class', 'classname',
     'category', 'split', 'id', 'idx', 'guid', 'uuid', 'index', 'indexlevel0', 'unnamed0', 'url', 'lang',
     'language', 'date', 'timestamp')
+
+# %% ../../nbs/engine/05a_text.ipynb #aea746ea
 STRINGS = ('string', 'large_string', 'string_view') # types of text
 _WORDS = {o for names in KNOWN for o in names} | {'title', 'body', 'content'}
 

@@ -216,7 +216,7 @@ def test_messages_are_short_and_printable(here):
     assert len(said)<1000 and said.isprintable()
 
 
-FISHERS = {'layer': (lambda o: {k.replace('heads.1', 'heads.7'): v for k, v in o.items()}, {}, 'expected tensors `heads.0` and so on'), 'no layer': (lambda o: {'heads': o['heads.0'].clone(), **o}, {}, 'is not a saved'),
+FISHERS = {'layer': (lambda o: {k.replace('heads.1', 'heads.7'): v for k, v in o.items()}, {}, 'expected tensors `heads.0` and so on|is damaged'), 'no layer': (lambda o: {'heads': o['heads.0'].clone(), **o}, {}, 'is not a saved|is damaged'),
            'deep': (dict, dict(meta='['*9999), 'nested too deeply'), 'long': (dict, dict(num_examples='9'*5000), 'a number `num_examples`'), 'large': (dict, dict(num_examples='x'*10**6), 'a number `num_examples`')}
 
 @pytest.mark.parametrize('change,meta,says', FISHERS.values(), ids=FISHERS)

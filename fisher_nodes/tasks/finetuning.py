@@ -42,9 +42,10 @@ from .tasks import Task, as_task, natural
 def _classes(values:Sequence[Any])->tuple[tuple[str,...],tuple[str,...]]: # class names, and metrics
     "What is to be learned of labels without names: words, whole numbers, or numbers."
     if any(isinstance(o, float) for o in values): return (), ('pearson', 'spearmanr')
-    if all(isinstance(o, str) for o in values): return tuple(sorted(set(values), key=natural)), ('accuracy',)
+    words = sorted({o for o in values if isinstance(o, str)}, key=natural)
+    if len(words)>1 and all(isinstance(o, str) for o in values): return tuple(words), ('accuracy',)
     odd = next((o for o in values if not isinstance(o, (int, np.integer))), None)
-    if odd is not None: raise ValueError(f'labels must be numbers, or words in all rows, got {odd!r}')
+    if odd is not None: raise ValueError(f'labels must be numbers, or words of several classes, got {odd!r}')
     return tuple(f'LABEL_{i}' for i in range(1+max(map(int, values)))), ('accuracy',)
 
 def data_task(

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1')
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -100,8 +101,7 @@ def save(here, weights, **kw): merge(models(here), fishers(here), weights=weight
 def files(here, weights, **kw): merge_files(models(here), fishers(here), weights=weights, out=here/'out', threads=1, progress=False, **kw)
 
 def tune(here, seed, **kw):
-    finetuning.train_model = lambda *args, **kw: [0.]
-    finetuning.finetune(here/'in'/'rte', Dataset.from_list(examples(4, 2)), out=here/'out', seed=seed, device='cpu', progress=False, **kw)
+    with mock.patch.object(finetuning, 'train_model', lambda *args, **kw: [0.]): finetuning.finetune(here/'in'/'rte', Dataset.from_list(examples(4, 2)), out=here/'out', seed=seed, device='cpu', progress=False, **kw)
 
 def repeat(here, **kw): run_recipe(here/'in'/'made'/'recipe.yml', here/'out', progress=False, **kw)
 

@@ -321,6 +321,7 @@ def cache(tmp_path_factory, base, glue):
         torch.manual_seed(1)
         model = trained.get(task) or BertForSequenceClassification(BertConfig(**SIZE, num_labels=GLUE[task].num_labels))
         model.config.id2label = {i: f'LABEL_{i}' for i in range(GLUE[task].num_labels)}
+        model.config.label2id = {v: k for k, v in model.config.id2label.items()}
         model.save_pretrained(root/'six'/task)
         tokenizer_in(root/'six'/task)
         to_hub(root/'cache', name, root/'six'/task)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
+from .text import plain_word
 
 # %% ../../nbs/engine/05b_classes.ipynb #90ffeee6
 _BARE = re.compile(r'(?:label_?)?(\d+)', re.I)
@@ -44,11 +45,9 @@ def _ranks(names:Sequence[str])->list[int]:
     order = sorted(range(len(names)), key=lambda i: int(_BARE.fullmatch(names[i])[1]))
     return [order.index(i) for i in range(len(names))]
 
-def _plain(name:str)->str: return ''.join(filter(str.isalnum, name.lower()))
-
 def _keys(*lists:Sequence[str])->list[list[str]]:
     "Names without capitals, spaces and marks, unless that makes two of one list the same."
-    plain = [list(map(_plain, o)) for o in lists]
+    plain = [list(map(plain_word, o)) for o in lists]
     alike = any(len(set(a))<len(set(b)) for a,b in zip(plain, lists))
     return [list(o) for o in lists] if alike else plain
 

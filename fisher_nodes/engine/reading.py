@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEGA', 'TEXT_BYTES', 'HEADER_BYTES', 'DEEPEST', 'MOST_ENTRIES', 'check_regular', 'check_inside', 'check_pointer',
-           'read_text', 'check_size', 'load_json', 'parse_yaml', 'read_header', 'is_memory_error']
+           'read_text', 'check_size', 'load_json', 'parse_yaml', 'named_once', 'read_header', 'is_memory_error']
 
 # %% ../../nbs/engine/01a_reading.ipynb #4275e8ce
 import json
@@ -162,7 +162,9 @@ def parse_yaml(
     except (ValueError, RecursionError) as e: raise ValueError(f'{name}: {_why(e)}') from None
 
 # %% ../../nbs/engine/01a_reading.ipynb #12f141ae
-def _once(pairs:list[tuple[str,Any]])->dict[str,Any]:
+def named_once(
+    pairs:list[tuple[str,Any]], # of a JSON object
+)->dict[str,Any]:
     "A JSON object in which no name stands twice."
     found = dict(pairs)
     if len(found)==len(pairs): return found
@@ -178,7 +180,7 @@ def _table(path:Path)->tuple[int,dict]:
         if size>min(room, HEADER_BYTES):
             raise ValueError(f'its table would have {size} bytes, of a file of {room+8}; is it whole?')
         f.seek(8)
-        return 8+size, json.loads(f.read(size), object_pairs_hook=_once)
+        return 8+size, json.loads(f.read(size), object_pairs_hook=named_once)
 
 def read_header(
     path:str|Path, # a safetensors file

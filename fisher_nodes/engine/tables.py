@@ -13,7 +13,7 @@ from csv import Error, reader
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
-from .reading import check_regular
+from .reading import check_regular, named_once
 
 # %% ../../nbs/engine/05c_tables.ipynb #733c8a9f
 def unpack_text(
@@ -67,14 +67,9 @@ def _records(rows:Sequence[Any])->Any:
     names = list(dict.fromkeys(k for o in rows for k in o))
     return pa.table({k: _column(k, [o.get(k) for o in rows]) for k in names})
 
-def _once(pairs:list[tuple[str,Any]])->dict[str,Any]:
-    "An object in which no name stands twice."
-    if len(found := dict(pairs))==len(pairs): return found
-    raise ValueError(f'a name stands twice in {[k for k,_ in pairs][:20]}')
-
 def _parse(text:str, where:str)->Any:
     "What a piece of JSON says."
-    try: return json.loads(text, object_pairs_hook=_once)
+    try: return json.loads(text, object_pairs_hook=named_once)
     except RecursionError: raise ValueError(f'{where} is nested too deeply') from None
     except ValueError as e: raise ValueError(f'{where} is not JSON: {e}') from None
 

@@ -32,10 +32,10 @@ from ..engine.files import (
     MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged,
     read_list, replaced, sign, whole_folder)
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
-from ..engine.models import (
-    DTYPE, FILES, HOW, find_file, head_tensors, load_tokenizer, model_errors)
+from ..engine.models import DTYPE, FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
 from ..engine.reading import check_inside, load_json
+from ..engine.text import trained_record
 from .card import check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
 from .request import TASK_NAME
@@ -234,7 +234,7 @@ def _save_task(model:PreTrainedModel, files:Mapping[str,Sequence[str]], folder:P
     index = {n: link for link,o in zip(names, files.values()) for n in o} | {n: names[-1] for n in head}
     folder.mkdir()
     _save_config(model, folder)
-    if learned := find_file(model.config, TRAINED): shutil.copyfile(learned, folder/TRAINED)
+    if learned := trained_record(model): shutil.copyfile(learned, folder/TRAINED)
     for f,link in zip(files, names): _link(folder.parent/f, folder/link)
     save_file(head, folder/names[-1], dict(format='pt'))
     text = json.dumps(dict(metadata={}, weight_map=index), indent=1)

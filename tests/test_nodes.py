@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, Phi3Config, Phi3ForSequenceClassification
 
 from fisher_nodes import MaskFisher, linear_grams, mask_fisher, merge, merge_files
-from fisher_nodes.core.families import FAMILIES, FFN, Attention, Family, count_nodes, find_nodes, find_places
+from fisher_nodes.core.families import FAMILIES, FFN, Attention, Family
+from fisher_nodes.core.places import count_nodes, find_nodes, find_places
 from reference import task_loss
 
 SIZE = dict(vocab_size=60, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -13,7 +13,8 @@ from fisher_nodes import METHODS, MaskFisher, ModelReference, ParameterFisher, R
 from fisher_nodes.core import blocks, kernel
 from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
-from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, count_nodes, find_places, split_roles
+from fisher_nodes.core.families import FAMILIES
+from fisher_nodes.core.places import Place, Site, Slice, count_nodes, find_places, split_roles
 from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
 from fisher_nodes.core.nodes import mask_sites, node_gradients
 from fisher_nodes.core.schemes import SCHEMES, WHOLE, check_roles, get_scheme, weight_of

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core.families import count_nodes
+from ..core.places import count_nodes
 from ..engine.fingerprints import hash_weights
 from ..engine.batches import is_dataset, is_raw, sample_rows
 from ..engine.models import load_model, load_tokenizer

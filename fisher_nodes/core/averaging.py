@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .families import Place, Slice
+from .places import Place, Slice
 from .fisher import MaskFisher, part_name
 from .schemes import BY_NODE, WHOLE, Scheme, weight_of
 

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
-from .families import Nodes, Site, find_nodes
+from .places import Nodes, Site, find_nodes
 
 # %% ../../nbs/core/01_nodes.ipynb #4c50d333
 CHUNK = defaultdict(lambda: 2**22, cpu=2**18) # numbers multiplied at once: what a cache holds
@@ -93,21 +93,29 @@ class MaskGradients:
         return site.module.register_forward_pre_hook(at_input)
 
 # %% ../../nbs/core/01_nodes.ipynb #3a0d9d8d
+_OVERWRITTEN = 'the model writes into what block {!r} masks, so its gradient would be of other numbers'
 _PASSES = 'two passes through the body have {} and {} rows; one example must be one row'
 
 @patch
 def _watch(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None=None)->Tensor:
     "Ask for the gradient of `x` at site `k`; the first, and one below which nothing asks, becomes a leaf."
-    if k==0 or not x.requires_grad:
+    if self.used or not self.leaves or not x.requires_grad:
         x = x.detach().requires_grad_()
         self.leaves,self.used = [*([] if self.used else self.leaves), x],False
-    x.register_hook(partial(self._add, k, x.detach(), bias))
+    x.register_hook(partial(self._add, k, x.detach(), x._version, bias))
     return x
 
+def _by_example(site:Site, x:Tensor, n:int)->Tensor: # shape `(B, T, width)`
+    "The rows of each example together, where a model lays them one after the other."
+    folds = site.fold and len(x)%n==0
+    return x if x.ndim==3 and not folds else x.reshape(n if folds else len(x), -1, x.shape[-1])
+
 @patch
-def _add(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None, grad:Tensor):
+def _add(self:MaskGradients, k:int, x:Tensor, version:int, bias:Tensor|None, grad:Tensor):
     "Add the mask gradients of site `k` to those of the same backward pass."
     site,old = self.sites[k],self.grads[k]
+    if x._version!=version: raise ValueError(_OVERWRITTEN.format(self.blocks[k].name))
+    x,grad = [_by_example(site, o, self.examples) for o in (x, grad)]
     if site.columns is not None:
         x,grad,bias = [o if o is None else o[...,site.columns] for o in (x, grad, bias)]
     new = node_gradients(x, grad, site.nodes, bias, self.sums)
@@ -124,7 +132,7 @@ def per_example(self:MaskGradients,
     if losses.ndim!=1: raise ValueError(f'`losses` must have shape (B,), got {tuple(losses.shape)}')
     if not losses.requires_grad:
         raise ValueError('the losses do not depend on the masked layers of the model')
-    self.grads = [None]*len(self.sites)
+    self.grads,self.examples = [None]*len(self.sites),len(losses)
     torch.autograd.grad(losses.sum(), self.leaves, retain_graph=retain_graph, allow_unused=True)
     self.used = True
     return self._by_kind(len(losses))

@@ -10,7 +10,7 @@ __all__ = ['WHOLE', 'BY_NODE', 'KINDS', 'Scheme', 'PAPER', 'SCHEMES', 'ALIASES',
 from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
-from .families import Slice
+from .places import Slice
 from .fisher import MaskFisher
 
 # %% ../../nbs/core/03_schemes.ipynb #1d5bc072

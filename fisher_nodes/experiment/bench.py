@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from ..core.families import find_nodes
+from ..core.places import find_nodes
 from ..core.fisher import per_example_loss
 from ..engine.batches import Batch, check_num_samples, collate, plan_lengths
 from ..engine.devices import find_device, precision_context, to_device

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
-from ..core.families import find_places
+from ..core.places import find_places
 from ..core.fisher import MaskFisher
 from ..core.schemes import weight_of
 from ..engine.files import versions

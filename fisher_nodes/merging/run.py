@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from ..core.averaging import widest
 from ..core.blocks import Block, Blocks, cut, rows_meant
-from ..core.families import find_family, find_places
+from ..core.families import find_family
+from ..core.places import find_places
 from ..core.schemes import check_roles
 from ..engine.batches import no_collection
 from ..engine.devices import find_device

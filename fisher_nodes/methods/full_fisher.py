@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 from ..core.averaging import plain_shares, weighted_mean, widest
-from ..core.families import find_places
+from ..core.places import find_places
 from .method import (
     Collector, Job, ParameterStatistic, Rule, mean_of_sums, merge_method, statistic, widen)
 

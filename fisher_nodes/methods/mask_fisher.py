@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.averaging import check_fisher, plan_shares, weighted_mean
 from ..core.blocks import row_shares
-from ..core.families import count_nodes, find_places
+from ..core.places import count_nodes, find_places
 from ..core.fisher import VARIANTS, MaskFisher, outer_each, pack, part_name, square_each
 from ..core.kernel import fast_sums
 from ..core.nodes import MaskGradients

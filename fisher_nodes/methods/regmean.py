@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from ..core.averaging import plain_shares, weighted_mean
-from ..core.families import find_family, sizes
+from ..core.families import find_family
+from ..core.places import sizes
 from .method import (
     Collector, Job, ParameterStatistic, Rule, mean_of_sums, merge_method, statistic, widen)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed)
-from ..core.families import find_places
+from ..core.places import find_places
 from ..engine.batches import (
     collate, dataset_batches, dataset_classes, is_dataset, is_made, is_raw, make_batches, one_label,
     read_columns, row_lengths, sample_rows)

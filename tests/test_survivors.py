@@ -446,17 +446,17 @@ def test_a_parameter_has_one_name(tmp_path):
     tensors = {'bert.w': torch.ones(1), 'x': torch.ones(2), 'bert.n.LayerNorm.gamma': torch.ones(3), 'n.LayerNorm.beta': torch.ones(5), 'two': torch.ones(4), 'bert.two': torch.ones(4)}
     save_file(tensors, tmp_path/'f')
     slots = store.read_slots(tmp_path/'f')
-    def find(name): return store.find_slot(slots, name, 'bert', torch.float64)
+    def find(name): return store.find_slot(slots, name, 'bert.', torch.float64)
     assert (find('w').shape, find('x').shape, find('n.LayerNorm.weight').shape, find('n.LayerNorm.bias').shape) == ((1,), (2,), (3,), (5,)) and find('x')[...].dtype == torch.float64
     assert find('two').start == slots['bert.two'].start
     with pytest.raises(ValueError, match='gone is not in'): find('gone')
     save_file(tensors | {'n.LayerNorm.weight': torch.ones(3)}, tmp_path/'g')
-    with pytest.raises(ValueError, match='has both .*; which is meant'): store.find_slot(store.read_slots(tmp_path/'g'), 'n.LayerNorm.weight', 'bert', torch.float32)
+    with pytest.raises(ValueError, match='has both .*; which is meant'): store.find_slot(store.read_slots(tmp_path/'g'), 'n.LayerNorm.weight', 'bert.', torch.float32)
 
 def test_a_type_that_is_not_known_is_named(tmp_path):
     save_file(dict(w=torch.ones(2, dtype=torch.float8_e4m3fn)), tmp_path/'f')
     slots = store.read_slots(tmp_path/'f')
-    with pytest.raises(ValueError, match='w in .* is of a type that is not known'): store.find_slot(slots, 'w', 'bert', torch.float32)
+    with pytest.raises(ValueError, match='w in .* is of a type that is not known'): store.find_slot(slots, 'w', 'bert.', torch.float32)
     with pytest.raises(ValueError, match='a tensor of a type that is not known'): slots['w'][...]
 
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'DECODERS', 'ENCODER_DECODERS', 'SENSES', 'MIXTURES', 'FAMILIES', 'Attention', 'FFN', 'Experts', 'Family',
-           'find_family', 'body_of', 'body_prefix']
+           'find_family', 'body_of', 'body_prefix', 'body_state']
 
 # %% ../../nbs/core/00_families.ipynb #c6cc6364
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 # %% ../../nbs/core/00_families.ipynb #fa000001
@@ -206,16 +206,27 @@ def find_family(
 # %% ../../nbs/core/00_families.ipynb #fam10011
 _GENERATIVE = ('ForCausalLM', 'LMHeadModel', 'ForConditionalGeneration', 'ForMaskedLM')
 
+def _is_whole(model:PreTrainedModel)->bool:
+    "Whether all of a model is shared."
+    family = FAMILIES.get(model.config.model_type)
+    return type(model).__name__.endswith(_GENERATIVE) or bool(family and family.body=='.')
+
 def body_of(
     model:PreTrainedModel, # with or without a task head
 )->PreTrainedModel:
     "What a model shares with those of other tasks."
-    family = FAMILIES.get(model.config.model_type)
-    whole = type(model).__name__.endswith(_GENERATIVE) or (family and family.body=='.')
-    return model if whole else model.base_model
+    return model if _is_whole(model) else model.base_model
 
 def body_prefix(
-    model:PreTrainedModel,
-)->str: # with its dot; empty for a model that is all body
-    "What the names of a body's parameters begin with in the model."
-    return '' if body_of(model) is model else f'{model.base_model_prefix}.'
+    model:PreTrainedModel, # with or without a task head
+)->str: # with its dot; empty where all is shared
+    "What the names of a body's parameters begin with in a model with a head."
+    return '' if _is_whole(model) else f'{model.base_model_prefix}.'
+
+def body_state(
+    model:PreTrainedModel, # with or without a task head
+)->dict[str,Tensor]: # by name in the body
+    "The body's state; a tensor of several names, such as tied embeddings, is there under its first."
+    body = body_of(model)
+    twice = {n for n,_ in body.named_parameters(remove_duplicate=False)}-{n for n,_ in body.named_parameters()}
+    return {n: t for n,t in body.state_dict().items() if n not in twice}

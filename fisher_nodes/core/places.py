@@ -9,14 +9,14 @@ __all__ = ['out_axis', 'sizes', 'split_roles', 'Slice', 'Site', 'Nodes', 'head_s
 # %% ../../nbs/core/00a_places.ipynb #c6cc6365
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from .families import FFN, Attention, Experts, Family, body_of, find_family
+from .families import FFN, Attention, Experts, Family, body_of, body_state, find_family
 
 # %% ../../nbs/core/00a_places.ipynb #fa000003
 def out_axis(module:nn.Module)->int:
@@ -332,7 +332,7 @@ def find_places(
             raise ValueError(_WITHOUT.format(name))
         role = next((r for r,pattern in family.roles.items() if re.fullmatch(pattern, name)), 'other')
         return Place((Slice(role),), next((i for o,i in layers.items() if name.startswith(o)), None))
-    return {n: place(n, t) for n,t in body_of(model).state_dict().items() if t.is_floating_point()}
+    return {n: place(n, t) for n,t in body_state(model).items() if t.is_floating_point()}
 
 # %% ../../nbs/core/00a_places.ipynb #164390cd
 def count_nodes(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from xxhash import xxh3_64
+from ..core.families import body_of
 
 # %% ../../nbs/engine/04_fingerprints.ipynb #db7b3534
 CHUNK_BYTES = 1<<24 # that are brought from another device at once
@@ -61,7 +62,7 @@ def hash_weights(
     model:PreTrainedModel, # with or without a task head; only the body counts
 )->str: # 16 hexadecimal digits
     "The fingerprint of a model's body."
-    return hash_tensors(dict(model.base_model.named_parameters()))
+    return hash_tensors(dict(body_of(model).named_parameters()))
 
 # %% ../../nbs/engine/04_fingerprints.ipynb #1cb23e26
 def check_hash(

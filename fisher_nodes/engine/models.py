@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from ..core.families import body_of
 from .files import RECIPE, is_merged
 from .fingerprints import check_hash, hash_tensors, hash_weights
 from .reading import (
@@ -425,7 +426,7 @@ def head_tensors(
     model:PreTrainedModel,
 )->dict[str,Tensor]: # empty for a bare body
     "The parameters of a model that are not its body's."
-    body = {id(p) for p in model.base_model.parameters()}
+    body = {id(p) for p in body_of(model).parameters()}
     return {n: p for n,p in model.named_parameters() if id(p) not in body}
 
 _CHANGED = dict( # what a model has -> what it is

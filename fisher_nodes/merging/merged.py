@@ -27,6 +27,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from ..core.families import body_of, body_prefix, body_state
 from ..core.places import count_nodes
 from ..engine.files import (
     MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged,
@@ -70,7 +71,8 @@ def new_copy(
 
 def _own_floats(model:PreTrainedModel)->dict[str,Tensor]:
     "Parameters and buffers of floating-point numbers that are not the body's."
-    body = {id(o) for o in (*model.base_model.parameters(), *model.base_model.buffers())}
+    shared = body_of(model)
+    body = {id(o) for o in (*shared.parameters(), *shared.buffers())}
     named = (*model.named_parameters(), *model.named_buffers())
     return {n: o for n,o in named if id(o) not in body and o.is_floating_point()}
 
@@ -84,7 +86,7 @@ def with_body(
     body:PreTrainedModel, # takes the place of its body
 )->PreTrainedModel:
     "A copy of `model` on another body, which is shared and not copied."
-    old = model.base_model
+    old = body_of(model)
     if old is model: return body
     pairs = [*zip(old.modules(), body.modules()), *zip(old.parameters(), body.parameters())]
     new = new_copy(model, {id(a): b for a,b in pairs})
@@ -191,7 +193,7 @@ def plan_files(
     max_shard_size:int|str='5GB', # of one file
 )->tuple[dict[str,Tensor],dict[str,list[str]]]: # tensors by name, and file -> names
     "A body's tensors, under the names they have inside a model with a head, and the files they go to."
-    tensors = {f'{body.base_model_prefix}.{n}': t for n,t in body.state_dict().items()}
+    tensors = {body_prefix(body)+n: t for n,t in body_state(body).items()}
     if sum(t.numel()*t.element_size() for t in tensors.values())<=_size_in_bytes(max_shard_size):
         return tensors,{'model.safetensors': list(tensors)} # without the split, slow to import
     pattern = 'model{suffix}.safetensors'
@@ -216,11 +218,11 @@ def _save_body(
 # %% ../../nbs/merging/04_merged.ipynb #e1bd11a8
 def _head_state(model:PreTrainedModel)->dict[str,Tensor]:
     "What of a model's state is not its body's; one name of tensors that are tied to each other."
-    prefix = f'{model.base_model_prefix}.'
-    shared = {t.data_ptr() for t in model.base_model.state_dict().values()}
+    if model is body_of(model): return {}
+    prefix = body_prefix(model)
+    shared = {t.data_ptr() for t in body_of(model).state_dict().values()}
     tied = [re.compile(o) for o in getattr(model, '_tied_weights_keys', None) or ()] # tied again in loading
     there = {n: t for n,t in model.state_dict().items() if not (t.is_meta or n.startswith(prefix))}
-    if model is model.base_model: return {}
     first = {t.data_ptr(): n for n,t in reversed(there.items())}
     own = {n: t for n,t in there.items() if t.data_ptr() in shared or first[t.data_ptr()]==n}
     return {n: t.contiguous().clone() for n,t in own.items()
@@ -316,7 +318,7 @@ def _save_words(merged:Merged, files:Mapping, folder:Path, place:Path, repo_id:s
 def _tensor_files(merged:Merged, files:Mapping[str,Sequence[str]], hashes:Mapping[str,TensorHash],
                   tasks:Mapping[str,Mapping])->dict[str,dict]:
     "For the report: every file of weights with the fingerprint of what it holds."
-    prefix = f'{merged.body.base_model_prefix}.'
+    prefix = body_prefix(merged.body)
     found = {f: join_hashes({n: hashes[n.removeprefix(prefix)] for n in o}) for f,o in files.items()}
     heads = {f'{t}/{n}': found.get(o, o) for t,names in tasks.items() for n,o in names.items()}
     return {n: dict(tensors=o) for n,o in (found | heads).items()}
@@ -445,7 +447,7 @@ def from_pretrained(cls:Merged,
     check_stored(path, report['tasks'])
     report.pop('files', None)
     models = {t: _exact_head(_load_any(path/t), path/t) for t in report['tasks']}
-    body = next(iter(models.values())).base_model
+    body = body_of(next(iter(models.values())))
     recipe = load_recipe(path/RECIPE) if (path/RECIPE).is_file() else None
     shared = {t: with_body(m, body) for t,m in models.items()}
     return cls(body, shared, report, _load_tokenizers(path, list(models)), recipe)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from ..core.families import body_state
 from ..core.places import find_places
 from ..core.fisher import MaskFisher
 from ..core.schemes import weight_of
@@ -35,7 +36,7 @@ def roles_report(
     scheme:Mapping[str,str]|None, # `scheme_table` of the request
 )->dict[str,dict]: # role -> weight, tensors, elements
     "For each role: kind of weight, tensors, elements."
-    state,out,places = model.base_model.state_dict(),{},find_places(model)
+    state,out,places = body_state(model),{},find_places(model)
     for name,kind in kinds.items():
         for part in places[name].slices:
             weight = kind if scheme is None else weight_of(scheme, part)
@@ -90,7 +91,7 @@ def merge_report(
     base:Mapping[str,Any], # of `describe_base`
 )->dict[str,Any]:
     "What was weighted, averaged and copied, and from where."
-    copied = [n for n in job.model.base_model.state_dict() if n not in rule.kinds]
+    copied = [n for n in body_state(job.model) if n not in rule.kinds]
     scheme = request.scheme_table
     options = request.options | ({} if scheme is None else dict(scheme=dict(scheme)))
     return dict(

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from ..core.averaging import widest
 from ..core.blocks import Block, Blocks, cut, rows_meant
-from ..core.families import find_family
+from ..core.families import body_of, body_prefix, body_state, find_family
 from ..core.places import find_places
 from ..core.schemes import check_roles
 from ..engine.batches import no_collection
@@ -75,7 +75,7 @@ def _check_configs(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
 def _check_pair(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
     "`ValueError` naming what the bodies of two models disagree in."
     _check_configs(first, a, task, b)
-    shapes = [{n: tuple(t.shape) for n,t in m.base_model.state_dict().items()} for m in (a,b)]
+    shapes = [{n: tuple(t.shape) for n,t in body_state(m).items()} for m in (a,b)]
     for name in sorted(set(shapes[0])|set(shapes[1])):
         x,y = [o.get(name, 'missing') for o in shapes]
         if x!=y: raise ValueError(f'models cannot be merged: {name} is {x} in {first!r} but {y} in {task!r}')
@@ -112,7 +112,7 @@ class Inputs:
 # %% ../../nbs/merging/07_run.ipynb #62862379
 def _floats(model:PreTrainedModel)->dict[str,Tensor]:
     "What can be averaged of a body's state."
-    return {n: t for n,t in model.base_model.state_dict().items() if t.is_floating_point()}
+    return {n: t for n,t in body_state(model).items() if t.is_floating_point()}
 
 def _check_present(what:str, tensors:Mapping[str,Tensor]):
     "`ValueError` naming a tensor that holds no numbers."
@@ -295,7 +295,7 @@ def load_inputs(
     models = {t: load_reference(t, o) for t,o in request.models.items()}
     check_models(models)
     for t,m in models.items(): _check_present(f'model of {t!r}', dict(m.named_parameters()))
-    bodies = {t: m.base_model.state_dict() for t,m in models.items()}
+    bodies = {t: body_state(m) for t,m in models.items()}
     inputs = _gather(request, models, bodies, statistics, load_base)
     if request.data is not None: measure_all(request, inputs, device=device, progress=progress)
     _check_statistics(request, inputs, check_statistic)
@@ -318,8 +318,8 @@ def make_job(request:MergeRequest, inputs:Inputs)->Job:
 def _name_culprit(job:Job, inputs:Inputs, name:str):
     "`ValueError` naming the model that is not finite."
     for t,o in job.states.items():
-        prefix = inputs.models[t].base_model_prefix
-        if not all_finite(o[name]): raise ValueError(f'model of {t!r}: {prefix}.{name} is not finite')
+        prefix = body_prefix(inputs.models[t])
+        if not all_finite(o[name]): raise ValueError(f'model of {t!r}: {prefix}{name} is not finite')
     raise ValueError(f'{name} is not finite after merging, though all models are: '
                      'the base is not, or numbers become too large')
 
@@ -401,11 +401,11 @@ def assemble(
     tokenizer:Any=None,
 )->Merged:
     "A new body with the merged state, and every task's head on it."
-    old = next(iter(models.values())).base_model
+    old = body_of(next(iter(models.values())))
     named = [*old.named_parameters(), *old.named_buffers()]
     def renewed(n, o): return nn.Parameter(state[n]) if isinstance(o, nn.Parameter) else state[n]
     with ExitStack() as turns: # a thread that measures one has put hooks on it meanwhile
-        for m in sorted(models.values(), key=lambda m: id(m.base_model)): turns.enter_context(turn(m))
+        for m in sorted(models.values(), key=lambda m: id(body_of(m))): turns.enter_context(turn(m))
         body = new_copy(old, {id(o): renewed(n, o) for n,o in named if n in state})
         return Merged(body, {t: with_body(m, body) for t,m in models.items()}, {}, tokenizer)
 
@@ -591,7 +591,7 @@ def check_read(
             check_saved(request.fishers[t], o.values.fingerprint)
     _check_files(inputs)
     for t,model in inputs.models.items():
-        reference,names = as_reference(request.models[t]),dict(model.base_model.named_parameters())
+        reference,names = as_reference(request.models[t]),dict(body_of(model).named_parameters())
         found = join_hashes({n: h for n,h in store.hashes[t].items() if n in names})
         check_hash(f'the body of {t!r}, {reference.name},', reference.weight_hash, lambda: found)
         _check_weights(request, inputs, t, found)
@@ -606,7 +606,7 @@ def _hash_result(store:FileStore, merged:Merged)->str:
 @no_collection()
 def _empty(inputs:Inputs)->Merged:
     "The result without numbers in its body."
-    states = [m.base_model.state_dict() for m in inputs.models.values()]
+    states = [body_state(m) for m in inputs.models.values()]
     def one(n, t):
         dtype = widest([o[n] for o in states]) if t.is_floating_point() else t.dtype
         return torch.empty_like(t, dtype=dtype)
@@ -624,7 +624,7 @@ def make_files(
     tensors,files = plan_files(body, folder, max_shard_size)
     slots = {}
     for f,names in files.items(): slots |= make_file(folder/f, {n: tensors[n] for n in names})
-    return {n.removeprefix(f'{body.base_model_prefix}.'): o for n,o in slots.items()},files
+    return {n.removeprefix(body_prefix(body)): o for n,o in slots.items()},files
 
 # %% ../../nbs/merging/07_run.ipynb #fab38115
 def source_names(

@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from ..core.families import body_of, body_prefix, body_state
 from ..core.blocks import Blocks
 from ..engine.fingerprints import check_hash, hash_tensors
 from ..engine.models import (
@@ -52,8 +53,8 @@ def open_skeleton(
         found,info = Auto.from_pretrained(place, **HOW, output_loading_info=True, device_map='meta')
         note_commit(found.config, reference, place)
         slots = folder_slots(_folder(place, found.config))
-    prefix,missing = found.base_model_prefix,set(info['missing_keys'])
-    there = {n: t for n,t in found.base_model.state_dict().items() if not missing&{n, f'{prefix}.{n}'}}
+    prefix,missing = body_prefix(found),set(info['missing_keys'])
+    there = {n: t for n,t in body_state(found).items() if not missing&{n, prefix+n}}
     body = {n: find_slot(slots, n, prefix, t.dtype) for n,t in there.items()}
     _fill_head(found, slots)
     return Skeleton(found, Blocks(body), tuple(sorted(missing)))
@@ -111,8 +112,8 @@ def open_plain(
     found = _exact(model.to(dtype), slots)
     if found is None: return None
     setattr(model.config, DTYPE, dtype)
-    prefix = '' if model.base_model is model else f'{model.base_model_prefix}.'
-    body = {n: replace(found[prefix+n], dtype=t.dtype) for n,t in model.base_model.state_dict().items()}
+    prefix = '' if body_of(model) is model else body_prefix(model)
+    body = {n: replace(found[prefix+n], dtype=t.dtype) for n,t in body_state(model).items()}
     _fill_head(model, found)
     return Skeleton(model, Blocks(body))
 

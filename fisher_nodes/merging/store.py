@@ -203,16 +203,16 @@ def make_file(
 def find_slot(
     slots:Mapping[str,TensorSlot],
     name:str, # within the body
-    prefix:str, # of the body in a model with a head, such as `bert`
+    prefix:str, # `body_prefix` of the model, such as `bert.`
     dtype:torch.dtype, # that the model has
 )->TensorSlot:
     "Where a parameter of a body is, whatever a file calls it; `ValueError` if it is nowhere."
     old = next((name.removesuffix(k)+v for k,v in OLD_NAMES.items() if name.endswith(k)), name)
-    names = [o for n in dict.fromkeys((name, old)) for o in (f'{prefix}.{n}', n) if o in slots]
+    names = [o for n in dict.fromkeys((name, old)) for o in dict.fromkeys((prefix+n, n)) if o in slots]
     where = next(iter(slots.values())).path.parent
     if not names: raise ValueError(f'{name} is not in {where}')
     found = slots[names[0]]
-    if len({o.removeprefix(f'{prefix}.') for o in names})>1:
+    if len({o.removeprefix(prefix) for o in names})>1:
         raise ValueError(f'{where} has both {names[0]} and {names[-1]}; which is meant?')
     if found.stored is None:
         raise ValueError(f'{names[0]} in {where} is of a type that is not known; known are {list(DTYPES)}')

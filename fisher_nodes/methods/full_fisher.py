@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
+from ..core.families import body_of
 from ..core.averaging import plain_shares, weighted_mean, widest
 from ..core.places import find_places
 from .method import (
@@ -72,7 +73,7 @@ SQUARES = {nn.Linear: linear_squares, nn.LayerNorm: norm_squares, nn.Embedding: 
 
 def _check_shared(model:PreTrainedModel):
     "`ValueError` naming a parameter of the body that has two places in the model."
-    body,names = {id(p) for p in model.base_model.parameters()},defaultdict(list)
+    body,names = {id(p) for p in body_of(model).parameters()},defaultdict(list)
     for name,p in model.named_parameters(remove_duplicate=False):
         if id(p) in body: names[id(p)].append(name)
     shared = next((' and '.join(o) for o in names.values() if len(o)>1), None)
@@ -83,7 +84,7 @@ def parameter_modules(
     model:PreTrainedModel, # of a supported family, with or without a task head
 )->dict[str,nn.Module]: # name within the body -> module
     "The modules of the body that have parameters; `ValueError` naming one that is not in `SQUARES`."
-    body = model.base_model
+    body = body_of(model)
     find_places(model) # refuses unknown names
     _check_shared(model)
     found = {name: m for name,m in body.named_modules() if any(True for _ in m.parameters(recurse=False))}
@@ -105,7 +106,7 @@ class SquaredGradients(Collector):
         model:PreTrainedModel, # of a supported family; its parameters are frozen
     ):
         self.modules = parameter_modules(model)
-        body = dict(model.base_model.named_parameters())
+        body = dict(body_of(model).named_parameters())
         self.sums = {name: torch.zeros_like(p, dtype=torch.float64) for name,p in body.items()}
         self.handles,self.size = [],0
 
@@ -196,7 +197,7 @@ class SquaredAlone(Collector):
         model:PreTrainedModel, # of a supported family
     ):
         parameter_modules(model)
-        self.parameters = dict(model.base_model.named_parameters())
+        self.parameters = dict(body_of(model).named_parameters())
         self.sums = {name: torch.zeros_like(widen(p)) for name,p in self.parameters.items()}
 
     def __enter__(self):
@@ -221,7 +222,7 @@ class SquaredAlone(Collector):
 # %% ../../nbs/methods/03_full_fisher.ipynb #26c73fbe
 def parameter_shapes(model:PreTrainedModel)->dict[str,tuple]: # name within the body -> shape
     "What a `ParameterFisher` of a model must have."
-    return {n: tuple(p.shape) for n,p in model.base_model.named_parameters()}
+    return {n: tuple(p.shape) for n,p in body_of(model).named_parameters()}
 
 @statistic('full-fisher', kind=ParameterFisher, what='parameter Fisher', shapes=parameter_shapes,
     takes=('labels', 'loss', 'one_at_a_time'))

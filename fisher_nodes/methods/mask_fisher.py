@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from ..core.families import body_state
 from ..core.averaging import check_fisher, plan_shares, weighted_mean
 from ..core.blocks import row_shares
 from ..core.places import count_nodes, find_places
@@ -85,7 +86,7 @@ def mask_fisher_rule(
 )->Rule:
     "Equation 5 with the Fishers of masks."
     fishers = VARIANTS[variant].prepare(list(job.statistics.values()))
-    shapes = {n: t.shape for n,t in job.model.base_model.state_dict().items()}
+    shapes = {n: t.shape for n,t in body_state(job.model).items()}
     table = get_scheme(scheme, variant)
     plan = plan_shares(find_places(job.model), shapes, table, fishers, job.weights)
     def combine(name, tensors):

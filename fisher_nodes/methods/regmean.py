@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from ..core.averaging import plain_shares, weighted_mean
-from ..core.families import find_family
+from ..core.families import body_of, find_family
 from ..core.places import sizes
 from .method import (
     Collector, Job, ParameterStatistic, Rule, mean_of_sums, merge_method, statistic, widen)
@@ -50,9 +50,9 @@ def linear_modules(
 )->dict[str,nn.Module]: # name within the body -> `nn.Linear`, or the `Conv1D` of GPT-2
     "The linear layers of a body; `ValueError` if it has none, since then there is nothing to fit."
     find_family(model)
-    found = {n: m for n,m in model.base_model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    found = {n: m for n,m in body_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     if found: return found
-    body = type(model.base_model).__name__
+    body = type(body_of(model)).__name__
     raise ValueError(f'{body} has no linear layer, so that RegMean would be the plain average')
 
 def gram_shapes(model:PreTrainedModel)->dict[str,tuple]: # name of a weight within the body -> shape
@@ -172,4 +172,4 @@ def regmean_rule(
 def _turned(model:PreTrainedModel|None)->set[str]:
     "The weights that have outputs in their columns."
     if model is None: return set()
-    return {f'{n}.weight' for n,m in model.base_model.named_modules() if isinstance(m, Conv1D)}
+    return {f'{n}.weight' for n,m in body_of(model).named_modules() if isinstance(m, Conv1D)}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from ..core.families import body_of
 from ..core.fisher import is_regression
 from ..engine.batches import is_dataset, is_raw, sample_rows
 from ..engine.classes import are_bare, head_names
@@ -133,7 +134,7 @@ def head_linear(
     model:PreTrainedModel, # with a task head
 )->nn.Linear: # one output per class
     "The last linear layer of a head: `classifier` of BERT, `classifier.out_proj` of RoBERTa."
-    n, body = model.config.num_labels, set(model.base_model.modules())
+    n, body = model.config.num_labels, set(body_of(model).modules())
     linears = [m for m in model.modules() if m not in body and isinstance(m, nn.Linear)]
     if found := [m for m in linears if m.out_features==n]: return found[-1]
     raise ValueError(f'{type(model).__name__} has no head of {n} outputs')

@@ -93,7 +93,7 @@ def test_ragged_layers_are_not_written_where_nobody_could_read_them(tmp_path):
         m.bert.encoder.layer[1].intermediate.dense = torch.nn.Linear(16, 12).double()
         m.bert.encoder.layer[1].output.dense = torch.nn.Linear(12, 16).double()
     merged = merge(models, {t: mask_fisher(m, ragged_batches()) for t, m in models.items()})
-    with pytest.raises(ValueError, match=r'layers \[1\] have other widths'): merged.save_pretrained(tmp_path/'out')
+    with pytest.raises(ValueError, match='layer.1.* have other widths'): merged.save_pretrained(tmp_path/'out')
     assert not (tmp_path/'out').exists()
 
 def test_a_model_made_in_inference_mode_is_named():

@@ -346,14 +346,17 @@ def _check_invented(model:PreTrainedModel, dataset:Any, names:Sequence[str]|None
     if dataset.info.description!=INVENTED or not are_bare(own) or are_bare(names or ()): return
     raise ValueError(f'the labels are words, {names}, and the model has no names for them; give numbers')
 
+def _expected_length(limit:int|None)->str: # in words
+    return f'1 to {limit}, the positions of the model' if limit else 'at least 1'
+
 def _check_lengths(model, columns:dict[str,list], lengths:Sequence[int], rows:Sequence[int]):
     "`ValueError` naming the first row that is empty, too long, or whose mask has another length."
     limit = max_positions(model)
     for row,ids,mask,n in zip(rows, columns['input_ids'], columns['attention_mask'], lengths):
         if len(ids)!=len(mask):
             raise ValueError(f'row {row} has {len(ids)} `input_ids` but {len(mask)} of `attention_mask`')
-        if not 1<=n<=limit:
-            raise ValueError(f'row {row} has {n} tokens; expected 1 to {limit}, the positions of the model')
+        if not 1<=n<=(limit or n):
+            raise ValueError(f'row {row} has {n} tokens; expected {_expected_length(limit)}')
 
 def _numbers(name:str, column:Sequence, rows:Sequence[int])->list[np.ndarray]:
     "A column of tokens as arrays; `ValueError` naming the first row that has something else."
@@ -432,10 +435,10 @@ def _check_tokens(model:PreTrainedModel, batch:Mapping, start:int):
     counts = mask.sum(1) if mask is not None and mask.ndim==2 else np.full(len(ids), width)
     longest = int(counts.max())
     empty = rows[int(counts.argmin())]
-    if not counts.all(): raise ValueError(f'row {empty} has 0 tokens; expected 1 to {limit}')
-    if longest>limit or width>model.config.max_position_embeddings:
+    if not counts.all(): raise ValueError(f'row {empty} has 0 tokens; expected {_expected_length(limit)}')
+    if limit and (longest>limit or width>model.config.max_position_embeddings):
         raise ValueError(f'row {start} or below has {max(longest, width)} tokens; '
-                         f'expected 1 to {limit}, the positions of the model')
+                         f'expected {_expected_length(limit)}')
     _check_padding(model, given['input_ids'], mask, rows)
     _check_ids(table_sizes(model), given, rows)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from ..core.places import find_nodes
+from ..core.schemes import BY_NODE
 from .batches import BATCH_TOKENS, Batch
 from .processes import exchange
 
@@ -20,10 +22,12 @@ def token_bytes(
     length:int=512, # of a row in tokens; matters where attention scores are kept
 )->int: # a generous estimate, for float32 or wider
     "Memory that a forward and a backward pass through frozen layers take for each token of a batch."
-    cfg,eager = model.config, model.config._attn_implementation=='eager'
-    scores = 2*cfg.num_attention_heads*length if eager else 0
-    width = 6*cfg.hidden_size+cfg.intermediate_size+scores
-    return 2*max(4, model.dtype.itemsize)*cfg.num_hidden_layers*width
+    blocks,eager = find_nodes(model),model.config._attn_implementation=='eager'
+    heads = [o for o in blocks if o.kind in BY_NODE['head']]
+    times = max(1, getattr(model.config, 'num_hidden_layers', 1)//max(1, len(heads))) # of shared layers
+    scores = sum(2*o.site.nodes*length for o in heads) if eager else 0
+    width = sum((6 if o in heads else 1)*o.site.nodes*o.size for o in blocks)+scores
+    return 2*max(4, model.dtype.itemsize)*times*width
 
 def free_memory(
     device:torch.device, # a GPU

@@ -139,21 +139,20 @@ def text_columns(
 # %% ../../nbs/engine/05a_text.ipynb #a07e2635
 def max_positions(
     model:PreTrainedModel,
-)->int: # tokens
+)->int|None: # tokens; None for a model without such a limit
     "The longest row the position embeddings can hold."
-    cfg = model.config
+    cfg,most = model.config,getattr(model.config, 'max_position_embeddings', None)
     skips = cfg.model_type in FAMILIES and FAMILIES[cfg.model_type].skips_padding
-    return cfg.max_position_embeddings - (cfg.pad_token_id+1 if skips else 0)
+    return most and most - (cfg.pad_token_id+1 if skips else 0)
 
 def text_limit(
     model:PreTrainedModel,
     max_length:Any=None, # tokens asked for; None is the model's own limit
-)->int: # tokens
+)->int|None: # tokens; None for all
     "How much of a text is read; `ValueError` for what is no number of tokens."
     if not (max_length is None or isinstance(max_length, Integral) and max_length>=1):
         raise ValueError(f'`max_length` must be a whole number of at least 1, or None; got {max_length!r}')
-    limit = max_positions(model)
-    return min(max_length or limit, limit)
+    return min((o for o in (max_length, max_positions(model)) if o), default=None)
 
 def tokenize(
     texts:Sequence[Sequence[str]], # one column, or two for pairs

@@ -28,7 +28,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
-from ..core.places import count_nodes
 from ..engine.files import (
     MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged,
     read_list, replaced, sign, whole_folder)
@@ -246,10 +245,11 @@ def _save_task(model:PreTrainedModel, files:Mapping[str,Sequence[str]], folder:P
 # %% ../../nbs/merging/04_merged.ipynb #aa55d3d4
 def _check_widths(body:PreTrainedModel):
     "`ValueError` where layers differ from the config, since transformers could not load them."
-    want = dict(head=body.config.num_attention_heads, row=getattr(body.config, 'intermediate_size', None))
-    odd = [i for k,n in count_nodes(body).items() for i,got in enumerate(n) if want.get(k) not in (None, got)]
+    with torch.device('meta'): fresh = type(body)(body.config)
+    want = {n: p.shape for n,p in fresh.named_parameters()}
+    odd = [n for n,p in body.named_parameters() if want.get(n)!=p.shape]
     if odd:
-        raise ValueError(f'layers {odd} have other widths than the config says; '
+        raise ValueError(f'{odd[0]} and what goes with it have other widths than the config says; '
                          'transformers could not load them from disk')
 
 def _entries(report:Mapping, tasks:Sequence[str])->list[str]:

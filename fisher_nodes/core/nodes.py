@@ -70,21 +70,23 @@ class MaskGradients:
     ):
         self.blocks,self.sums = find_nodes(model),sums
         self.sites = mask_sites(self.blocks, ffn_mask)
-        self.handles = []
+        self.model,self.handles,self.frozen = model,[],[]
         self.forget()
 
     def __enter__(self):
+        self.frozen = [p.requires_grad_(False) for p in self.model.parameters() if p.requires_grad]
         self.handles = [self._attach(k, site) for k,site in enumerate(self.sites)]
         return self
 
     def __exit__(self, *_):
         for h in self.handles: h.remove()
-        self.handles = []
+        for p in self.frozen: p.requires_grad_()
+        self.handles,self.frozen = [],[]
         self.forget()
 
     def forget(self):
         "Drop what an unfinished pass left behind."
-        self.leaves,self.grads,self.used = [],[],False
+        self.leaves,self.grads,self.called,self.used = [],[],set(),False
 
     def _attach(self, k:int, site:Site):
         def at_output(m, args, z): return self._watch(k, z, m.bias)
@@ -99,9 +101,11 @@ _PASSES = 'two passes through the body have {} and {} rows; one example must be 
 @patch
 def _watch(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None=None)->Tensor:
     "Ask for the gradient of `x` at site `k`; the first, and one below which nothing asks, becomes a leaf."
-    if self.used or not self.leaves or not x.requires_grad:
+    if self.used: self.forget()
+    if not self.leaves or not x.requires_grad:
         x = x.detach().requires_grad_()
-        self.leaves,self.used = [*([] if self.used else self.leaves), x],False
+        self.leaves.append(x)
+    self.called.add(k)
     x.register_hook(partial(self._add, k, x.detach(), x._version, bias))
     return x
 
@@ -138,18 +142,36 @@ def per_example(self:MaskGradients,
     return self._by_kind(len(losses))
 
 # %% ../../nbs/core/01_nodes.ipynb #881045f6
-def _check_reached(layer:int, g:Tensor|None, n:int):
-    "`ValueError` unless a site saw `n` rows, and a gradient reached it."
+_ONE_ROW = '{} losses for {} rows in the body; one example must be one row, and rows of one next to each other'
+_NEVER = 'the {} of {!r} is never called; its {} cannot be read'
+_AT = dict(head=('attention output','heads'), cross=('attention output','heads'))
+
+@patch
+def _fill(self:MaskGradients, n:int):
+    "Zeros for the towers of which no site was called."
+    called,zeros = {self.blocks[k].tower for k in self.called},self.leaves[0].new_zeros
+    for k,o in enumerate(self.blocks):
+        if o.tower and o.tower not in called:
+            self.grads[k] = zeros(n, self.sites[k].nodes, dtype=sum_type(self.leaves[0]))
+
+@patch
+def _check_reached(self:MaskGradients, k:int, n:int):
+    "`ValueError` unless site `k` was called with `n` rows, and a gradient reached it."
+    block,g = self.blocks[k],self.grads[k]
+    if g is None and k not in self.called:
+        what,nodes = _AT.get(block.kind, ('matrix','neurons'))
+        raise ValueError(_NEVER.format(what, block.name, nodes))
     if g is None:
-        raise ValueError(f'no gradient reached layer {layer}: do the losses depend on the whole body?')
-    if len(g)!=n: raise ValueError(f'{n} losses for {len(g)} rows in the body; one example must be one row')
+        raise ValueError(f'no gradient reached layer {block.layer}: do the losses depend on the whole body?')
+    if len(g)!=n: raise ValueError(_ONE_ROW.format(n, len(g)))
 
 @patch
 def _by_kind(self:MaskGradients, n:int)->dict[str,list[Tensor]]:
     "The collected gradients by kind and layer; those of a key head's queries are added up (@eq-group)."
     found = {}
-    for block,g in zip(self.blocks, self.grads):
-        _check_reached(block.layer, g, n)
+    self._fill(n)
+    for k,(block,g) in enumerate(zip(self.blocks, self.grads)):
+        self._check_reached(k, n)
         for kind,nodes in block.counts.items():
             part = g if nodes==g.shape[1] else g.unflatten(1, (nodes,-1)).sum(-1)
             found.setdefault(kind, []).append(part)

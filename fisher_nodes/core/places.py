@@ -73,6 +73,7 @@ class Nodes:
     site:Site # where the paper's masks stand
     after:Site # after the activation, where the released code's FFN masks stand; for heads the same
     norm:str='' # the norm that goes with the block, if schemes are to name it
+    tower:str='' # the stack it is in, where a loss may leave whole stacks out
 
 # %% ../../nbs/core/00a_places.ipynb #fa000010
 _Pairs = Iterator[tuple[str,Slice]] # parameters and what they hold
@@ -281,7 +282,8 @@ def find_nodes(
         found = _COMPILE[type(b)](b, start+name, layers[b.kind], modules[name], body.config)
         norm = f'{start}{name}.{b.norm}' if getattr(b, 'norm', '') else ''
         site,after = [replace(o, fold=fold) for o in (found.site, found.after)]
-        out.append(replace(found, norm=norm, site=site, after=after))
+        tower = start+_stack(b.path) if family.towers else ''
+        out.append(replace(found, norm=norm, site=site, after=after, tower=tower))
         layers[b.kind] += 1
     if not out: raise ValueError(f'the body has no blocks at {[o.path for o in family.blocks]}')
     return out
@@ -318,7 +320,7 @@ def _in_layer(name:str, family:Family, prefix:str)->bool:
 
 def find_places(
     model:PreTrainedModel, # with or without a task head
-)->dict[str,Place]: # for every floating-point tensor of the body's state, in its order
+)->dict[str,Place]: # for every floating-point parameter of the body, as `named_parameters` has them
     "The place of every parameter; `ValueError` naming a matrix inside a layer that has none."
     family,blocks = find_family(model),find_nodes(model)
     prefix = _prefix(model, family)
@@ -332,7 +334,7 @@ def find_places(
             raise ValueError(_WITHOUT.format(name))
         role = next((r for r,pattern in family.roles.items() if re.fullmatch(pattern, name)), 'other')
         return Place((Slice(role),), next((i for o,i in layers.items() if name.startswith(o)), None))
-    return {n: place(n, t) for n,t in body_of(model).state_dict().items() if t.is_floating_point()}
+    return {n: place(n, p) for n,p in body_of(model).named_parameters() if p.is_floating_point()}
 
 # %% ../../nbs/core/00a_places.ipynb #164390cd
 def count_nodes(

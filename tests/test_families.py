@@ -1,0 +1,251 @@
+"""Every row of the table of families, on tiny models: compiled, read by hooks, and merged.
+
+What it is held to is written here a second time: masks that really multiply, products of weights with their
+gradients, and a loop over rows."""
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModel
+
+import zoo
+from fisher_nodes.core.averaging import plan_shares, weighted_mean
+from fisher_nodes.core.families import FAMILIES, REFUSED, body_of, find_family
+from fisher_nodes.core.fisher import MaskFisher
+from fisher_nodes.core.nodes import MaskGradients
+from fisher_nodes.core.places import count_nodes, find_nodes, find_places
+from fisher_nodes.core.schemes import PAPER
+
+CASES = list(zoo.ZOO)
+EXPERTS = [n for n in CASES if zoo.ZOO[n][0] in ('mixtral','qwen3_moe','gpt_oss')]
+HEADS = ('head','cross')
+
+def close(got, want, **kw):
+    "Equal up to rounding, seen from the largest number."
+    assert_close(got, want, rtol=1e-9, atol=1e-9*want.abs().max().item(), **kw)
+
+def read(model, batch, ffn_mask='before', loss=zoo.losses):
+    "Every example's mask gradients by hooks: kind -> layers."
+    with MaskGradients(model, ffn_mask) as masks: return masks.per_example(loss(model, batch))
+
+def of_blocks(blocks, found):
+    "The same, block after block: kind -> gradients."
+    layers = {k: iter(v) for k, v in found.items()}
+    return [{k: next(layers[k]) for k in o.counts} for o in blocks]
+
+
+# --- what is compiled -----------------------------------------------------------------------
+
+def test_zoo_has_every_family():
+    assert {o[0] for o in zoo.ZOO.values()} == set(FAMILIES)
+
+@pytest.mark.parametrize('name', CASES)
+def test_parameters_have_one_place_and_rows_one_node(name):
+    model = zoo.build(name)
+    body, places, counts = body_of(model), find_places(model), count_nodes(model)
+    want = {n: p for n, p in body.named_parameters() if p.is_floating_point()}
+    assert list(places) == list(want)
+    for n, o in places.items():
+        by_axis = {}
+        for s in o.slices:
+            if s.rows is None: continue
+            by_axis.setdefault(s.axis, []).append(s.rows)
+            assert s.nodes.max() < counts[s.kind][o.layer] and s.nodes.min() == 0
+            assert s.nodes.shape[-1:] == s.rows.shape
+        assert len(by_axis) <= 1, n
+        for axis, rows in by_axis.items():
+            assert len([s for s in o.slices if s.rows is None]) == 0, n
+            axis = axis[-1] if isinstance(axis, tuple) else axis
+            assert sorted(torch.cat(rows).tolist()) == list(range(want[n].shape[axis])), n
+
+@pytest.mark.parametrize('name', CASES)
+def test_nodes_have_rows_of_every_role(name):
+    "A head has query, key and value rows and columns that read it; a neuron a row up and a column down."
+    for block in find_nodes(zoo.build(name)):
+        found = {}
+        for slices in block.slices.values():
+            for s in slices:
+                if s.rows is not None: found.setdefault(s.role, set()).update(s.nodes.flatten().tolist())
+        roles = ('query','key','value','attention_output') if block.kind in HEADS else ('ffn_in','ffn_out')
+        assert set(roles) <= set(found)
+        for role, nodes in found.items():
+            shared = role in ('key','value') and len(block.counts) > 1
+            assert nodes == set(range(list(block.counts.values())[shared])), (block.name, role)
+
+
+# --- mask gradients -------------------------------------------------------------------------
+
+def literal(model, batch, site, columns, size, bias=None):
+    "Gradient of masks of one example that really multiply at one site."
+    masks = torch.ones(site.nodes, dtype=torch.float64, requires_grad=True)
+    def masked(x):
+        b = 0 if bias is None else bias
+        m = torch.ones(x.shape[-1], dtype=x.dtype)
+        m = m.index_put((columns,), masks.repeat_interleave(size))
+        return (x-b)*m + b
+    if site.side == 'input': handle = site.module.register_forward_pre_hook(lambda m, args: (masked(args[0]), *args[1:]))
+    else: handle = site.module.register_forward_hook(lambda m, args, z: masked(z))
+    try: return torch.autograd.grad(zoo.losses(model, batch).sum(), masks)[0]
+    finally: handle.remove()
+
+def all_literal(model, batch, ffn_mask):
+    "Literal masks of all blocks, one pass a block."
+    for o in find_nodes(model):
+        site = o.site if ffn_mask == 'before' else o.after
+        bias = site.module.bias if site.side == 'output' else None
+        width = site.nodes*o.size
+        columns = torch.arange(10**4)[site.columns or slice(None)][:width]
+        yield o, literal(model, batch, site, columns, o.size, bias)
+
+@pytest.mark.parametrize('name', [n for n in CASES if n not in EXPERTS])
+@pytest.mark.parametrize('ffn_mask', ['before','after'])
+def test_masks_on_a_padded_batch_are_literal_masks_on_one_example(name, ffn_mask):
+    model = zoo.build(name)
+    rows = zoo.examples(name)
+    found = of_blocks(find_nodes(model), read(model, zoo.collate(rows), ffn_mask))
+    for (o, want), got in zip(all_literal(model, zoo.alone(rows, 1), ffn_mask), found):
+        close(got[o.kind][1], want)
+        assert want.abs().max() > 0
+
+def value_masks(model, batch, block):
+    "Gradient of masks on every key head's values, where values have a matrix of their own."
+    modules = dict(body_of(model).named_modules(remove_duplicate=False))
+    paths = [n.rpartition('.')[0] for n, o in block.slices.items() if n.endswith('.weight') and o[0].role == 'value'
+             and len(o) == 1]
+    if not paths: return None
+    masks = torch.ones(list(block.counts.values())[-1], dtype=torch.float64, requires_grad=True)
+    def masked(m, args, v): return (v.unflatten(-1, (len(masks),-1))*masks[:,None]).flatten(-2)
+    handles = [modules[p].register_forward_hook(masked) for p in paths]
+    try: return torch.autograd.grad(zoo.losses(model, batch).sum(), masks)[0]
+    finally:
+        for h in handles: h.remove()
+
+@pytest.mark.parametrize('name', CASES)
+def test_masks_of_key_heads_are_masks_on_values(name):
+    model = zoo.build(name)
+    rows = zoo.examples(name)
+    blocks = find_nodes(model)
+    found = of_blocks(blocks, read(model, zoo.collate(rows)))
+    checked = 0
+    for o, got in zip(blocks, found):
+        if o.kind not in HEADS: continue
+        want = value_masks(model, zoo.alone(rows, 1), o)
+        if want is None: continue # fused: the identities below speak of the same masks
+        close(list(got.values())[-1][1], want)
+        checked += 1
+    fused = any('value' in [s.role for s in o] and len(o) > 1 for b in blocks for o in b.slices.values())
+    assert checked or fused
+
+
+# --- identities -----------------------------------------------------------------------------
+
+def inner(block, weights, grads, role, bias):
+    "Weights of a role times their gradient, added up by node."
+    counts = list(block.counts.values())
+    total = torch.zeros(counts[-1] if role in ('key','value') else counts[0], dtype=torch.float64)
+    for n, slices in block.slices.items():
+        for s in slices:
+            if s.role != role or s.rows is None: continue
+            axes = s.axis if isinstance(s.axis, tuple) else (s.axis,)
+            is_bias = weights[n].ndim == len(axes)
+            if is_bias and not bias: continue
+            x = (weights[n]*grads[n]).movedim(axes, tuple(range(len(axes))))
+            x = x.flatten(len(axes)).sum(-1) if x.ndim > len(axes) else x
+            total.index_add_(0, s.nodes.flatten(), x[..., s.rows].flatten())
+    return total
+
+@pytest.mark.parametrize('name', CASES)
+def test_masks_are_weights_times_their_gradient(name):
+    model = zoo.build(name)
+    rows = zoo.examples(name)
+    weights = dict(body_of(model).named_parameters())
+    loss = zoo.losses(model, zoo.alone(rows, 1)).sum()
+    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    grads = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), found)}
+    weights = {n: w.detach() for n, w in weights.items()}
+    blocks = find_nodes(model)
+    before, after = [of_blocks(blocks, read(model, zoo.collate(rows), o)) for o in ('before','after')]
+    for o, b, a in zip(blocks, before, after):
+        def product(role, bias=False): return inner(o, weights, grads, role, bias)
+        if o.kind in HEADS:
+            close(b[o.kind][1], product('attention_output'))
+            close(list(b.values())[-1][1], product('value', bias=True))
+            continue
+        close(b[o.kind][1], product('ffn_in'))
+        close(a[o.kind][1], product('ffn_out'))
+        gated = any(s.role == 'gate' for p in o.slices.values() for s in p)
+        if gated and zoo.ZOO[name][0] != 'gpt_oss': close(product('ffn_in', bias=True), product('ffn_out'))
+
+@pytest.mark.parametrize('name', ['clip','siglip'])
+def test_a_tower_that_the_loss_leaves_out_has_gradient_zero(name):
+    model = zoo.build(name)
+    rows = zoo.examples(name)
+    def images(model, batch):
+        out = model.vision_model(pixel_values=batch['pixel_values']).pooler_output
+        return zoo._spread(out, 4)
+    found = of_blocks(find_nodes(model), read(model, zoo.collate(rows), loss=images))
+    for o, got in zip(find_nodes(model), found):
+        zero = (got[o.kind] == 0).all()
+        assert zero == o.name.startswith('text_model.'), o.name
+        if not zero:
+            def one(m, b): return images(m, b)
+            alone = read(model, zoo.alone(rows, 1), loss=one)
+    for k, layers in alone.items():
+        for i, g in enumerate(layers): close(g[0], read(model, zoo.collate(rows), loss=images)[k][i][1])
+
+def test_a_module_that_is_never_called_is_named():
+    model = zoo.build('wav2vec2')
+    attention = model.encoder.layers[1].attention
+    def forward(hidden_states, *args, **kw): # as WavLM uses the weight, without the module
+        return torch.nn.functional.linear(hidden_states, attention.out_proj.weight), None
+    attention.forward = forward
+    with pytest.raises(ValueError, match=r"the attention output of 'encoder\.layers\.1\.attention' is never called; "
+                                         'its heads cannot be read'):
+        read(model, zoo.collate(zoo.examples('wav2vec2')))
+
+@pytest.mark.parametrize('name', [n for n in REFUSED if n in zoo.CONFIG_MAPPING])
+def test_refused_families_say_why(name):
+    class Model(torch.nn.Module): pass
+    config = zoo.CONFIG_MAPPING[name]()
+    with torch.device('meta'): model = type(AutoModel.from_config(zoo.CONFIG_MAPPING['bert'](**zoo.BASE)))(
+        zoo.CONFIG_MAPPING['bert'](**zoo.BASE))
+    model.config = config
+    with pytest.raises(ValueError, match=f'{name!r} is not supported: '): find_family(model)
+
+
+# --- merging --------------------------------------------------------------------------------
+
+def made_up(model, seed):
+    "A Fisher of the model's nodes."
+    gen = torch.Generator().manual_seed(seed)
+    kinds = {k: tuple(torch.rand(n, generator=gen, dtype=torch.float64)+.01 for n in layers)
+             for k, layers in count_nodes(model).items()}
+    return MaskFisher(kinds.pop('head'), kinds.pop('row'), **kinds)
+
+def slow_merge(place, tensors, fishers, lambdas):
+    "Equation 5 with the paper's mapping, row after row."
+    out = sum(l*t for l, t in zip(lambdas, tensors))/sum(lambdas)
+    for s in place.slices:
+        if s.rows is None or s.role not in ('query','key','ffn_in','gate'): continue
+        two = isinstance(s.axis, tuple)
+        for e, nodes in enumerate(s.nodes if two else [s.nodes]):
+            def part(t): return t.transpose(0, s.axis[0])[e].movedim(s.axis[1]-1, 0) if two else t.movedim(s.axis, 0)
+            for row, node in zip(s.rows.tolist(), nodes.tolist()):
+                w = [l*f.kinds[s.kind][place.layer][node] for l, f in zip(lambdas, fishers)]
+                part(out)[row] = sum(a*part(t)[row] for a, t in zip(w, tensors))/sum(w)
+    return out
+
+@pytest.mark.parametrize('name', CASES)
+def test_merge_is_equation_5_row_by_row(name):
+    models = [zoo.build(name, seed) for seed in (0, 1)]
+    states = [{n: p.detach() for n, p in body_of(m).named_parameters()} for m in models]
+    places, lambdas = find_places(models[0]), [1., 2.]
+    fishers = [made_up(m, i) for i, m in enumerate(models)]
+    plan = plan_shares(places, {n: p.shape for n, p in states[0].items()}, PAPER, fishers, torch.tensor(lambdas))
+    weighted = 0
+    for n, o in plan.items():
+        tensors = [s[n] for s in states]
+        got = weighted_mean(tensors, o.shares, axis=o.axis)
+        if not got.numel(): continue # DINOv3 may have no register tokens
+        close(got, slow_merge(places[n], tensors, fishers, lambdas))
+        weighted += not torch.allclose(got, (tensors[0]+2*tensors[1])/3, rtol=1e-3)
+    assert weighted >= 3 if name != 'gpt2' else 2

@@ -43,12 +43,12 @@ class FFN:
 class Experts:
     "Many blocks of neurons, of which each token goes through a few."
     path:str # of the block in the body
-    up:str # parameters of it, with one matrix for each expert
+    up:str # parameters below it, with one matrix for each expert
     down:str
     gate:str='' # as in `FFN`
     order:str='blocks' # as in `FFN`
     first:str='gate' # as in `FFN`
-    kind:str='expert' # of its nodes, one for each neuron of each expert
+    kind:str='row' # of its nodes, one for each neuron of each expert
 
 @dataclass(frozen=True)
 class Family:
@@ -187,8 +187,9 @@ SENSES |= {
 # %% ../../nbs/core/00_families.ipynb #fam10009
 def _mixture(plain:str, order:str='blocks')->Family:
     "A layer of attention and of experts."
-    return Family((_attention('layers.{}.self_attn', _QKVO),
-        Experts('layers.{}.mlp.experts', 'gate_up_proj', 'down_proj', gate='gate_up_proj', order=order)), plain=plain)
+    up,down = 'experts.gate_up_proj','experts.down_proj'
+    return Family((_attention('layers.{}.self_attn', _QKVO), Experts('layers.{}.mlp', up, down, gate=up, order=order),
+                   FFN('layers.{}.mlp', *_GATED)), plain=plain)
 
 MIXTURES = {'mixtral': _mixture(r'.*\.mlp\.gate\..*'), 'qwen3_moe': _mixture(r'.*\.mlp\.gate\..*'),
             'gpt_oss': _mixture(r'.*\.mlp\.router\..*', order='groups')}

@@ -48,9 +48,9 @@ class Slice:
     "Rows of one parameter with one role."
     role:str # what a merging scheme calls it
     kind:str='' # of nodes: 'head', 'group' (of queries, one key head), 'row', …; none without nodes
-    axis:int|tuple[int,int]=0 # that the rows lie along; two for the neurons of experts
+    axis:int|tuple[int,int]=0 # that the rows lie along; for experts theirs, and that of the rows in each
     rows:Tensor|None=None # their places, shape `(n,)`; None is the whole parameter
-    nodes:Tensor|None=None # the node of each, shape `(n,)`
+    nodes:Tensor|None=None # the node of each, shape `(n,)`, or `(experts, n)`
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -60,6 +60,7 @@ class Site:
     nodes:int # number of masks, each of as many neighbouring columns
     columns:slice|None=None # those the masks multiply; None is all
     fold:bool=False # whether tokens of one example may follow each other along the first axis
+    experts:int=0 # how many there are, where the module is of experts
 
 @dataclass(frozen=True, eq=False)
 class Nodes:
@@ -221,13 +222,34 @@ def _ffn(b:FFN, name:str, layer:int, block:nn.Module, config)->Nodes:
     site = Site(up, 'output', D, _columns(rows['ffn_in'], sizes(up)[1]))
     return Nodes(name, layer, b.kind, dict(row=D), 1, slices, site, Site(down, 'input', D))
 
+# %% ../../nbs/core/00a_places.ipynb #34f695db
+def _expert_slices(b:Experts, name:str, block:nn.Module, D:int)->_Pairs:
+    "Every parameter of a layer of experts, and what it holds."
+    E,module,rows = len(block.get_parameter(b.down)),block.get_submodule(b.up.rpartition('.')[0]),_neuron_rows(b, D)
+    nodes,out = torch.arange(E*D).view(E, D),2 if module.is_transposed else 1
+    for role,path in (dict(ffn_in=b.up) | (dict(gate=b.gate) if b.gate else {})).items():
+        yield f'{name}.{path}', Slice(role, b.kind, (0, out), rows[role], nodes)
+        if module.has_bias: yield f'{name}.{path}_bias', Slice(role, b.kind, (0, 1), rows[role], nodes)
+    yield f'{name}.{b.down}', Slice('ffn_out', b.kind, (0, 3-out), torch.arange(D), nodes)
+    if module.has_bias: yield f'{name}.{b.down}_bias', Slice('ffn_out')
+
+def _experts(b:Experts, name:str, layer:int, block:nn.Module, config)->Nodes:
+    "Compile the neurons of one layer's experts."
+    module,down = block.get_submodule(b.up.rpartition('.')[0]),block.get_parameter(b.down)
+    out = 2 if module.is_transposed else 1
+    E,D,width = len(down),down.shape[3-out],block.get_parameter(b.up).shape[out]
+    rows,slices = _neuron_rows(b, D),_collect(_expert_slices(b, name, block, D))
+    site = Site(module, 'output', E*D, _columns(rows['ffn_in'], width), experts=E)
+    return Nodes(name, layer, b.kind, {b.kind: E*D}, 1, slices, site, Site(module, 'input', E*D, experts=E))
+
 # %% ../../nbs/core/00a_places.ipynb #fa000017
-_COMPILE = {Attention: _attention, FFN: _ffn}
-_MODULES = {Attention: ('query','key','value','output'), FFN: ('up','down','gate')}
+_COMPILE = {Attention: _attention, FFN: _ffn, Experts: _experts}
+_MODULES = {Attention: ('query','key','value','output'), FFN: ('up','down','gate'), Experts: ('up','down','gate')}
 
 def _has(block:nn.Module, path:str)->bool:
-    "Whether a module is there."
-    try: return bool(path and block.get_submodule(path))
+    "Whether a module or a parameter is there."
+    above,_,last = path.rpartition('.')
+    try: return bool(path) and hasattr(block.get_submodule(above), last)
     except AttributeError: return False
 
 def _missing(b:Attention|FFN|Experts, block:nn.Module)->list[str]:
@@ -249,9 +271,9 @@ def _places(path:str, modules:Mapping[str,nn.Module])->list[tuple]: # numbers an
 def _stack(path:str)->str: return path.split('{}')[0] # where a path's layers are
 
 def _rows(family:Family)->list[list[Attention|FFN|Experts]]:
-    "Rows of one kind and path, of which the first that fits is meant."
+    "Rows of heads, or of neurons, at one path, of which the first that fits is meant."
     found = {}
-    for b in family.blocks: found.setdefault((type(b), b.path), []).append(b)
+    for b in family.blocks: found.setdefault((isinstance(b, Attention), b.path), []).append(b)
     return list(found.values())
 
 def _in_order(family:Family, modules:Mapping[str,nn.Module])->list[tuple[Any,str]]: # row and name

@@ -16,7 +16,6 @@ from fisher_nodes.core.places import count_nodes, find_nodes, find_places
 from fisher_nodes.core.schemes import PAPER
 
 CASES = list(zoo.ZOO)
-EXPERTS = [n for n in CASES if zoo.ZOO[n][0] in ('mixtral','qwen3_moe','gpt_oss')]
 HEADS = ('head','cross')
 
 def close(got, want, **kw):
@@ -87,16 +86,35 @@ def literal(model, batch, site, columns, size, bias=None):
     try: return torch.autograd.grad(zoo.losses(model, batch).sum(), masks)[0]
     finally: handle.remove()
 
+def literal_experts(model, batch, block, role):
+    "Gradient of masks on rows of the experts' matrices that go up, or on columns of those that go down."
+    n, s = next((n, s) for n, o in block.slices.items() for s in o if s.role == role and not n.endswith('_bias'))
+    weight = model.get_parameter(n).detach()
+    masks = torch.ones(sum(block.counts.values()), dtype=torch.float64, requires_grad=True)
+    full = torch.ones([weight.shape[i] for i in s.axis], dtype=torch.float64).index_put(
+        (torch.arange(len(weight))[:,None], s.rows), masks[s.nodes])
+    name, full = n.rpartition('.')[2], full.unsqueeze(3-s.axis[1])
+    site = block.site.module
+    parameter = site._parameters.pop(name)
+    setattr(site, name, weight*full)
+    try: return torch.autograd.grad(zoo.losses(model, batch).sum(), masks)[0]
+    finally:
+        delattr(site, name)
+        site._parameters[name] = parameter
+
 def all_literal(model, batch, ffn_mask):
     "Literal masks of all blocks, one pass a block."
     for o in find_nodes(model):
         site = o.site if ffn_mask == 'before' else o.after
+        if site.experts:
+            yield o, literal_experts(model, batch, o, 'ffn_in' if ffn_mask == 'before' else 'ffn_out')
+            continue
         bias = site.module.bias if site.side == 'output' else None
         width = site.nodes*o.size
         columns = torch.arange(10**4)[site.columns or slice(None)][:width]
         yield o, literal(model, batch, site, columns, o.size, bias)
 
-@pytest.mark.parametrize('name', [n for n in CASES if n not in EXPERTS])
+@pytest.mark.parametrize('name', CASES)
 @pytest.mark.parametrize('ffn_mask', ['before','after'])
 def test_masks_on_a_padded_batch_are_literal_masks_on_one_example(name, ffn_mask):
     model = zoo.build(name)
@@ -158,6 +176,7 @@ def test_masks_are_weights_times_their_gradient(name):
     model = zoo.build(name)
     rows = zoo.examples(name)
     weights = dict(body_of(model).named_parameters())
+    for p in weights.values(): p.requires_grad_() # some positions are fixed
     loss = zoo.losses(model, zoo.alone(rows, 1)).sum()
     found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     grads = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), found)}
@@ -249,3 +268,31 @@ def test_merge_is_equation_5_row_by_row(name):
         close(got, slow_merge(places[n], tensors, fishers, lambdas))
         weighted += not torch.allclose(got, (tensors[0]+2*tensors[1])/3, rtol=1e-3)
     assert weighted >= 3 if name != 'gpt2' else 2
+
+
+# --- experts --------------------------------------------------------------------------------
+
+def test_experts_compute_as_before_afterwards_also_on_error():
+    name = 'qwen3_moe'
+    model = zoo.build(name)
+    batch = zoo.collate(zoo.examples(name))
+    plain = zoo.losses(model, batch)
+    with MaskGradients(model):
+        assert model.config._experts_implementation != 'eager'
+        assert_close(zoo.losses(model, batch), plain, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match='mine'):
+        with MaskGradients(model): raise RuntimeError('mine')
+    assert model.config._experts_implementation == 'eager'
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+def test_an_expert_that_an_example_never_used_has_gradient_zero():
+    name = 'mixtral'
+    model = zoo.build(name)
+    used, layer = [], model.layers[0].mlp
+    layer.experts.register_forward_pre_hook(lambda m, args: used.append(args[1]))
+    batch = zoo.collate([o | dict(input_ids=o['input_ids'][:1]) for o in zoo.examples(name)])
+    found = read(model, batch)['row'][0].unflatten(1, (4,-1))
+    assert used[0].shape == (3,2) # one token an example, two experts a token
+    for i, experts in enumerate(used[0].tolist()):
+        assert {e for e in range(4) if found[i,e].any()} == set(experts)

@@ -75,7 +75,7 @@ def weighted_mean(
 class Shares:
     "How one parameter is weighted."
     kind:str # what weights it, one of `KINDS`, or several
-    shares:Tensor # shape `(M, rows)` or `(M, experts, rows)`, adding up to 1; `(M, 1)` where all rows are alike
+    shares:Tensor # shape `(M, rows)` or `(M, experts, rows)`, or `(M, 1)` for all rows; models' add up to 1
     axis:Axis=0 # that the rows lie along
 
 def _slice_shares(part:Slice, kind:str, layer:int|None, fishers:Sequence[MaskFisher], weights:Tensor)->Tensor:

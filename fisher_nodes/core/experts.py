@@ -27,7 +27,7 @@ def routed_sums(
     return zeros.index_add_(0, token//length, x.to(wide)*grad)
 
 # %% ../../nbs/core/00b_experts.ipynb #759cdc48
-Watch = Callable[[Tensor,int,Tensor,int],Tensor] # values, expert, its tokens, how many tokens there are -> values
+Watch = Callable[[Tensor,int,Tensor,int],Tensor] # values, expert, its tokens, number of all -> values
 
 def _multiply(experts:nn.Module, path:str, e:int, x:Tensor)->Tensor:
     "What one expert's matrix makes of its tokens, without bias."
@@ -42,10 +42,15 @@ def _one_expert(experts:nn.Module, e:int, x:Tensor, watch:Callable, at:str)->Ten
     z = _multiply(experts, 'gate_up_proj', e, x)
     z = _with_bias(experts, 'gate_up_proj', e, watch(z) if at=='output' else z)
     y = experts._apply_gate(z)
-    return _with_bias(experts, 'down_proj', e, _multiply(experts, 'down_proj', e, watch(y) if at=='input' else y))
+    out = _multiply(experts, 'down_proj', e, watch(y) if at=='input' else y)
+    return _with_bias(experts, 'down_proj', e, out)
 
-def _all_experts(watches:Mapping[nn.Module,Watch], at:str, experts:nn.Module, x:Tensor, index:Tensor, weights:Tensor)->Tensor:
-    "A layer of experts, shape `(tokens, width)`, one expert after the other."
+def _all_experts(watches:Mapping[nn.Module,Watch], at:str, experts:nn.Module,
+    x:Tensor, # shape `(tokens, width)`
+    index:Tensor, # the experts of every token
+    weights:Tensor, # of the experts, for every token
+)->Tensor: # as `x`
+    "A layer of experts, one after the other."
     out,watch = torch.zeros_like(x),watches[experts]
     for e in [o for o in index.unique().tolist() if o<experts.num_experts]: # more means none
         token,place = torch.where(index==e)

@@ -24,7 +24,7 @@ class Attention:
     norm:str='' # below the layer: the norm that goes with the block, if schemes are to name it
     order:str='blocks' # of a fused matrix: q, k, v; or 'groups': q, k, v of one key head after another
     kind:str='head' # of its nodes; 'cross' where keys are read from another stack
-    also:tuple[tuple[str,str],...]=() # further modules with heads as rows, and their roles, where there are any
+    also:tuple[tuple[str,str],...]=() # further modules with heads as rows, and their roles
     raw:tuple[tuple[str,str],...]=() # bare parameters with heads as rows, and their roles
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Experts:
 @dataclass(frozen=True)
 class Family:
     "One layout, shared by the models of one or more `config.model_type`."
-    blocks:tuple[Attention|FFN|Experts,...] # in the order of the forward pass; one path twice: the first that fits
+    blocks:tuple[Attention|FFN|Experts,...] # in forward order; of one path the first that fits
     roles:Mapping[str,str]=field(default_factory=dict) # role -> pattern of parameters outside of blocks
-    plain:str='' # pattern of further matrices inside layers, which have no nodes: routers, tables of distances
+    plain:str='' # pattern of matrices inside layers without nodes: routers, tables of distances
     body:str='' # '.' where `base_model` is not all that tasks share
     fold:bool=False # whether the tokens of one example may follow each other along the first axis
     towers:bool=False # whether a loss may leave whole stacks out
@@ -66,7 +66,8 @@ class Family:
 def _attention(path:str, names:str, **more)->Attention: # modules in order: query, key, value, output
     return Attention(path, *names.split(), **more)
 
-def _fused(path:str, qkv:str, output:str, **more)->Attention: return Attention(path, qkv, qkv, qkv, output, **more)
+def _fused(path:str, qkv:str, output:str, **more)->Attention: # one matrix for the three
+    return Attention(path, qkv, qkv, qkv, output, **more)
 
 _OUTSIDE = dict(embeddings=r'embeddings\..*', pooler=r'pooler\..*')
 _LAYER,_NORM = 'encoder.layer.{}','output.LayerNorm'
@@ -93,12 +94,13 @@ ENCODERS |= {
     'albert': Family((_attention(f'{_SHARED}.attention', 'query key value dense'),
                       FFN(_SHARED, 'ffn', 'ffn_output'))),
     'deberta': Family(_encoder('self.in_proj self.in_proj self.in_proj', order='groups', also=_POSITIONS,
-                               raw=(('self.q_bias','query'), ('self.v_bias','value'))), _OUTSIDE, plain=_BETWEEN_HEADS),
+                               raw=(('self.q_bias','query'), ('self.v_bias','value'))),
+                      _OUTSIDE, plain=_BETWEEN_HEADS),
     'deberta-v2': Family(_encoder('self.query_proj self.key_proj self.value_proj', also=(
         ('self.pos_key_proj','key'), ('self.pos_query_proj','query'))), _OUTSIDE),
     'longformer': Family(_encoder(also=_GLOBAL), _OUTSIDE, skips_padding=True),
-    'modernbert': Family((_fused('layers.{}.attn', 'Wqkv', 'Wo'), FFN('layers.{}.mlp', 'Wi', 'Wo', gate='Wi')),
-                         _OUTSIDE)}
+    'modernbert': Family((_fused('layers.{}.attn', 'Wqkv', 'Wo'),
+                          FFN('layers.{}.mlp', 'Wi', 'Wo', gate='Wi')), _OUTSIDE)}
 
 # %% ../../nbs/core/00_families.ipynb #fam10003
 _QKVO = 'q_proj k_proj v_proj o_proj'
@@ -112,7 +114,8 @@ def _gpt(path:str, qkv:str, output:str, up:str, down:str, order:str='blocks')->F
     "A layer with one matrix for query, key and value."
     return Family((_fused(path, qkv, output, order=order), FFN(f'{path.rpartition(".")[0]}.mlp', up, down)))
 
-_OVER_HEADS = 'a norm over all heads mixes their queries and keys, so weights of single heads are approximate there'
+_NEOX = ('query_key_value','dense','dense_h_to_4h','dense_4h_to_h')
+_OVER_HEADS = 'a norm over all heads mixes their queries and keys, whose weights by head are approximate'
 
 DECODERS = dict.fromkeys(['llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3_text', 'smollm3',
     'granite', 'stablelm', 'nomic_bert', 'gte', 'eurobert'], _decoder())
@@ -122,17 +125,19 @@ DECODERS |= {
     'jina_embeddings_v3': _decoder(ffn=('fc1','fc2')),
     'phi': _decoder(attention='q_proj k_proj v_proj dense', ffn=('fc1','fc2')),
     'starcoder2': _decoder(ffn=('c_fc','c_proj')),
-    'phi3': _decoder(attention='qkv_proj qkv_proj qkv_proj o_proj', ffn=('gate_up_proj','down_proj','gate_up_proj')),
+    'phi3': _decoder(attention='qkv_proj qkv_proj qkv_proj o_proj',
+                     ffn=('gate_up_proj','down_proj','gate_up_proj')),
     'gpt2': _gpt('h.{}.attn', 'c_attn', 'c_proj', 'c_fc', 'c_proj'),
     'gpt_bigcode': _gpt('h.{}.attn', 'c_attn', 'c_proj', 'c_fc', 'c_proj', order='groups'),
     'gpt_neo': Family((_attention('h.{}.attn.attention', 'q_proj k_proj v_proj out_proj'),
                        FFN('h.{}.mlp', 'c_fc', 'c_proj'))),
-    'gptj': Family((_attention('h.{}.attn', 'q_proj k_proj v_proj out_proj'), FFN('h.{}.mlp', 'fc_in', 'fc_out'))),
-    'gpt_neox': _gpt('layers.{}.attention', 'query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h', 'groups'),
+    'gptj': Family((_attention('h.{}.attn', 'q_proj k_proj v_proj out_proj'),
+                    FFN('h.{}.mlp', 'fc_in', 'fc_out'))),
+    'gpt_neox': _gpt('layers.{}.attention', *_NEOX, 'groups'),
     'opt': Family((_attention('decoder.layers.{}.self_attn', 'q_proj k_proj v_proj out_proj'),
                    FFN('decoder.layers.{}', 'fc1', 'fc2')), fold=True)}
 DECODERS |= dict.fromkeys(['bloom', 'falcon'],
-    _gpt('h.{}.self_attention', 'query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h', 'groups'))
+    _gpt('h.{}.self_attention', *_NEOX, 'groups'))
 
 # %% ../../nbs/core/00_families.ipynb #fam10005
 _OUT = 'q_proj k_proj v_proj out_proj'
@@ -141,13 +146,15 @@ def _t5_ffn(path:str)->tuple[FFN,FFN]: # version 1.1 is gated
     return FFN(path, 'wi_1', 'wo', gate='wi_0'), FFN(path, 'wi', 'wo')
 
 _T5 = Family((
-    _attention('encoder.block.{}.layer.0.SelfAttention', 'q k v o'), *_t5_ffn('encoder.block.{}.layer.1.DenseReluDense'),
+    _attention('encoder.block.{}.layer.0.SelfAttention', 'q k v o'),
+    *_t5_ffn('encoder.block.{}.layer.1.DenseReluDense'),
     _attention('decoder.block.{}.layer.0.SelfAttention', 'q k v o'),
     _attention('decoder.block.{}.layer.1.EncDecAttention', 'q k v o', kind='cross'),
     *_t5_ffn('decoder.block.{}.layer.2.DenseReluDense')), plain=r'.*\.relative_attention_bias\.weight')
 _BART = Family((
     _attention('encoder.layers.{}.self_attn', _OUT), FFN('encoder.layers.{}', 'fc1', 'fc2'),
-    _attention('decoder.layers.{}.self_attn', _OUT), _attention('decoder.layers.{}.encoder_attn', _OUT, kind='cross'),
+    _attention('decoder.layers.{}.self_attn', _OUT),
+    _attention('decoder.layers.{}.encoder_attn', _OUT, kind='cross'),
     FFN('decoder.layers.{}', 'fc1', 'fc2')))
 
 ENCODER_DECODERS = dict.fromkeys(['t5', 'mt5', 'umt5'], _T5)
@@ -155,21 +162,19 @@ ENCODER_DECODERS |= dict.fromkeys(['bart', 'mbart', 'marian', 'pegasus', 'm2m_10
 
 # %% ../../nbs/core/00_families.ipynb #fam10007
 _VIT = (_attention('layers.{}.attention', _QKVO), FFN('layers.{}.mlp', 'fc1', 'fc2'))
-_OLD_VIT = (_attention('encoder.layer.{}.attention', 'attention.query attention.key attention.value output.dense'),
+_OLD_QKVO = 'attention.query attention.key attention.value output.dense'
+_OLD_VIT = (_attention('encoder.layer.{}.attention', _OLD_QKVO),
             FFN(_LAYER, 'intermediate.dense', 'output.dense')) # before transformers 5
 _TABLE = r'.*relative_position_bias.*'
-
-def _dino(path:str, *ffn:FFN, **more)->Family:
-    "A vision encoder whose layers are below `path`."
-    return Family((_attention(f'{path}.attention', _QKVO), *_OLD_VIT[:1], *ffn), **more)
 
 def _tower(path:str)->tuple[Attention,FFN]: # of an encoder with two
     return _attention(f'{path}.layers.{{}}.self_attn', _OUT), FFN(f'{path}.layers.{{}}.mlp', 'fc1', 'fc2')
 
-_CLIP = Family((*_tower('text_model.encoder'), *_tower('vision_model.encoder'), *_tower('encoder')), body='.', towers=True)
+_CLIP = Family((*_tower('text_model.encoder'), *_tower('vision_model.encoder'), *_tower('encoder')),
+               body='.', towers=True)
 _WAV2VEC2 = Family((_attention('encoder.layers.{}.attention', _OUT),
     FFN('encoder.layers.{}.feed_forward', 'intermediate_dense', 'output_dense')))
-_MLP = (FFN('encoder.layer.{}.mlp', 'fc1', 'fc2'), FFN('encoder.layer.{}.mlp', 'up_proj', 'down_proj', gate='gate_proj'))
+_MLP = (FFN('encoder.layer.{}.mlp', 'fc1', 'fc2'), FFN('encoder.layer.{}.mlp', *_GATED)) # the second is gated
 
 SENSES = dict.fromkeys(['vit', 'deit', 'beit', 'audio-spectrogram-transformer'],
                        Family((*_VIT, *_OLD_VIT), plain=_TABLE))
@@ -179,17 +184,19 @@ SENSES |= dict.fromkeys(['wav2vec2', 'hubert'], _WAV2VEC2)
 SENSES |= {
     'dinov2': Family((_attention('encoder.layer.{}.attention', _QKVO), _OLD_VIT[0], *_MLP)),
     'dinov3_vit': Family((_attention('model.layer.{}.attention', _QKVO),
-                          FFN('model.layer.{}.mlp', 'up_proj', 'down_proj', gate='gate_proj'),
+                          FFN('model.layer.{}.mlp', *_GATED),
                           FFN('model.layer.{}.mlp', 'up_proj', 'down_proj')), body='.'),
     'swin': Family((_attention('encoder.layers.{}.blocks.{}.attention', _QKVO),
-                    FFN('encoder.layers.{}.blocks.{}.mlp', 'fc1', 'fc2')), plain=rf'{_TABLE}|.*\.downsample\..*', fold=True)}
+                    FFN('encoder.layers.{}.blocks.{}.mlp', 'fc1', 'fc2')),
+                   plain=rf'{_TABLE}|.*\.downsample\..*', fold=True)}
 
 # %% ../../nbs/core/00_families.ipynb #fam10009
 def _mixture(plain:str, order:str='blocks')->Family:
     "A layer of attention and of experts."
-    up,down = 'experts.gate_up_proj','experts.down_proj'
-    return Family((_attention('layers.{}.self_attn', _QKVO), Experts('layers.{}.mlp', up, down, gate=up, order=order),
-                   FFN('layers.{}.mlp', *_GATED)), plain=plain)
+    up,path = 'experts.gate_up_proj','layers.{}.mlp'
+    return Family((_attention('layers.{}.self_attn', _QKVO),
+                   Experts(path, up, 'experts.down_proj', gate=up, order=order),
+                   FFN(path, *_GATED)), plain=plain)
 
 MIXTURES = {'mixtral': _mixture(r'.*\.mlp\.gate\..*'), 'qwen3_moe': _mixture(r'.*\.mlp\.gate\..*'),
             'gpt_oss': _mixture(r'.*\.mlp\.router\..*', order='groups')}

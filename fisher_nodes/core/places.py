@@ -173,7 +173,8 @@ def _attention_slices(b:Attention, name:str, block:nn.Module, o:_Heads)->_Pairs:
         path = getattr(b, role)
         yield from _matrix(block.get_submodule(path), f'{name}.{path}', role, *_laid(o, role, rows))
     for path,role in b.also:
-        if _has(block, path): yield from _matrix(block.get_submodule(path), f'{name}.{path}', role, *_laid(o, role))
+        if not _has(block, path): continue
+        yield from _matrix(block.get_submodule(path), f'{name}.{path}', role, *_laid(o, role))
     for path,role in b.raw:
         kind,rows,nodes = _laid(o, role)
         yield f'{name}.{path}', Slice(role, kind, 0, rows, nodes)
@@ -225,7 +226,8 @@ def _ffn(b:FFN, name:str, layer:int, block:nn.Module, config)->Nodes:
 # %% ../../nbs/core/00a_places.ipynb #34f695db
 def _expert_slices(b:Experts, name:str, block:nn.Module, D:int)->_Pairs:
     "Every parameter of a layer of experts, and what it holds."
-    E,module,rows = len(block.get_parameter(b.down)),block.get_submodule(b.up.rpartition('.')[0]),_neuron_rows(b, D)
+    E,rows = len(block.get_parameter(b.down)),_neuron_rows(b, D)
+    module = block.get_submodule(b.up.rpartition('.')[0])
     nodes,out = torch.arange(E*D).view(E, D),2 if module.is_transposed else 1
     for role,path in (dict(ffn_in=b.up) | (dict(gate=b.gate) if b.gate else {})).items():
         yield f'{name}.{path}', Slice(role, b.kind, (0, out), rows[role], nodes)
@@ -244,7 +246,7 @@ def _experts(b:Experts, name:str, layer:int, block:nn.Module, config)->Nodes:
 
 # %% ../../nbs/core/00a_places.ipynb #fa000017
 _COMPILE = {Attention: _attention, FFN: _ffn, Experts: _experts}
-_MODULES = {Attention: ('query','key','value','output'), FFN: ('up','down','gate'), Experts: ('up','down','gate')}
+_MODULES = {Attention: ('query','key','value','output')} | dict.fromkeys([FFN, Experts], ('up','down','gate'))
 
 def _has(block:nn.Module, path:str)->bool:
     "Whether a module or a parameter is there."
@@ -298,7 +300,8 @@ def find_nodes(
     "The compiled blocks of a body; `ValueError` naming what does not fit."
     family,body,layers,out = find_family(model),body_of(model),Counter(),[]
     start = _prefix(model, family)
-    named,fold = body.named_modules(remove_duplicate=False),family.fold or type(model).__name__.endswith(_CHOICES)
+    fold = family.fold or type(model).__name__.endswith(_CHOICES)
+    named = body.named_modules(remove_duplicate=False)
     modules = {n.removeprefix(start): m for n,m in named if n.startswith(start)}
     for b,name in _in_order(family, modules):
         found = _COMPILE[type(b)](b, start+name, layers[b.kind], modules[name], body.config)

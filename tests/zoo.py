@@ -119,7 +119,8 @@ ZOO = {
     'gpt_bigcode': ('gpt_bigcode', GPT2 | dict(multi_query=True)),
     'gpt_bigcode-heads': ('gpt_bigcode', GPT2 | dict(multi_query=False)),
     'gpt_neo': ('gpt_neo', dict(vocab_size=60, hidden_size=16, num_layers=2, num_heads=4,
-        intermediate_size=24, attention_types=[[['global','local'],1]], window_size=4, max_position_embeddings=40, bos_token_id=1,
+        intermediate_size=24, attention_types=[[['global','local'],1]], window_size=4,
+        max_position_embeddings=40, bos_token_id=1,
         eos_token_id=2)),
     'gptj': ('gptj', GPT2 | dict(rotary_dim=2)),
     'gpt_neox': ('gpt_neox', BASE),
@@ -167,7 +168,8 @@ ZOO = {
     'siglip_text_model': ('siglip_text_model', TEXT, 'whole', 'SiglipTextModel'),
     'siglip_vision_model': ('siglip_vision_model', IMAGE, 'image', 'SiglipVisionModel'),
     'audio-spectrogram-transformer': ('audio-spectrogram-transformer', dict(hidden_size=16,
-        num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, patch_size=4, frequency_stride=2, time_stride=3,
+        num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, patch_size=4, frequency_stride=2,
+        time_stride=3,
         max_length=13, num_mel_bins=8), 'spectrum'),
     'wav2vec2': ('wav2vec2', SOUND, 'sound'),
     'wav2vec2-pre-norm': ('wav2vec2', SOUND | dict(do_stable_layer_norm=True), 'sound'),
@@ -256,7 +258,7 @@ def alone(rows, i): return collate(rows[i:i+1])
 def _projection(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-def _spread(x, seed, mask=None):
+def spread(x, seed, mask=None):
     "A fixed random projection of every example's numbers, those of padding left out."
     if x.ndim==2: return (x*_projection(x.shape[1:], seed)).sum(1)
     tokens = _projection((64, *x.shape[2:]), seed)[:x.shape[1]]
@@ -277,6 +279,6 @@ def losses(model, batch):
     "One number an example, of what the model gives out."
     accepted = inspect.signature(model.forward).parameters
     out = model(**{k: v for k, v in batch.items() if k in accepted}, return_dict=True)
-    if 'image_embeds' in out: return _spread(out['text_embeds'], 2) + _spread(out['image_embeds'], 3)
+    if 'image_embeds' in out: return spread(out['text_embeds'], 2) + spread(out['image_embeds'], 3)
     x = next(o for o in out.values() if torch.is_tensor(o) and o.is_floating_point())
-    return _spread(x, 2, _real(model, batch, x))
+    return spread(x, 2, _real(model, batch, x))

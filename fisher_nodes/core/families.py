@@ -9,7 +9,6 @@ __all__ = ['ENCODERS', 'DECODERS', 'ENCODER_DECODERS', 'SENSES', 'MIXTURES', 'FA
 # %% ../../nbs/core/00_families.ipynb #c6cc6364
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from torch import nn
 from transformers import PreTrainedModel
 
 # %% ../../nbs/core/00_families.ipynb #fa000001

@@ -9,7 +9,7 @@ __all__ = ['out_axis', 'sizes', 'split_roles', 'Slice', 'Site', 'Nodes', 'head_s
 # %% ../../nbs/core/00a_places.ipynb #c6cc6365
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 import torch

@@ -72,6 +72,69 @@ def test_nodes_have_rows_of_every_role(name):
             shared = role in ('key','value') and len(block.counts) > 1
             assert nodes == set(range(list(block.counts.values())[shared])), (block.name, role)
 
+HEADS_SAID = ('num_attention_heads','n_head','num_heads','n_heads','encoder_attention_heads')
+KEYS_SAID = ('num_key_value_heads','num_kv_heads')
+
+@pytest.mark.parametrize('name', CASES)
+def test_heads_are_as_many_as_the_config_says(name):
+    kind, options, _, _ = zoo.case(name)
+    counts, config = count_nodes(zoo.build(name)), options.get('text_config', options)
+    heads = next(config[k] for k in HEADS_SAID if k in config)
+    first = counts['head'][0]
+    assert first == (heads[0] if isinstance(heads, list) else heads)
+    keys = next((config[k] for k in KEYS_SAID if k in config), 1 if config.get('multi_query') else first)
+    assert counts.get('group', counts['head'])[0] == keys
+
+def test_roles_are_those_of_the_body_where_the_body_is_the_whole():
+    whole, body = [find_places(zoo.build(n)) for n in ('bert-masked-lm','bert')]
+    for n, o in body.items():
+        if 'pooler' not in n: assert whole[f'bert.{n}'].roles == o.roles, n
+
+
+# --- which rows move which heads ------------------------------------------------------------
+
+def heads_seen(model, batch, block):
+    "What the masks of a block multiply, the first time that it is called."
+    found = []
+    handle = block.site.module.register_forward_pre_hook(lambda m, args: found.append(args[0].detach().clone()))
+    try:
+        with torch.no_grad(): zoo.losses(model, batch)
+    finally: handle.remove()
+    return found[0].flatten(0, -2)
+
+def change(body, block, role, node, only=None):
+    "Noise on the rows of a node with one role; on the first of them alone if `only`."
+    gen, before = torch.Generator().manual_seed(5), {}
+    for n, slices in block.slices.items():
+        for s in slices:
+            if s.role != role: continue
+            p = body.get_parameter(n)
+            before[p] = p.detach().clone()
+            rows = s.rows[s.nodes == node][:only]
+            lanes = p.detach().movedim(s.axis, 0)
+            lanes[rows] += torch.randn(lanes[rows].shape, generator=gen, dtype=torch.float64)
+            if only: return before
+    return before
+
+MIXED = {'olmo2': 'a norm over all heads', 'olmo3': 'a norm over all heads', 'deberta-talking': 'heads that mix'}
+
+@pytest.mark.parametrize('name', CASES)
+def test_rows_of_queries_and_keys_move_their_own_heads(name):
+    "All rows of a node move no head but its own; one row moves all columns of them."
+    if name in MIXED: pytest.skip(MIXED[name])
+    model = zoo.build(name)
+    body, batch = body_of(model), zoo.alone(zoo.examples(name), 0)
+    for o in find_nodes(model):
+        if o.kind not in HEADS: continue
+        clean, counts = heads_seen(model, batch, o), list(o.counts.values())
+        for role, only in [(r, k) for r in ('query','key') for k in (None, 1)]:
+            nodes = counts[-1] if role == 'key' else counts[0]
+            before = change(body, o, role, nodes-1, only)
+            moved = (heads_seen(model, batch, o)-clean).abs().amax(0) > 1e-9*clean.abs().max()
+            for p, old in before.items(): p.detach().copy_(old)
+            own = torch.arange(nodes).repeat_interleave(len(moved)//nodes) == nodes-1
+            assert (moved == own).all(), (o.name, role, only)
+
 
 # --- mask gradients -------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ ZOO = {
     'bert': ('bert', BASE),
     'bert-classifier': ('bert', BASE, 'text', CLASSIFIER),
     'bert-masked-lm': ('bert', BASE, 'text', 'AutoModelForMaskedLM'),
+    'bert-choices': ('bert', BASE, 'choices', 'AutoModelForMultipleChoice'),
     'electra': ('electra', BASE | dict(embedding_size=8)),
     'ernie': ('ernie', BASE),
     'rembert': ('rembert', BASE | dict(input_embedding_size=8, output_embedding_size=8)),
@@ -222,6 +223,7 @@ def examples(name, n=3, seed=1):
     def text(lengths=LENGTHS, **more): return _ids(n, lengths, gen, **more)
     parts = {
         'text': lambda: dict(input_ids=text()),
+        'choices': lambda: dict(input_ids=[torch.stack([o, o.flip(0)]) for o in text()]),
         'whole': lambda: dict(input_ids=text((12,))),
         'global': lambda: dict(input_ids=text((9,4,6))),
         'pair': lambda: dict(input_ids=text(), decoder_input_ids=text((4,6,2))),
@@ -240,14 +242,19 @@ def examples(name, n=3, seed=1):
 MASKS = dict(input_ids='attention_mask', input_values='attention_mask',
     decoder_input_ids='decoder_attention_mask')
 
+def padded(tensors):
+    "One tensor, zeros behind the words or samples of each, and where these are; pixels are of one size."
+    width = max(t.shape[-1] for t in tensors)
+    def wide(t): return torch.nn.functional.pad(t, (0, width-t.shape[-1]))
+    return torch.stack([wide(t) for t in tensors]), torch.stack([wide(torch.ones_like(t)) for t in tensors]).long()
+
 def collate(rows):
     "One padded batch."
     batch = {}
     for k in rows[0]:
-        batch[k] = torch.nn.utils.rnn.pad_sequence([o[k] for o in rows], batch_first=True)
-        if k in MASKS and rows[0][k].ndim==1:
-            lengths = torch.tensor([len(o[k]) for o in rows])
-            batch[MASKS[k]] = (torch.arange(lengths.max())<lengths[:,None]).long()
+        batch[k], there = padded([o[k] for o in rows])
+        spectrum = k == 'input_values' and rows[0][k].ndim == 2 # these have one size
+        if k in MASKS and not spectrum: batch[MASKS[k]] = there
     return batch
 
 def alone(rows, i): return collate(rows[i:i+1])

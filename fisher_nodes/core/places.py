@@ -338,9 +338,9 @@ def _layers(blocks:list[Nodes], family:Family, prefix:str)->dict[str,int]: # pat
 # %% ../../nbs/core/00a_places.ipynb #ed88dbec
 _WITHOUT = 'parameter {!r} belongs to 0 parts of the architecture; expected exactly one'
 
-def _in_layer(name:str, family:Family, prefix:str)->bool:
+def _in_layer(name:str, family:Family)->bool:
     "Whether a parameter lies inside a layer."
-    starts = {re.escape(prefix+_stack(b.path)) for b in family.blocks}
+    starts = {re.escape(_stack(b.path)) for b in family.blocks}
     return any(re.match(rf'{o}\d+\.', name) for o in starts)
 
 def find_places(
@@ -355,9 +355,10 @@ def find_places(
         if name in owned: return owned[name]
         role,layer = norms.get(name.rpartition('.')[0], (None, None))
         if role: return Place((Slice(role),), layer)
-        if t.ndim>1 and _in_layer(name, family, prefix) and not re.fullmatch(family.plain, name):
+        short = name.removeprefix(prefix)
+        if t.ndim>1 and _in_layer(short, family) and not re.fullmatch(family.plain, short):
             raise ValueError(_WITHOUT.format(name))
-        role = next((r for r,pattern in family.roles.items() if re.fullmatch(pattern, name)), 'other')
+        role = next((r for r,pattern in family.roles.items() if re.fullmatch(pattern, short)), 'other')
         return Place((Slice(role),), next((i for o,i in layers.items() if name.startswith(o)), None))
     return {n: place(n, p) for n,p in body_of(model).named_parameters() if p.is_floating_point()}
 

@@ -7,11 +7,13 @@ __all__ = ['roles_report', 'count_zeros', 'describe_base', 'merge_report', 'merg
 
 # %% ../../nbs/merging/05_record.ipynb #80690147
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from ..core.averaging import axes
 from ..core.families import body_state
 from ..core.places import find_places
 from ..core.fisher import MaskFisher
@@ -28,7 +30,8 @@ from ..methods.method import Job, Rule
 # %% ../../nbs/merging/05_record.ipynb #7ba4d67e
 def _numbers(part:Any, t:Tensor)->int:
     "How many numbers of a parameter a slice has."
-    return t.numel() if part.rows is None else t.numel()//t.shape[part.axis]*len(part.rows)
+    if part.rows is None: return t.numel()
+    return t.numel()//prod(t.shape[i] for i in axes(part.axis))*part.nodes.numel()
 
 def roles_report(
     model:PreTrainedModel, # any of the models

@@ -111,8 +111,9 @@ class Inputs:
 
 # %% ../../nbs/merging/07_run.ipynb #62862379
 def _floats(model:PreTrainedModel)->dict[str,Tensor]:
-    "What can be averaged of a body's state."
-    return {n: t for n,t in body_state(model).items() if t.is_floating_point()}
+    "What can be averaged of a body: its parameters."
+    named = {n for n,_ in body_of(model).named_parameters()}
+    return {n: t for n,t in body_state(model).items() if n in named and t.is_floating_point()}
 
 def _check_present(what:str, tensors:Mapping[str,Tensor]):
     "`ValueError` naming a tensor that holds no numbers."

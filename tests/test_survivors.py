@@ -282,7 +282,7 @@ def test_schemes_say_what_weights_a_role():
     (lambda: check_text(['a', 'b', 'c']), ValueError, 'must name one column or two'),
     (lambda: check_text([]), ValueError, 'must name one column or two'),
     (lambda: check_text([1]), ValueError, 'must name one column or two'),
-    (lambda: text_limit(tiny(), 0), ValueError, '`max_length` must be a whole number of at least 1, or None; got 0'),
+    (lambda: text_limit(tiny(), 0), ValueError, '`max_length` must be a whole number of at least 1, got 0'),
     (lambda: text_limit(tiny(), 2.), ValueError, '`max_length` must be a whole number'),
     (lambda: pick_text(dict(text='int64')), ValueError, "column 'text' is int64; expected text"),
     (lambda: pick_text(dict(a='string'), 'b'), ValueError, "column 'b' is not there; expected text"),

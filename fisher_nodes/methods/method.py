@@ -185,10 +185,10 @@ def expected(what:str)->PydanticCustomError:
 
 def _whole(least:int, most:float=float('inf'))->BeforeValidator:
     "A check for whole numbers within limits."
-    words = f'a whole number from {least} to {most}' if most<float('inf') else f'a whole number of at least {least}'
+    limits = f'from {least} to {most}' if most<float('inf') else f'of at least {least}'
     def check(o):
         if isinstance(o, int) and not isinstance(o, bool) and least<=o<=most: return o
-        raise expected(words)
+        raise expected(f'a whole number {limits}')
     return BeforeValidator(check)
 
 def can_name(
@@ -215,7 +215,8 @@ def _is_plain(o:Any)->bool:
     parts = get_args(o)
     if not parts: return o in _PLAIN
     if hasattr(o, '__metadata__'): return True
-    return all(map(_is_plain, parts)) and (len(parts)<3 and NoneType in parts or isinstance(o, type(list[int])))
+    is_one = len(parts)<3 and NoneType in parts or isinstance(o, type(list[int]))
+    return is_one and all(map(_is_plain, parts))
 
 def _arguments(f:Callable)->type[BaseModel]:
     "Those arguments of a function whose type can be checked, as a pydantic model."
@@ -225,7 +226,8 @@ def _arguments(f:Callable)->type[BaseModel]:
 
 def _shorten(e:Exception):
     "Let an error say one line."
-    if len(e.args)==1 and not (str(e).isprintable() and len(str(e))<=MOST_TOLD): e.args = (one_line(e, MOST_TOLD),)
+    fits = str(e).isprintable() and len(str(e))<=MOST_TOLD
+    if len(e.args)==1 and not fits: e.args = (one_line(e, MOST_TOLD),)
 
 def checked(
     f:Callable,

@@ -1,13 +1,17 @@
 """What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
 import hashlib
+import json
 import random
 import warnings
 from collections import Counter
 from dataclasses import FrozenInstanceError
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from fisher_nodes import METHODS, MaskFisher, ModelReference, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
 from fisher_nodes.core import blocks, kernel
@@ -20,13 +24,16 @@ from fisher_nodes.core.schemes import SCHEMES, WHOLE, check_roles, get_scheme, w
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
 from fisher_nodes.engine.devices import PRECISIONS, find_device, running_device
 from fisher_nodes.engine.files import OutputExistsError
-from fisher_nodes.engine.fingerprints import hash_weights
+from fisher_nodes.engine.fingerprints import hash_tensors, hash_weights
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
+from fisher_nodes.engine.models import DTYPE
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_columns, text_limit, tokenize
-from fisher_nodes.merging import store
-from fisher_nodes.merging.card import check_scores, model_card
+from fisher_nodes.merging import run, skeletons, store
+from fisher_nodes.merging.card import agreed_modules, check_scores, model_card, read_modules
 from fisher_nodes.merging.merged import _hub_name, _widen, check_shard_size
-from fisher_nodes.merging.request import ask
+from fisher_nodes.merging.record import _name, _on_hub
+from fisher_nodes.merging.request import MergeRequest, ask
+from fisher_nodes.merging.run import CheckedBlocks
 from fisher_nodes.methods.dare import drop_elements, seeded
 from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, element_mean, fisher_norm
 from fisher_nodes.methods.mask_fisher import MaskSquares
@@ -39,7 +46,7 @@ from fisher_nodes.methods.ties import trim_threshold
 from safetensors.torch import load_file, save_file
 from test_nodes import MODELS, ROWS
 from torch.testing import assert_close
-from transformers import BertTokenizerFast
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast, PretrainedConfig
 
 QUIET = dict(progress=False)
 WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the', 'The', 'rains', 'cat']
@@ -788,3 +795,65 @@ def test_how_rows_are_read_is_checked(kw, error, tmp_path):
     with pytest.raises(error, match='must be|expected'): ask([tiny(), tiny()], data=[rows, rows], **kw)
     assert ask([tiny()], data=[rows], max_length=1, tokenizer=(one := tokenizer(tmp_path))).tokenizer is one
     with pytest.raises(ValueError, match='differ in capitals only'): ask(dict(A=tiny(), a=tiny()), method='average')
+
+
+# --- what merging reads, names and keeps ------------------------------------------------------------
+
+def test_a_card_says_what_a_model_is_used_for():
+    report = merge([tiny(), tiny(seed=1)], method='average').report
+    uses = {o: model_card(report, None, 'me/it', o).data.pipeline_tag for o in ('AutoModelForSequenceClassification', 'AutoModel', 'BertForMaskedLM')}
+    assert uses == dict(AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction', BertForMaskedLM=None)
+    scored = model_card(report | dict(scores=dict(task0=dict(acc=.5))), None, 'a/b/it')
+    assert scored.data.model_name == 'it' and 'model_name' not in str(model_card(report, None, 'me/it'))
+
+def test_only_some_models_are_of_sentence_transformers(tmp_path):
+    for t in 'ab': tiny().config.save_pretrained(tmp_path/t)
+    modules = [dict(type='sentence_transformers.models.Transformer', path='')]
+    (tmp_path/'b'/'modules.json').write_text(json.dumps(modules))
+    a, b = (AutoConfig.from_pretrained(tmp_path/t) for t in 'ab')
+    assert read_modules(a) is None and read_modules(b) == {'modules.json': modules}
+    assert agreed_modules(dict(a=a)) is None and agreed_modules(dict(a=a, b=b)) == dict(files={'modules.json': modules})
+
+def test_names_that_a_recipe_can_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'here').mkdir()
+    assert _name('here') == _name(Path('here')) == str((tmp_path/'here').resolve()) and _name('someone/model') == 'someone/model'
+    assert _name(None) is _name(torch.ones(1)) is None and _on_hub('someone/model') and not _on_hub('/here') and not _on_hub(None)
+
+def test_a_request_takes_values_as_they_are():
+    models = dict(a=tiny(), b=tiny(seed=1))
+    assert MergeRequest(models=models, method='average', weights=dict(a=1, b=.5)).weights == dict(a=1, b=.5)
+    for bad in (dict(weights=dict(a=float('inf'), b=1)), dict(weights=dict(a='1', b=1)), dict(num_samples='3'), dict(nonsense=1)):
+        with pytest.raises(ValueError): MergeRequest(models=models, method='average', **bad)
+    assert all(o.description for o in MergeRequest.model_fields.values())
+
+def test_merge_hands_on_all_that_it_is_given(monkeypatch):
+    monkeypatch.setattr(run, 'merge_loaded', lambda *given: given)
+    how = dict(num_samples=3, max_length=4, text='b', label='y', labels='exact', precision='fp32', loss=lambda model, batch: None)
+    request, device, progress = run.merge([tiny()], data=[ragged_batches()], device='cpu', progress=False, seed=5, **how)
+    assert {k: getattr(request, k) for k in how} == how and (request.seed, device, progress) == (5, 'cpu', False)
+
+def test_a_statistic_in_files_is_checked_as_it_is_read():
+    def blocks(**tensors): return CheckedBlocks(tensors, 'a', STATISTICS['full-fisher'])
+    tensors = dict(w=torch.rand(4, 3), none=torch.ones(0, 3), one=torch.rand(()))
+    found = blocks(**tensors)
+    assert torch.equal(found[Block('w', slice(2))], tensors['w'][:2]) and torch.equal(found[Block('w', slice(3, 4))], tensors['w'][3:])
+    assert found['none'].shape == (0, 3) and found.fingerprint() == found.fingerprint() == blocks(**tensors).fingerprint() == hash_tensors(tensors)
+    for x in (float('nan'), float('inf'), -1.):
+        with pytest.raises(ValueError, match=f'{x} is among the numbers'): blocks(w=torch.tensor([1., x]))['w']
+
+@pytest.mark.parametrize('way', ['open_plain', 'open_skeleton'])
+def test_the_commit_that_was_fetched_is_noted(tmp_path, monkeypatch, way):
+    folder = tmp_path/('c'*40)
+    tiny(dtype=torch.float32).save_pretrained(folder)
+    monkeypatch.setattr(skeletons, 'fetch_model', lambda reference: str(folder))
+    found = getattr(skeletons, way)(ModelReference('someone/model', 'main'), AutoModelForSequenceClassification)
+    assert (found.model.config._name_or_path, found.model.config._commit_hash) == ('someone/model', folder.name)
+
+def test_a_model_has_the_type_of_its_floats(monkeypatch):
+    def dtype(*stored, **said): return skeletons._dtype_of(PretrainedConfig(**said), {str(i): SimpleNamespace(stored=o) for i, o in enumerate(stored)})
+    monkeypatch.setattr(transformers, '__version__', '5.0.0')
+    assert dtype(torch.int64, torch.bfloat16, None, torch.bfloat16) == torch.bfloat16 and dtype(torch.bfloat16, torch.float32) is dtype(torch.int64) is None
+    assert dtype(torch.bfloat16, **{DTYPE: torch.float16}) == torch.float16
+    monkeypatch.setattr(transformers, '__version__', '4.57.1')
+    assert dtype(torch.bfloat16) == torch.float32

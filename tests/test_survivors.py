@@ -15,7 +15,7 @@ import transformers
 from datasets import Dataset
 from fisher_nodes import METHODS, MaskFisher, ModelReference, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
 from fisher_nodes.core import blocks, kernel
-from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
+from fisher_nodes.core.averaging import Shares, _check_nodes, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
 from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, count_nodes, find_places, split_roles
 from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
@@ -837,10 +837,11 @@ def test_a_statistic_in_files_is_checked_as_it_is_read():
     def blocks(**tensors): return CheckedBlocks(tensors, 'a', STATISTICS['full-fisher'])
     tensors = dict(w=torch.rand(4, 3), none=torch.ones(0, 3), one=torch.rand(()))
     found = blocks(**tensors)
-    assert torch.equal(found[Block('w', slice(2))], tensors['w'][:2]) and torch.equal(found[Block('w', slice(3, 4))], tensors['w'][3:])
+    assert torch.equal(found[Block('w', slice(0, 2))], tensors['w'][:2]) and torch.equal(found[Block('w', slice(3, 4))], tensors['w'][3:])
     assert found['none'].shape == (0, 3) and found.fingerprint() == found.fingerprint() == blocks(**tensors).fingerprint() == hash_tensors(tensors)
     for x in (float('nan'), float('inf'), -1.):
         with pytest.raises(ValueError, match=f'{x} is among the numbers'): blocks(w=torch.tensor([1., x]))['w']
+    with pytest.raises(ValueError, match='not symmetric'): CheckedBlocks(dict(w=torch.tensor([[2., 1.], [0., 3.]])), 'a', STATISTICS['grams'])['w']
 
 @pytest.mark.parametrize('way', ['open_plain', 'open_skeleton'])
 def test_the_commit_that_was_fetched_is_noted(tmp_path, monkeypatch, way):
@@ -857,3 +858,9 @@ def test_a_model_has_the_type_of_its_floats(monkeypatch):
     assert dtype(torch.bfloat16, **{DTYPE: torch.float16}) == torch.float16
     monkeypatch.setattr(transformers, '__version__', '4.57.1')
     assert dtype(torch.bfloat16) == torch.float32
+
+@pytest.mark.parametrize('x', [float('nan'), float('inf'), -1.])
+def test_the_first_node_that_is_no_number_is_named(x):
+    _check_nodes('a', 'head', 1, torch.tensor([0., 1., 2.]), 3)
+    with pytest.raises(ValueError, match=f"Fisher of 'a', head of layer 1: node 1 is {x}, expected a finite number"): _check_nodes('a', 'head', 1, torch.tensor([1., x, -2.]), 3)
+    with pytest.raises(ValueError, match=r'shape \(3,\), expected \(2,\)'): _check_nodes('a', 'head', 1, torch.ones(3), 2)

@@ -41,7 +41,7 @@ from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, ele
 from fisher_nodes.methods.mask_fisher import MaskSquares
 from fisher_nodes.methods import method
 from fisher_nodes.methods.method import (
-    STATISTICS, Job, MergeMethod, check_numbers, check_shapes, load_methods, mean_of_sums, merge_method, plain_value, widen)
+    STATISTICS, Job, MergeMethod, check_numbers, check_shapes, load_methods, mean_of_sums, merge_method, plain_value, statistic, widen)
 from fisher_nodes.methods.regmean import InputGrams, gram, regression_mean, token_positions
 from fisher_nodes.methods.released import fill_zeros, square_mean
 from reference import brute_grads, ragged_batches, tiny
@@ -990,3 +990,10 @@ def test_a_method_is_what_was_registered(monkeypatch):
     for bad, say in ((lambda task: None, "must be `job`, got 'task'"), (lambda job, seed=0: None, "cannot have an option 'seed'"), (lambda job, x=3: None, "option 'x' .* needs a type")):
         with pytest.raises(ValueError, match=say): merge_method('another')(bad)
     assert 'another' not in METHODS
+    monkeypatch.setitem(STATISTICS, 'mine', None)
+    assert statistic('mine', kind=MaskFisher, what='It')(rule) is STATISTICS['mine'].collect is rule
+
+def test_what_a_check_says_is_what_a_caller_reads():
+    with pytest.raises(ValueError, match='^`weights` must be finite, not negative and not all zero, got'): ask([tiny(), tiny()], method='average', weights=[0, 0])
+    with pytest.raises(ValueError, match='^`label` is 3; expected the name of a column, or one for each task$'): ask([tiny()], data=[ragged_batches()], label=3)
+    assert method.in_shell('`weights` and `max_length=`, not `nothing`') == '--weights and --max-length, not `nothing`' and method.in_shell('r.yml: `weights`') == 'r.yml: `weights`'

@@ -6,8 +6,8 @@ One pytest session collects the quick tests, and a fork of it notes which lines 
 a fork in which a function has other code (or, for what stands outside of functions, in which everything is imported anew
 from changed source), and the tests that run its line are tried until one fails. mutmut passes over decorated functions,
 and here nearly all are: `@patch`, `@contextmanager`, `@merge_method`. Words are left alone: messages, docstrings, types.
-Outcomes are kept in `FILE.jsonl` beside the record; a second run tries only new mutants and survivors without a reason. A survivor is a
-missing test, dead code, or has its reason in `EXPLAINED`; the exit status is 0 if all have."""
+Outcomes are kept in `FILE.jsonl` beside the record; a second run tries only new mutants and survivors without a reason.
+A survivor is a missing test, dead code, or has its reason in `EXPLAINED`; the exit status is 0 if all have."""
 import argparse, ast, copy, gc, json, os, random, signal, sys, threading, time
 from collections import Counter
 from importlib.machinery import PathFinder, SourceFileLoader

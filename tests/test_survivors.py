@@ -23,13 +23,13 @@ from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regre
 from fisher_nodes.core.nodes import mask_sites, node_gradients
 from fisher_nodes.core.schemes import SCHEMES, WHOLE, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
-from fisher_nodes.engine.devices import PRECISIONS, find_device, running_device
+from fisher_nodes.engine.devices import PRECISIONS, check_placed, find_device, running_device, to_device
 from fisher_nodes.engine.files import OutputExistsError
 from fisher_nodes.engine.fingerprints import hash_tensors, hash_weights
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
 from fisher_nodes.engine.models import DTYPE
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_columns, text_limit, tokenize
-from fisher_nodes.merging import run, skeletons, store
+from fisher_nodes.merging import merged as saving, run, skeletons, store
 from fisher_nodes.merging.card import agreed_modules, check_scores, eval_results, model_card, read_modules
 from fisher_nodes.merging.merged import Merged, _auto_class, _hub_name, _load_tokenizers, _size_in_bytes, _widen, check_shard_size, plan_files
 from fisher_nodes.merging.recipe import check_named, load_recipe, public_recipe, recipe_text, unnamed
@@ -309,7 +309,7 @@ def test_classes_are_matched_by_name():
     assert match_classes(['No', 'Yes'], ['yes', 'no']) == [1, 0] and match_classes(['LABEL_0', 'LABEL_1'], ['b', 'a']) == [0, 1]
     assert match_classes(['b', 'a'], ['0', '1']) == [0, 1]
     assert are_bare(['LABEL_0', '1', 'label2']) and not are_bare(['LABEL_0', 'b'])
-    assert word_classes(['No', 'Yes'], ['yes', 'maybe']) == dict(yes=1) and word_classes(['no', 'No'], ['No', 'no']) == dict(no=0, No=1)
+    assert word_classes(['No', 'Yes'], ['yes', 'maybe']) == dict(yes=1) and word_classes(['no', 'No', 'maybe'], ['No', 'no']) == dict(no=0, No=1)
     with pytest.warns(UserWarning, match='matched by name'): assert model_labels(['No', 'Yes'], [0, 1, -1, 2], ['yes', 'no']) == [1, 0, -1, -1]
     assert model_labels(['No', 'Yes'], [0, 1], ['no', 'yes']) == [0, 1] and model_labels(['No', 'Yes'], ['yes', 'what', 0]) == [1, 'what', 0]
     assert model_labels(['No', 'Yes'], ['yes', [0., 1.]]) == [1, [0., 1.]]
@@ -997,3 +997,36 @@ def test_what_a_check_says_is_what_a_caller_reads():
     with pytest.raises(ValueError, match='^`weights` must be finite, not negative and not all zero, got'): ask([tiny(), tiny()], method='average', weights=[0, 0])
     with pytest.raises(ValueError, match='^`label` is 3; expected the name of a column, or one for each task$'): ask([tiny()], data=[ragged_batches()], label=3)
     assert method.in_shell('`weights` and `max_length=`, not `nothing`') == '--weights and --max-length, not `nothing`' and method.in_shell('r.yml: `weights`') == 'r.yml: `weights`'
+
+def test_what_is_sent_to_the_hub(monkeypatch):
+    calls = []
+    class Api:
+        def __init__(self, token=None): self.token = token
+        def whoami(self): return dict(name='me')
+        def create_repo(self, name, **kw): calls.append((name, kw))
+        def create_branch(self, name, **kw): calls.append((name, kw))
+        def create_commit(self, name, files, **kw): return calls.append((name, {o.path_in_repo for o in files}, kw)) or SimpleNamespace(commit_url='url')
+    monkeypatch.setattr(saving, 'HfApi', Api)
+    merged = merge(dict(a=tiny(), b=tiny(seed=1)), method='average', **QUIET)
+    files = {'README.md', 'config.json', 'merge_report.json', 'model.safetensors', 'recipe.yml'}
+    files |= {f'{t}/{o}' for t in 'ab' for o in ('config.json', 'model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors', 'model.safetensors.index.json')}
+    repo = dict(private=True, exist_ok=True)
+    for how, branch in ((dict(), []), (dict(revision='next'), [('me/two', dict(branch='next', exist_ok=True))]), (dict(revision='next', create_pr=True), [])):
+        calls.clear()
+        assert merged.push_to_hub('two', private=True, token='good', **how) == 'url'
+        assert calls == [('me/two', repo), *branch, ('me/two', files, dict(commit_message='Merge a, b', revision=None, create_pr=False) | how)]
+    assert merged.push_to_hub('you/two', token='good', commit_message='Again') == 'url' and calls[-1][0] == 'you/two' and calls[-1][2]['commit_message'] == 'Again'
+
+@pytest.mark.parametrize('places, device, say', [({}, None, None), ({}, 'cpu', None), (dict(a=0, b=0), 'cpu', None), (dict(a=0, b='cpu'), None, None),
+                                                 (dict(a=0, b='cpu'), 'cuda', "the model is placed on .'0', 'cpu'.; `device` would move all of it to cuda")])
+def test_a_model_on_several_devices_stays_there(places, device, say):
+    model = torch.nn.Linear(2, 2)
+    model.hf_device_map = places
+    if say is None: check_placed(model, device)
+    else:
+        with pytest.raises(ValueError, match=say): check_placed(model, device)
+    with pytest.raises(ValueError, match="the weights of 'weight' are offloaded"): check_placed(torch.nn.Linear(2, 2, device='meta'))
+
+def test_what_is_no_tensor_stays_where_it_is():
+    with torch.inference_mode(): made = torch.ones(2)
+    assert to_device('a', torch.device('cpu')) == 'a' and not to_device(made, torch.device('cpu')).is_inference()

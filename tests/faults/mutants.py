@@ -43,6 +43,8 @@ EXPLAINED = { # how the key of a survivor begins -> why no test can notice
     'merging.merged | split = split_torch_state_dict_into_shards(': 'the pattern is the default of the library',
     'merging.skeletons | return Skeleton(model, Blocks(body)) | return': 'a shortcut; transformers looks instead',
     'merging.skeletons | return found if whole and not old else None | return': 'a shortcut; transformers looks instead',
+    "merging.merged | (folder/'README.md').write_text(sign(str(card), '<!-- {} -->'), encoding='utf-8') | (folder / 'README.md').write_text(sign(str(card)"
+    ", '<!-- {} -->'), encoding='utf- -> (": 'UTF-8 is what these systems write anyway',
     'merging.merged | def __enter__(self): return self': 'what the block is called is not used',
     'engine.text | def read(t): return [dict(t(*o, truncation=True, max_length=16))': 'how much of the probes is compared, and in which pairs',
     'methods.method | _EXPECTED = ': 'wording: the sentence of pydantic stands in its place',

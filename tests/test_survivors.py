@@ -30,7 +30,7 @@ from fisher_nodes.engine.guard import frozen_eval, keep_rng
 from fisher_nodes.engine.models import DTYPE
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_columns, text_limit, tokenize
 from fisher_nodes.merging import merged as saving, run, skeletons, store
-from fisher_nodes.merging.card import agreed_modules, check_scores, eval_results, model_card, read_modules
+from fisher_nodes.merging.card import agreed_modules, check_scores, eval_results, kept_files, model_card, read_card, read_modules, read_report
 from fisher_nodes.merging.merged import Merged, _auto_class, _hub_name, _load_tokenizers, _size_in_bytes, _widen, check_shard_size, plan_files
 from fisher_nodes.merging.recipe import check_named, load_recipe, public_recipe, recipe_text, unnamed
 from fisher_nodes.merging.record import _base_entry, _name, _on_hub, describe_base
@@ -1030,3 +1030,38 @@ def test_a_model_on_several_devices_stays_there(places, device, say):
 def test_what_is_no_tensor_stays_where_it_is():
     with torch.inference_mode(): made = torch.ones(2)
     assert to_device('a', torch.device('cpu')) == 'a' and not to_device(made, torch.device('cpu')).is_inference()
+
+def test_a_report_names_files_of_sentence_transformers_only(tmp_path):
+    report, file = merge([tiny(), tiny(seed=1)], method='average', **QUIET).report, tmp_path/'merge_report.json'
+    for names in ([], ['modules.json', '1_Pooling/config.json', 'sentence_bert_config.json'], ['../x'], ['x/modules.json']):
+        files = dict.fromkeys(names, {})
+        file.write_text(json.dumps(report | dict(sentence_transformers=dict(files=files))))
+        if not {'../x', 'x/modules.json'} & {*names}: assert kept_files(read_report(file)) == files
+        else:
+            with pytest.raises(ValueError, match=f"merge_report.json is not a merge report: '{names[0]}' is not a file of sentence-transformers"): read_report(file)
+    file.write_text(json.dumps(report | dict(seed='x')))
+    with pytest.raises(ValueError, match='is not a merge report: `seed` must be a whole number'): read_report(file)
+
+def test_what_a_card_states(tmp_path):
+    tiny().config.save_pretrained(tmp_path)
+    config, card = AutoConfig.from_pretrained(tmp_path), tmp_path/'README.md'
+    assert read_card(config) is None
+    for text, want in (('# no metadata', {}), ('---\n\n---\n', {}), ('---\nlicense: mit\nlanguage: [de, en]\nother: x\n---\n', dict(license='mit', language=['de', 'en']))):
+        card.write_text(text)
+        assert read_card(config) == want
+    card.write_text('---\n- a\n---\n')
+    assert read_card(config) == dict(error='its metadata are no mapping, but list')
+
+def test_which_modules_can_be_kept(tmp_path):
+    tiny().config.save_pretrained(tmp_path)
+    config, kind = AutoConfig.from_pretrained(tmp_path), 'sentence_transformers.models.'
+    def read(*modules):
+        (tmp_path/'modules.json').write_text(json.dumps(modules))
+        return read_modules(config)
+    first, pooling = dict(type=f'{kind}Transformer', path=''), dict(type=f'{kind}Pooling', path='1_Pooling')
+    (tmp_path/'1_Pooling').mkdir()
+    for name in ('1_Pooling/config.json', 'sentence_bert_config.json'): (tmp_path/name).write_text('{"a": 1}')
+    assert read(first, pooling) == {'modules.json': [first, pooling], 'sentence_bert_config.json': dict(a=1), '1_Pooling/config.json': dict(a=1)}
+    for bad, say in ((['x'], 'not a list of modules'), ([first, dict(type=f'{kind}Dense', path='2_Dense')], 'has weights or code of its own'),
+                     ([dict(type='mine.Pooling', path='')], 'has weights or code of its own'), ([first, first], "is in ''"), ([pooling], "is in '1_Pooling'")):
+        with pytest.raises(ValueError, match=say): read(*bad)

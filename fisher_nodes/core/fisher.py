@@ -141,12 +141,12 @@ class MaskFisher:
         return f'MaskFisher({nodes}; {self.num_examples} examples)'
 
 # %% ../../nbs/core/02_fisher.ipynb #f93bdec6
-def _layers(tensors:Mapping[str,Tensor], name:str)->NodeTensors|None:
-    "What is called `name.0`, `name.1`, …; None without any."
+def _layers(tensors:Mapping[str,Tensor], name:str)->NodeTensors:
+    "What is called `name.0`, `name.1`, …"
     found = [o for o in tensors if o.rpartition('.')[0]==name]
     names = [f'{name}.{i}' for i in range(len(found))]
     if {*names}!={*found}: raise ValueError(f'expected tensors `{name}.0` and so on, got {found[:4]}')
-    return pack([tensors[o] for o in names]) if names else None
+    return pack([tensors[o] for o in names])
 
 @patch
 def tensors(self:MaskFisher)->dict[str,Tensor]: # `heads.0`, `rows.0`, `head_matrices.0`, …

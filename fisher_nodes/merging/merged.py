@@ -495,7 +495,7 @@ def push_to_hub(self:Merged,
     api = HfApi(token=token)
     name = _hub_name(api, repo_id)
     with TemporaryDirectory() as d:
-        folder = Path(d).resolve()/name.split('/')[-1]
+        folder = Path(d).resolve()/'model'
         self.save_pretrained(folder, scores=scores, repo_id=name)
         files,message = _additions(folder),commit_message or f'Merge {", ".join(self)}'
         with _one_line(f'cannot push to {name}'):

@@ -267,7 +267,7 @@ def _check_named(given:Any, tasks:Sequence[str], name:str):
 
 class MergeRequest(BaseModel):
     "All that is asked of a merge. Its fields are the keys of a recipe and the options of the command line."
-    model_config = ConfigDict(extra='forbid', strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
     models:dict[str,ModelLike]=Field(min_length=1, description='task -> model')
     base:ModelLike=Field(None,
         description='the model that all were fine-tuned from, for methods with task vectors')

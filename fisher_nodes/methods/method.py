@@ -221,7 +221,8 @@ def _is_plain(o:Any)->bool:
 def _arguments(f:Callable)->type[BaseModel]:
     "Those arguments of a function whose type can be checked, as a pydantic model."
     taken = signature(f, eval_str=True).parameters
-    found = {k: (p.annotation, None) for k,p in taken.items() if _is_plain(p.annotation)}
+    wanted = {k: p.annotation for k,p in taken.items() if _is_plain(p.annotation)}
+    found = {k: (o|None if o is bool else o, None) for k,o in wanted.items()}
     return create_model(f.__name__, __config__=_STRICT, **found)
 
 def _shorten(e:Exception):

@@ -6,8 +6,8 @@ One pytest session collects the quick tests, and a fork of it notes which lines 
 a fork in which a function has other code (or, for what stands outside of functions, in which everything is imported anew
 from changed source), and the tests that run its line are tried until one fails. mutmut passes over decorated functions,
 and here nearly all are: `@patch`, `@contextmanager`, `@merge_method`. Words are left alone: messages, docstrings, types.
-Outcomes are kept in `FILE.jsonl` beside the record; a second run tries only survivors and new mutants. A survivor is a
-missing test, dead code, or has its reason in `EXPLAINED`; the exit status is 0 if all have."""
+Outcomes are kept in `FILE.jsonl` beside the record; a second run tries only new mutants and survivors without a reason.
+A survivor is a missing test, dead code, or has its reason in `EXPLAINED`; the exit status is 0 if all have."""
 import argparse, ast, copy, gc, json, os, random, signal, sys, threading, time
 from collections import Counter
 from importlib.machinery import PathFinder, SourceFileLoader
@@ -37,9 +37,14 @@ EXPLAINED = { # how the key of a survivor begins -> why no test can notice
     'torch.float64) < density': 'a draw equals a density once in 2**53 times',
     'methods.ties | blocks = [b for n,s in shapes.items() for b in cut(n, s, 4)] | 4 -> ': 'how much is read at once, not what',
     'engine.devices | return (v.pin_memory() if v.is_cpu and device.type==\'cuda\' else v).to(device, non_blocking=True) | True': 'speed, on a GPU',
+    'merging.run | if squares is not v or not (low>=0 and high<torch.inf): | if': 'a shortcut: numbers are looked at closely',
+    'merging.run | if squares is not v or not (low>=0 and high<torch.inf): | low >= 0 -> low > 0': 'a shortcut: numbers are looked at closely',
+    'merging.run | if squares is not v or not (low>=0 and high<torch.inf): | 0 -> 1': 'a shortcut: numbers are looked at closely',
     'merging.merged | split = split_torch_state_dict_into_shards(': 'the pattern is the default of the library',
     'merging.skeletons | return Skeleton(model, Blocks(body)) | return': 'a shortcut; transformers looks instead',
     'merging.skeletons | return found if whole and not old else None | return': 'a shortcut; transformers looks instead',
+    "merging.merged | (folder/'README.md').write_text(sign(str(card), '<!-- {} -->'), encoding='utf-8') | (folder / 'README.md').write_text(sign(str(card)"
+    ", '<!-- {} -->'), encoding='utf- -> (": 'UTF-8 is what these systems write anyway',
     'merging.merged | def __enter__(self): return self': 'what the block is called is not used',
     'engine.text | def read(t): return [dict(t(*o, truncation=True, max_length=16))': 'how much of the probes is compared, and in which pairs',
     'methods.method | _EXPECTED = ': 'wording: the sentence of pydantic stands in its place',
@@ -240,7 +245,7 @@ class Loop:
         done = outcomes(self.args.out)
         with self.args.out.with_suffix('.jsonl').open('a') as log:
             for m in sample(self.args):
-                if done.get(m['key'], 'survived') == 'survived': self.one(m, log)
+                if m['key'] not in done or done[m['key']] == 'survived' and not why(m['key']): self.one(m, log)
         return True
     def one(self, m, log):
         ids = chosen(m, self.traced, self.args.patience)

@@ -200,3 +200,10 @@ def test_an_index_that_is_not_read_is_not_looked_at(tmp_path):
     index.write_text(json.dumps(table | dict(weight_map={k: f'parts/{v}' for k, v in table['weight_map'].items()})))
     merge_files({t: tmp_path/t for t in 'ab'}, method='average', out=tmp_path/'out')
     assert (tmp_path/'out'/'model.safetensors').is_file()
+
+def test_a_config_comes_back_as_it_was():
+    "transformers notes the kind of problem in it when a loss of its own is asked for."
+    model = tiny()
+    before = model.config.to_dict()
+    mask_fisher(model, ragged_batches(), loss=lambda m, b: m(**b).loss[None].expand(len(b['labels']))+m(b['input_ids']).logits[:,0], progress=False)
+    assert model.config.to_dict() == before and model.config.problem_type is None

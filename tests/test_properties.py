@@ -579,6 +579,7 @@ def is_refusal(e, case):
 def call(world, name, case):
     "What came of one call: `fine` or `clear`; else `unclear`, `wrong` or `changed`, and what was said."
     entry = ENTRIES[name]
+    if case.get('overwrite') and case.get('out')=='merged': case = {**case, 'out': 'new'} # it is an input of the others
     try: args = resolve(world, case)
     except (ValueError, TypeError) as e: return ('clear' if is_refusal(e, case) else 'unclear'), f'{type(e).__name__}: {e}{trace(e)}'
     before, files, around = mark(args), listing(world), surroundings()

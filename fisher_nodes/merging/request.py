@@ -345,6 +345,7 @@ def ask(
     given = {k: plain_value(v) for k,v in asked.items() if k in MergeRequest.model_fields}
     for k in BY_TASK: given[k] = _as_mapping(k, given.get(k), list(named))
     own = {k: plain_value(v) for k,v in asked.items() if k not in given}
-    if own: given['options'] = _one_each(given.get('options') or {}, own)
+    said = given.get('options') or {}
+    if own and isinstance(said, Mapping): given['options'] = _one_each(said, own)
     try: return MergeRequest(models=named, **given)
     except ValidationError as e: raise ValueError(explain(e, CALL)) from None

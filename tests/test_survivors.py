@@ -16,7 +16,7 @@ import transformers
 from datasets import Dataset
 from fisher_nodes import METHODS, MaskFisher, ModelReference, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
 from fisher_nodes.core import blocks, kernel
-from fisher_nodes.core.averaging import Shares, _check_nodes, node_shares, plain_shares, weighted_mean
+from fisher_nodes.core.averaging import Shares, _check_nodes, check_fisher, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
 from fisher_nodes.core.families import FAMILIES, Place, Site, Slice, count_nodes, find_places, split_roles
 from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
@@ -32,8 +32,8 @@ from fisher_nodes.engine.text import check_text, known_text, max_positions, pick
 from fisher_nodes.merging import merged as saving, run, skeletons, store
 from fisher_nodes.merging.card import agreed_modules, check_scores, eval_results, kept_files, model_card, read_card, read_modules, read_report
 from fisher_nodes.merging.merged import Merged, _auto_class, _hub_name, _load_tokenizers, _size_in_bytes, _widen, check_shard_size, plan_files
-from fisher_nodes.merging.recipe import check_named, load_recipe, public_recipe, recipe_text, unnamed
-from fisher_nodes.merging.record import _base_entry, _name, _on_hub, describe_base
+from fisher_nodes.merging.recipe import check_named, load_recipe, public_recipe, read_recipe, recipe_text, unnamed
+from fisher_nodes.merging.record import _base_entry, _measuring, _name, _on_hub, describe_base, merge_recipe
 from fisher_nodes.merging.request import MergeRequest, ask
 from fisher_nodes.merging.run import CheckedBlocks, _check_present, _workers, check_alike, check_measured_on, load_base
 from fisher_nodes.methods.dare import drop_elements, seeded
@@ -1065,3 +1065,56 @@ def test_which_modules_can_be_kept(tmp_path):
     for bad, say in ((['x'], 'not a list of modules'), ([first, dict(type=f'{kind}Dense', path='2_Dense')], 'has weights or code of its own'),
                      ([dict(type='mine.Pooling', path='')], 'has weights or code of its own'), ([first, first], "is in ''"), ([pooling], "is in '1_Pooling'")):
         with pytest.raises(ValueError, match=say): read(*bad)
+
+@pytest.mark.parametrize('text, say', [('method: average', '`models` is missing'), ('models: {a: b}\nmade: up', "there is no key 'made'"), ('models: {a: ./gone}\nmethod: average', 'gone is not there'),
+                                       ('models: {a: b}\nmethod: average\ntokenizer: mine', '`tokenizer` must be a tokenizer of transformers, got str; a recipe has none'),
+                                       ('models: {a: b}\nmethod: average\nfishers: {a: {hash: x}}', '`fishers` of .a. must be a file, or a mapping')])
+def test_a_recipe_that_asks_for_what_cannot_be(tmp_path, text, say):
+    file = tmp_path/'r.yml'
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f'^r.yml: .*{say}'): read_recipe(file)
+    file.write_text('models: {a: b}\nmethod: average\ntokenizer: null\nseed: 4')
+    assert read_recipe(file).tokenizer is None and read_recipe(file).seed == 4
+
+def test_a_recipe_has_what_was_asked():
+    model, state = tiny(), tiny(seed=1).base_model.state_dict()
+    def written(origin=None, **asked): return merge_recipe(ask(dict(a=model), **asked), dict(a=model), dict(a=7), {'a': 'h', None: 'b'}, origin)
+    common = {'models', 'method', 'weights', 'seed', 'versions'}
+    assert written(method='average').keys() == common
+    found = written(method='ties', base=state, density=.5, seed=2)
+    assert found['base'] == dict(model=None, weight_hash='b') and found['options'] == dict(density=.5, scale=1.) and found.keys() == common | {'base', 'options'} and found['seed'] == 2
+    found = written(data=['rows.csv'], text='b', scheme='rows', labels='exact', tokenizer=SimpleNamespace(get_vocab=dict), loss=lambda model, batch: None)
+    assert found.keys() == common | {'variant', 'scheme', 'data', 'num_samples', 'labels', 'precision', 'max_length', 'text', 'loss', 'tokenizer'}
+    assert (found['scheme'], found['data'], found['max_length'], found['text'], found['loss'], found['tokenizer']) == ('rows', dict(a='rows.csv'), dict(a=7), 'b', None, None)
+    assert _measuring(ask(dict(a=model), data=['rows.csv']), dict(a=None)) == dict(num_samples=128, labels='empirical', precision=None)
+
+def test_a_task_finds_its_head_among_many_files(tmp_path):
+    merged = merge(dict(a=tiny(), b=tiny(seed=1)), method='average', **QUIET)
+    merged.save_pretrained(tmp_path/'out', max_shard_size='9KB')
+    where = json.loads((tmp_path/'out'/'a'/'model.safetensors.index.json').read_text())['weight_map']
+    assert len(set(where.values())) > 3 and where.keys() == merged['a'].state_dict().keys()
+    for file in set(where.values()): assert {k for k, v in where.items() if v == file} == load_file(tmp_path/'out'/'a'/file).keys()
+
+def test_models_are_opened_as_they_are_stored(tmp_path):
+    tiny(dtype=torch.float16).save_pretrained(tmp_path/'half')
+    config = tmp_path/'half'/'config.json'
+    config.write_text(json.dumps(json.loads(config.read_text()) | {DTYPE: 'float32'}))
+    found = skeletons.open_plain(ModelReference(str(tmp_path/'half')), AutoModelForSequenceClassification)
+    assert {o.dtype for o in found.body.tensors.values()} == {torch.float32} and {o.stored for o in found.body.tensors.values()} == {torch.float16}
+    tiny().base_model.save_pretrained(tmp_path/'bare')
+    with pytest.raises(ValueError, match='has no weights for classifier.bias, classifier.weight; is it fine-tuned'): skeletons.open_stored('a', tmp_path/'bare')
+    asked = []
+    def make(config, **kw): return asked.append(kw) or AutoModelForSequenceClassification.from_config(config)
+    skeletons.open_plain(ModelReference(str(tmp_path/'half')), SimpleNamespace(from_config=make))
+    assert asked == [dict(trust_remote_code=False)]
+
+def test_a_fisher_has_the_kinds_and_layers_of_its_model():
+    fisher, nodes = MaskFisher(torch.ones(2, 4), torch.ones(2, 6)), dict(head=[4, 4], row=[6, 6])
+    check_fisher('a', fisher, nodes)
+    for more in (dict(head=[4]*3, row=[6]*3), dict(head=[4, 4], row=[6]*3)):
+        with pytest.raises(ValueError, match="Fisher of 'a' has 2 layers of heads and 2 of rows; the model has"): check_fisher('a', fisher, more)
+    with pytest.raises(ValueError, match="Fisher of 'a' has no nodes of kind 'group'"): check_fisher('a', fisher, nodes | dict(group=[2, 2]))
+
+def test_roles_of_a_fused_matrix():
+    def rows(order, groups=1): return {k: v.tolist() for k, v in split_roles(dict(a=4, b=2), order, groups).items()}
+    assert rows('blocks') == rows('groups') == dict(a=[0, 1, 2, 3], b=[4, 5]) and rows('groups', 2) == dict(a=[0, 1, 3, 4], b=[2, 5])

@@ -170,10 +170,11 @@ def _check_pins(recipe:Mapping[str,Any]):
 
 def _validate(recipe:Mapping[str,Any])->MergeRequest:
     "The request that a recipe is."
-    given = {k: v for k,v in recipe.items() if k!='tokenizer'} # it was in memory, and is null
+    given = dict(recipe)
     if isinstance(given.get('fishers'), dict): given['fishers'] = entry_names(recipe, 'fishers')
     try: return MergeRequest.model_validate(given)
     except ValidationError as e: raise ValueError(explain(e, WRITTEN)) from None
+    except TypeError as e: raise ValueError(f'{e}; a recipe has none') from None
 
 @checked
 def read_recipe(

@@ -32,6 +32,8 @@ EXPLAINED = { # how the key of a survivor begins -> why no test can notice
     'core.averaging | key = (kind:=weight_of(scheme, part)), part.kind if kind in BY_NODE else None, layer | part.kind if': 'a finer key of a cache',
     'core.blocks | yield bits if shift==3*_BITS else bits[bits>>shift==prefix] | bits if shift': 'a shortcut: all numbers begin with prefix 0',
     'core.blocks | if shift and counts[i]<=few: return as_float(held(shift).kthvalue(k+1).values) | if': 'a shortcut to the same number',
+    'core.fisher | return (torch.tensor(u, device=logits.device, dtype=edges.dtype)[:,None]>edges).sum(1) | torch.tensor(u, device=logits.device, dtype='
+    'edges.dtype)[:, None] > edges': 'a draw equals an edge once in 2**53 times',
     'core.nodes | CHUNK = ': 'how much is done at once, not what',
     'methods.dare | keep = torch.rand(vector.shape, generator=draw, dtype=torch.float64)<density | torch.rand(vector.shape, generator=draw, dtype='
     'torch.float64) < density': 'a draw equals a density once in 2**53 times',
@@ -221,13 +223,13 @@ def few(items, cases):
     return [o for k, same in found.items() for o in same[::1 if QUICK[0] in k else -(-len(same)//cases)]]
 
 def chosen(m, traced, patience):
-    "The tests that run a mutant's line, or else its function or module; short ones first, of many files."
+    "The tests that run a mutant's line, or else its function or module; those written for mutants and short ones first, of many files."
     ran = {k: o['ran'].get(m['path'], ()) for k, o in traced.items()}
     fits = [k for k, o in ran.items() if (m['line'] in o if m['at'] else o or QUICK[0] in k)] or [k for k, o in ran.items() if m['at'] in o]
     ranks, cost = Counter(), {}
     for k in sorted(fits, key=lambda k: traced[k]['seconds']):
         ranks[k.partition('::')[0]] += 1
-        cost[k] = traced[k]['seconds']*ranks[k.partition('::')[0]]
+        cost[k] = traced[k]['seconds']*(1 if QUICK[0] in k else ranks[k.partition('::')[0]])
     kept = []
     for k in sorted(cost, key=cost.get):
         if not kept or (patience := patience-traced[k]['seconds']) > 0: kept.append(k)

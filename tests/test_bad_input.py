@@ -104,7 +104,6 @@ BAD_FISHERS = {
     'heads': (edit(None, heads=2), ('beta', 'heads', r'\b4\b', r'\b2\b')),
     'rows': (edit(None, intermediate=25), ('beta', 'rows', r'\b24\b', r'\b25\b')),
     'layers': (edit(None, layers=3), ('beta', 'layers', r'\b2\b', r'\b3\b')),
-    'flat': (edit(lambda f: MaskFisher(f.heads.flatten(), f.rows, 8, {})), ('beta', 'heads', r'\b8\b', r'\b2\b')),
     'negative': (edit(put('rows', (1, 3), -.25)), ('beta', 'rows', '-0.25')),
     'NaN': (edit(put('heads', (0, 1), float('nan'))), ('beta', 'heads', '(?i)nan')),
     'infinite': (edit(put('rows', (0, 0), float('inf'))), ('beta', 'rows', '(?i)inf')),
@@ -330,3 +329,7 @@ def test_a_task_whose_folder_is_gone(family, tmp_path):
     merge(make_models(family), method='average').save_pretrained(tmp_path/'out')
     shutil.rmtree(tmp_path/'out'/'beta')
     with refuses('beta'): Merged.from_pretrained(tmp_path/'out')
+
+def test_nodes_come_by_layer():
+    for odd in (torch.ones(8), torch.ones(()), 'ab', [1., 2.], torch.ones(2, 4, 1)):
+        with pytest.raises(TypeError, match='`heads` must be a tensor of shape .layers, nodes.'): MaskFisher(odd, torch.ones(2, 24))

@@ -282,8 +282,8 @@ def test_missing_rows_before_any_training(split_file, base, glue, tmp_path, monk
 
 
 @pytest.mark.parametrize('change,say', [
-    (dict(num_layers=3), 'expected 1 to 2'), (dict(num_layers=0), 'expected 1 to 2'), (dict(num_samples=0), '`num_samples` must be at least 1'),
-    (dict(epochs=0), 'epochs=0'), (dict(learning_rate=-1.), 'learning_rate=-1.0'), (dict(precision='fp8'), 'fp8'), (dict(device='nowhere'), "no device 'nowhere'")])
+    (dict(num_layers=3), 'expected 1 to 2'), (dict(num_layers=0), 'expected 1 to 2'), (dict(num_samples=0), '`num_samples` must be a whole number of at least 1'),
+    (dict(epochs=0), '`epochs` must be a finite number above 0, got 0'), (dict(learning_rate=-1.), '`learning_rate` must be a finite number above 0, got -1.0'), (dict(precision='fp8'), 'fp8'), (dict(device='nowhere'), "no device 'nowhere'")])
 def test_bad_options(change, say, base, tmp_path):
     with pytest.raises(ValueError, match=say): finetune_glue(base, tmp_path/'out', tasks=['sst2', 'qnli'], **FAST | change)
     assert not list(tmp_path.glob('out/*'))

@@ -122,7 +122,7 @@ def test_regression_after_classification(tmp_path):
     (dict(data=rows(label=[2]*32)), 'label 2 of row'), (dict(data=rows(0, input_ids=[], label=[])), 'empty'),
     (dict(data=[dict()]), 'must be a datasets.Dataset'), (dict(data=rows().remove_columns('label')), 'no `labels` or `label` column'),
     (dict(validation=rows(label=[0, 5]*16)), 'label 5 of row'), (dict(validation=rows().remove_columns('label')), 'no `labels`'),
-    (dict(epochs=0), 'epochs=0'), (dict(batch_size=-1), 'batch_size=-1'), (dict(num_samples=0), '`num_samples` must be at least 1'),
+    (dict(epochs=0), '`epochs` must be a finite number above 0, got 0'), (dict(batch_size=-1), '`batch_size` must be a whole number of at least 1, got -1'), (dict(num_samples=0), '`num_samples` must be a whole number of at least 1'),
     (dict(data=Dataset.from_dict(dict(text=['a'], label=[0]))), 'give `tokenizer=`'), (dict(task='rtx'), 'unknown task')])
 def test_faults_leave_nothing(tmp_path, change, say):
     model = body()

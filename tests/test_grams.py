@@ -166,7 +166,7 @@ def refused(match, model=None, data=None, **kw):
 
 @pytest.mark.parametrize('kw,match', [
     (dict(precision='fp8'), "`precision` is 'fp8'"),
-    (dict(num_samples=0), '`num_samples` must be at least 1'),
+    (dict(num_samples=0), '`num_samples` must be a whole number of at least 1'),
     (dict(device='nowhere'), "no device 'nowhere'"),
     (dict(data=[]), '`data` is empty'),
     (dict(data=iter([])), '`data` is empty'),

@@ -186,7 +186,7 @@ def test_model_and_random_states_as_they_were():
 
 
 @pytest.mark.parametrize('bad,say', [
-    (dict(num_samples=0), '`num_samples` must be at least 1'), (dict(num_samples=2.5), '`num_samples` must be at least 1'),
+    (dict(num_samples=0), '`num_samples` must be a whole number of at least 1'), (dict(num_samples=2.5), '`num_samples` must be a whole number of at least 1'),
     (dict(device='nowhere'), "no device 'nowhere'")])
 def test_bad_options(bad, say):
     model, ds = learned(n=20)

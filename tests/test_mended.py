@@ -129,7 +129,7 @@ def test_fishers_compare_by_identity_and_missing_folders_are_named(tmp_path):
 
 @pytest.mark.parametrize('seed', ['x', 1.5, -1, True, 2**32, None])
 def test_a_seed_is_a_whole_number(seed):
-    said = 'must be a whole number from 0'
+    said = '`seed` .*a whole number from 0'
     with pytest.raises(ValueError, match=said): merge(pair(), method='dare', base=tiny(), seed=seed)
     with pytest.raises(ValueError, match=said): mask_fisher(tiny(), Dataset.from_list(examples()), num_samples=4, seed=seed)
 
@@ -200,3 +200,10 @@ def test_an_index_that_is_not_read_is_not_looked_at(tmp_path):
     index.write_text(json.dumps(table | dict(weight_map={k: f'parts/{v}' for k, v in table['weight_map'].items()})))
     merge_files({t: tmp_path/t for t in 'ab'}, method='average', out=tmp_path/'out')
     assert (tmp_path/'out'/'model.safetensors').is_file()
+
+def test_a_config_comes_back_as_it_was():
+    "transformers notes the kind of problem in it when a loss of its own is asked for."
+    model = tiny()
+    before = model.config.to_dict()
+    mask_fisher(model, ragged_batches(), loss=lambda m, b: m(**b).loss[None].expand(len(b['labels']))+m(b['input_ids']).logits[:,0], progress=False)
+    assert model.config.to_dict() == before and model.config.problem_type is None

@@ -324,7 +324,7 @@ def refused(match, model=None, data=None, **kw):
     (dict(labels='true'), "`labels` is 'true'; expected one of .*empirical.*exact.*sampled"),
     (dict(precision='fp8'), "`precision` is 'fp8'"),
     (dict(precision='bf16'), 'float32 weights; the model has torch.float64'),
-    (dict(num_samples=0), '`num_samples` must be at least 1'),
+    (dict(num_samples=0), '`num_samples` must be a whole number of at least 1'),
     (dict(labels='exact', loss=task_loss), "labels='exact' needs the built-in loss"),
     (dict(device='nowhere'), "no device 'nowhere'"),
 ], ids=lambda o: named(o) if isinstance(o, dict) else '')

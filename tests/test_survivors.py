@@ -1,17 +1,22 @@
 """What a mutation once changed without any test noticing: each line here fails on the mutant it is named after."""
 import hashlib
+import importlib
+import json
 import random
 import warnings
 from collections import Counter
 from dataclasses import FrozenInstanceError
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from fisher_nodes import METHODS, MaskFisher, ModelReference, ParameterFisher, Rule, linear_grams, mask_fisher, merge, merge_files, parameter_fisher
 from fisher_nodes.core import blocks, kernel
-from fisher_nodes.core.averaging import Shares, node_shares, plain_shares, weighted_mean
+from fisher_nodes.core.averaging import Shares, _check_nodes, check_fisher, node_shares, plain_shares, weighted_mean
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
 from fisher_nodes.core.families import FAMILIES
 from fisher_nodes.core.places import Place, Site, Slice, count_nodes, find_places, split_roles
@@ -19,19 +24,25 @@ from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regre
 from fisher_nodes.core.nodes import mask_sites, node_gradients
 from fisher_nodes.core.schemes import SCHEMES, WHOLE, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
-from fisher_nodes.engine.devices import PRECISIONS, find_device, running_device
+from fisher_nodes.engine.devices import PRECISIONS, check_placed, find_device, running_device, to_device
 from fisher_nodes.engine.files import OutputExistsError
-from fisher_nodes.engine.fingerprints import hash_weights
+from fisher_nodes.engine.fingerprints import hash_tensors, hash_weights
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
+from fisher_nodes.engine.models import DTYPE
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_columns, text_limit, tokenize
-from fisher_nodes.merging import store
-from fisher_nodes.merging.card import check_scores, model_card
-from fisher_nodes.merging.merged import _hub_name, _widen, check_shard_size
-from fisher_nodes.merging.request import ask
+from fisher_nodes.merging import merged as saving, run, skeletons, store
+from fisher_nodes.merging.card import agreed_modules, check_scores, eval_results, kept_files, model_card, read_card, read_modules, read_report
+from fisher_nodes.merging.merged import Merged, _auto_class, _hub_name, _load_tokenizers, _size_in_bytes, _widen, check_shard_size, plan_files
+from fisher_nodes.merging.recipe import check_named, load_recipe, public_recipe, read_recipe, recipe_text, unnamed
+from fisher_nodes.merging.record import _base_entry, _measuring, _name, _on_hub, describe_base, merge_recipe
+from fisher_nodes.merging.request import MergeRequest, ask
+from fisher_nodes.merging.run import CheckedBlocks, _check_present, _workers, check_alike, check_measured_on, load_base
 from fisher_nodes.methods.dare import drop_elements, seeded
 from fisher_nodes.methods.full_fisher import SquaredAlone, SquaredGradients, element_mean, fisher_norm
 from fisher_nodes.methods.mask_fisher import MaskSquares
-from fisher_nodes.methods.method import STATISTICS, Job, MergeMethod, check_numbers, check_shapes, mean_of_sums, plain_value, widen
+from fisher_nodes.methods import method
+from fisher_nodes.methods.method import (
+    STATISTICS, Job, MergeMethod, check_numbers, check_shapes, load_methods, mean_of_sums, merge_method, plain_value, statistic, widen)
 from fisher_nodes.methods.regmean import InputGrams, gram, regression_mean, token_positions
 from fisher_nodes.methods.released import fill_zeros, square_mean
 from reference import brute_grads, ragged_batches, tiny
@@ -40,7 +51,7 @@ from fisher_nodes.methods.ties import trim_threshold
 from safetensors.torch import load_file, save_file
 from test_nodes import MODELS, ROWS
 from torch.testing import assert_close
-from transformers import BertTokenizerFast
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast, PretrainedConfig
 
 QUIET = dict(progress=False)
 WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the', 'The', 'rains', 'cat']
@@ -283,7 +294,7 @@ def test_schemes_say_what_weights_a_role():
     (lambda: check_text(['a', 'b', 'c']), ValueError, 'must name one column or two'),
     (lambda: check_text([]), ValueError, 'must name one column or two'),
     (lambda: check_text([1]), ValueError, 'must name one column or two'),
-    (lambda: text_limit(tiny(), 0), ValueError, '`max_length` must be a whole number of at least 1, or None; got 0'),
+    (lambda: text_limit(tiny(), 0), ValueError, '`max_length` must be a whole number of at least 1, got 0'),
     (lambda: text_limit(tiny(), 2.), ValueError, '`max_length` must be a whole number'),
     (lambda: pick_text(dict(text='int64')), ValueError, "column 'text' is int64; expected text"),
     (lambda: pick_text(dict(a='string'), 'b'), ValueError, "column 'b' is not there; expected text"),
@@ -299,9 +310,10 @@ def test_classes_are_matched_by_name():
     assert match_classes(['No', 'Yes'], ['yes', 'no']) == [1, 0] and match_classes(['LABEL_0', 'LABEL_1'], ['b', 'a']) == [0, 1]
     assert match_classes(['b', 'a'], ['0', '1']) == [0, 1]
     assert are_bare(['LABEL_0', '1', 'label2']) and not are_bare(['LABEL_0', 'b'])
-    assert word_classes(['No', 'Yes'], ['yes', 'maybe']) == dict(yes=1) and word_classes(['no', 'No'], ['No', 'no']) == dict(no=0, No=1)
+    assert word_classes(['No', 'Yes'], ['yes', 'maybe']) == dict(yes=1) and word_classes(['no', 'No', 'maybe'], ['No', 'no']) == dict(no=0, No=1)
     with pytest.warns(UserWarning, match='matched by name'): assert model_labels(['No', 'Yes'], [0, 1, -1, 2], ['yes', 'no']) == [1, 0, -1, -1]
     assert model_labels(['No', 'Yes'], [0, 1], ['no', 'yes']) == [0, 1] and model_labels(['No', 'Yes'], ['yes', 'what', 0]) == [1, 'what', 0]
+    assert model_labels(['No', 'Yes'], ['yes', [0., 1.]]) == [1, [0., 1.]]
     assert model_labels(['No', 'Yes'], [1, 0]) == [1, 0] and model_labels(['score'], ['a']) == ['a']
 
 def test_columns_of_text():
@@ -507,6 +519,7 @@ def test_a_fisher_tells_its_nodes():
     uneven = MaskFisher.from_tensors({'heads.0': torch.ones(2), 'heads.1': torch.ones(3), 'rows.0': torch.ones(4), 'rows.1': torch.ones(4),
                                       'head_matrices.0': torch.ones(2, 2), 'head_matrices.1': torch.ones(3, 3)}, num_examples=3, meta=dict(a=1))
     assert [len(o) for o in uneven.heads] == [2, 3] and uneven.rows.shape == (2, 4) and uneven.num_examples == 3 and uneven.meta == dict(a=1)
+    assert uneven.row_matrices is None and MaskFisher.from_tensors({'heads.0': torch.ones(2), 'rows.0': torch.ones(4)}).matrices == {}
     assert [len(o) for o in uneven.head_matrices] == [2, 3] and MaskFisher(f.heads, f.rows).num_examples == 0
 
 def test_zeros_are_filled_where_no_model_has_any():
@@ -583,23 +596,19 @@ def test_the_kernel_is_used_where_it_agrees(monkeypatch):
     assert kernel.best_sums.__wrapped__(torch.device('cuda')) is kernel.fused_sums
     assert kernel.best_sums.__wrapped__(torch.device('cpu')) is kernel.plain_sums
 
-def test_rules_say_how_they_are_run():
-    models, base = [tiny(seed=i) for i in range(2)], tiny(seed=9).base_model.state_dict()
-    states = {t: dict(m.base_model.named_parameters()) for t, m in zip('ab', models)}
-    measured = {None: {}, 'mask-fisher': mask_fisher, 'full-fisher': parameter_fisher, 'grams': linear_grams}
-    rules = {}
-    for name, o in METHODS.items():
-        if not o.rule.__module__.startswith('fisher_nodes'): continue
-        found = {t: measured[o.statistic](m, ragged_batches(), **QUIET) for t, m in zip('ab', models)} if o.statistic else {}
-        rules[name] = o.rule(Job(states, torch.ones(2).double(), found, base, model=models[0]))
-    assert {k: (o.once, len(o.whole)) for k, o in rules.items()} == {
-        'average': (True, 0), 'dare': (False, 0), 'fisher': (False, 0), 'mask-fisher': (True, 0), 'regmean': (True, 13), 'task-arithmetic': (False, 0), 'ties': (False, 0)}
-    kinds = {k: Counter(o.kinds.values()) for k, o in rules.items()}
-    n = len(states['a'])
-    assert kinds == {'average': {'one': n}, 'dare': {'task vector': n}, 'task-arithmetic': {'task vector': n}, 'ties': {'task vector': n}, 'fisher': {'parameter': n},
-                     'regmean': {'gram': 13, 'one': n-13}, 'mask-fisher': {'head': 8, 'row': 4, 'one': n-12}}
-    assert rules['fisher'].counts == dict(zero_fisher_elements=0) and rules['regmean'].counts == dict(unused_inputs=0)
-    assert rules['regmean'].whole == {k for k, v in rules['regmean'].kinds.items() if v == 'gram'}
+RULES = {'average': (True, 0, {'one': 39}), 'dare': (False, 0, {'task vector': 39}), 'fisher': (False, 0, {'parameter': 39}), 'ties': (False, 0, {'task vector': 39}),
+         'mask-fisher': (True, 0, {'head': 8, 'row': 4, 'one': 27}), 'regmean': (True, 13, {'gram': 13, 'one': 26}), 'task-arithmetic': (False, 0, {'task vector': 39})}
+
+@pytest.mark.parametrize('name', RULES)
+def test_rules_say_how_they_are_run(name):
+    model, o = tiny(), METHODS[name]
+    measured = {None: None, 'mask-fisher': mask_fisher, 'full-fisher': parameter_fisher, 'grams': linear_grams}[o.statistic]
+    found = dict(a=measured(model, ragged_batches(sizes=(2,)), **QUIET)) if measured else {}
+    body = dict(model.base_model.named_parameters())
+    rule = o.rule(Job(dict(a=body), torch.ones(1).double(), found, body, model=model))
+    assert (rule.once, len(rule.whole), dict(Counter(rule.kinds.values()))) == RULES[name]
+    assert rule.counts == dict(fisher=dict(zero_fisher_elements=0), regmean=dict(unused_inputs=0)).get(name, rule.counts)
+    assert {*rule.whole} == {k for k, v in rule.kinds.items() if v == 'gram'}
 
 @pytest.mark.parametrize('method', ['dare', 'ties', 'task-arithmetic', 'average'])
 def test_blocks_of_rows_give_what_whole_parameters_give(method):
@@ -789,3 +798,324 @@ def test_how_rows_are_read_is_checked(kw, error, tmp_path):
     with pytest.raises(error, match='must be|expected'): ask([tiny(), tiny()], data=[rows, rows], **kw)
     assert ask([tiny()], data=[rows], max_length=1, tokenizer=(one := tokenizer(tmp_path))).tokenizer is one
     with pytest.raises(ValueError, match='differ in capitals only'): ask(dict(A=tiny(), a=tiny()), method='average')
+
+
+# --- what merging reads, names and keeps ------------------------------------------------------------
+
+def test_a_card_says_what_a_model_is_used_for():
+    report = merge([tiny(), tiny(seed=1)], method='average').report
+    uses = {o: model_card(report, None, 'me/it', o).data.pipeline_tag for o in ('AutoModelForSequenceClassification', 'AutoModel', 'BertForMaskedLM')}
+    assert uses == dict(AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction', BertForMaskedLM=None)
+    scored = model_card(report | dict(scores=dict(task0=dict(acc=.5))), None, 'a/b/it')
+    assert scored.data.model_name == 'it' and 'model_name' not in str(model_card(report, None, 'me/it'))
+
+def test_only_some_models_are_of_sentence_transformers(tmp_path):
+    for t in 'ab': tiny().config.save_pretrained(tmp_path/t)
+    modules = [dict(type='sentence_transformers.models.Transformer', path='')]
+    (tmp_path/'b'/'modules.json').write_text(json.dumps(modules))
+    a, b = (AutoConfig.from_pretrained(tmp_path/t) for t in 'ab')
+    assert read_modules(a) is None and read_modules(b) == {'modules.json': modules}
+    assert agreed_modules(dict(a=a)) is None and agreed_modules(dict(a=a, b=b)) == dict(files={'modules.json': modules})
+
+def test_names_that_a_recipe_can_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'here').mkdir()
+    assert _name('here') == _name(Path('here')) == str((tmp_path/'here').resolve()) and _name('someone/model') == 'someone/model'
+    assert _name(None) is _name(torch.ones(1)) is None and _on_hub('someone/model') and not _on_hub('/here') and not _on_hub(None)
+
+def test_a_request_takes_values_as_they_are():
+    models = dict(a=tiny(), b=tiny(seed=1))
+    assert MergeRequest(models=models, method='average', weights=dict(a=1, b=.5)).weights == dict(a=1, b=.5)
+    for bad in (dict(weights=dict(a=float('inf'), b=1)), dict(weights=dict(a='1', b=1)), dict(num_samples='3'), dict(nonsense=1)):
+        with pytest.raises(ValueError): MergeRequest(models=models, method='average', **bad)
+    assert all(o.description for o in MergeRequest.model_fields.values())
+
+def test_merge_hands_on_all_that_it_is_given(monkeypatch):
+    monkeypatch.setattr(run, 'merge_loaded', lambda *given: given)
+    how = dict(num_samples=3, max_length=4, text='b', label='y', labels='exact', precision='fp32', loss=lambda model, batch: None)
+    request, device, progress = run.merge([tiny()], data=[ragged_batches()], device='cpu', progress=False, seed=5, **how)
+    assert {k: getattr(request, k) for k in how} == how and (request.seed, device, progress) == (5, 'cpu', False)
+
+def test_a_statistic_in_files_is_checked_as_it_is_read():
+    def blocks(**tensors): return CheckedBlocks(tensors, 'a', STATISTICS['full-fisher'])
+    tensors = dict(w=torch.rand(4, 3), none=torch.ones(0, 3), one=torch.rand(()))
+    found = blocks(**tensors)
+    assert torch.equal(found[Block('w', slice(0, 2))], tensors['w'][:2]) and torch.equal(found[Block('w', slice(3, 4))], tensors['w'][3:])
+    assert found['none'].shape == (0, 3) and found.fingerprint() == found.fingerprint() == blocks(**tensors).fingerprint() == hash_tensors(tensors)
+    for x in (float('nan'), float('inf'), -1.):
+        with pytest.raises(ValueError, match=f'{x} is among the numbers'): blocks(w=torch.tensor([1., x]))['w']
+    with pytest.raises(ValueError, match='not symmetric'): CheckedBlocks(dict(w=torch.tensor([[2., 1.], [0., 3.]])), 'a', STATISTICS['grams'])['w']
+
+@pytest.mark.parametrize('way', ['open_plain', 'open_skeleton'])
+def test_the_commit_that_was_fetched_is_noted(tmp_path, monkeypatch, way):
+    folder = tmp_path/('c'*40)
+    tiny(dtype=torch.float32).save_pretrained(folder)
+    monkeypatch.setattr(skeletons, 'fetch_model', lambda reference: str(folder))
+    found = getattr(skeletons, way)(ModelReference('someone/model', 'main'), AutoModelForSequenceClassification)
+    assert (found.model.config._name_or_path, found.model.config._commit_hash) == ('someone/model', folder.name)
+
+def test_a_model_has_the_type_of_its_floats(monkeypatch):
+    def dtype(*stored, **said): return skeletons._dtype_of(PretrainedConfig(**said), {str(i): SimpleNamespace(stored=o) for i, o in enumerate(stored)})
+    monkeypatch.setattr(transformers, '__version__', '5.0.0')
+    assert dtype(torch.int64, torch.bfloat16, None, torch.bfloat16) == torch.bfloat16 and dtype(torch.bfloat16, torch.float32) is dtype(torch.int64) is None
+    assert dtype(torch.bfloat16, **{DTYPE: torch.float16}) == torch.float16
+    monkeypatch.setattr(transformers, '__version__', '4.57.1')
+    assert dtype(torch.bfloat16) == torch.float32
+
+@pytest.mark.parametrize('x', [float('nan'), float('inf'), -1.])
+def test_the_first_node_that_is_no_number_is_named(x):
+    _check_nodes('a', 'head', 1, torch.tensor([0., 1., 2.]), 3)
+    with pytest.raises(ValueError, match=f"Fisher of 'a', head of layer 1: node 1 is {x}, expected a finite number"): _check_nodes('a', 'head', 1, torch.tensor([1., x, -2.]), 3)
+    with pytest.raises(ValueError, match=r'shape \(3,\), expected \(2,\)'): _check_nodes('a', 'head', 1, torch.ones(3), 2)
+
+def test_a_card_tells_of_glue_and_of_examples():
+    report = merge([tiny(), tiny(seed=1)], [mask_fisher(tiny(seed=i), ragged_batches(), **QUIET) for i in (0, 1)], **QUIET).report
+    recipe = dict(models=dict(task0='a', task1='b'), data=dict(task0='glue:rte', task1='own.csv'))
+    scored = report | dict(scores=dict(task0=dict(acc=.5), task1=dict(f1=.25)))
+    told = [(o.task_type, o.metric_type, o.metric_value, o.dataset_type, o.dataset_name, o.dataset_config) for o in eval_results(scored, recipe)]
+    assert told == [('text-classification', 'acc', .5, 'nyu-mll/glue', 'GLUE rte', 'rte'), ('text-classification', 'f1', .25, 'task1', 'task1', None)]
+    card = model_card(scored, recipe, 'me/it')
+    assert card.data.datasets == ['nyu-mll/glue'] and model_card(report, None, 'me/it').data.datasets is None
+    n = report['tasks']['task0']['fisher']['num_examples']
+    assert n > 1 and f'| 1 | {n} | acc 0.5 |' in card.text and '`fisher-nodes merge recipe.yml --out DIR`' in card.text and 'has no name' not in card.text
+    assert 'has no name for `models` of' in model_card(report, dict(models=dict(task0=None)), 'me/it').text
+
+def test_sizes_of_files_in_bytes(tmp_path):
+    assert [_size_in_bytes(o) for o in (7, '2KB', '3MB', '15GB')] == [7, 2000, 3_000_000, 15_000_000_000]
+    body = tiny().base_model
+    size = sum(t.numel()*t.element_size() for t in body.state_dict().values())
+    assert list(plan_files(body, tmp_path, size)[1]) == ['model.safetensors'] and list(tmp_path.iterdir()) == []
+    assert len(plan_files(body, tmp_path, size-1)[1]) > 1 and [o.name for o in tmp_path.iterdir()] == ['model.safetensors.index.json']
+
+def test_what_a_merged_model_is_made_of(tmp_path):
+    body, several = tiny().base_model, dict(a=1, b=2)
+    assert Merged(body, dict(a=body, b=body), {}, several).tokenizers == several and Merged(body, dict(a=body, b=body), {}, several).tokenizer is None
+    assert Merged(body, dict(a=body), {}, several).tokenizer is several and Merged(body, dict(a=body), {}, 3).tokenizers == dict(a=3)
+    merged = merge([tiny(), tiny(seed=1)], method='average', **QUIET)
+    merged.recipe = None
+    merged.save_pretrained(tmp_path/'out')
+    assert not (tmp_path/'out'/'recipe.yml').exists() and 'No recipe was recorded.' in (tmp_path/'out'/'README.md').read_text()
+    assert _auto_class(merged, {'BertForTokenClassification'}) == 'BertForTokenClassification' and _auto_class(merged, {'XForSequenceClassification'}) == 'AutoModelForSequenceClassification'
+
+def test_tokenizers_of_a_folder(tmp_path):
+    tiny().config.save_pretrained(tmp_path)
+    for t in 'ab': tiny().config.save_pretrained(tmp_path/t)
+    assert _load_tokenizers(tmp_path, ['a', 'b']) is None
+    tokenizer(tmp_path/'own').save_pretrained(tmp_path/'a')
+    found = _load_tokenizers(tmp_path, ['a', 'b'])
+    assert list(found) == ['a', 'b'] and found['b'] is None and 'rains' in found['a'].get_vocab()
+
+def test_a_recipe_as_text(tmp_path, monkeypatch):
+    here = tmp_path/'in'
+    recipe = dict(models=dict(a=str(here/'a'), b=dict(model=str(tmp_path/'bé'), weight_hash='x'), c='someone/model'), fishers=dict(a=str(here/'a.safetensors')), seed=3)
+    near = public_recipe(recipe, here)
+    assert near == dict(models=dict(a='./a', b=dict(model='../bé', weight_hash='x'), c='someone/model'), fishers=dict(a='./a.safetensors'), seed=3)
+    assert public_recipe(recipe, None)['models'] == dict(a=None, b=dict(model=None, weight_hash='x'), c='someone/model')
+    here.mkdir()
+    (here/'r.yml').write_text(recipe_text(near), encoding='utf-8')
+    assert load_recipe(here/'r.yml') == recipe and '../bé' in (here/'r.yml').read_text(encoding='utf-8')
+    check_named(here/'r.yml')
+    gone = dict(models=dict(a=None, b='x'), fishers=dict(a=dict(file=None)), base=None, seed=None)
+    assert unnamed(gone) == ["`models` of 'a'", "`fishers` of 'a'", '`base`'] and 'a: null  # in memory' in recipe_text(gone) and 'seed: null\n' in recipe_text(gone)
+    (here/'r.yml').write_text(recipe_text(gone))
+    with pytest.raises(ValueError, match='r.yml: this recipe has no name for'): check_named(here/'r.yml')
+
+@pytest.mark.parametrize('text, say', [('models: 3', "`models`.* a mapping from task to value"), ('models: [a]', "a mapping from task to value"), ('- a', 'r.yml is not a recipe'),
+                                       ('models: {3: a}', 'a task must be a word, got 3'), (f'models: {{a: {"x"*300}}}', '`models` of .a.*a folder or Hub id')], ids=lambda o: None)
+def test_a_recipe_that_is_none(tmp_path, text, say):
+    (tmp_path/'r.yml').write_text(text)
+    with pytest.raises(ValueError, match=say): load_recipe(tmp_path/'r.yml')
+
+def test_where_a_base_is_from(tmp_path):
+    tiny().save_pretrained(tmp_path/'base')
+    known, none = dict(base='base', base_source=dict(hub=False, revision=None, card=None)), dict(base=None, base_source=None)
+    assert describe_base(None) == describe_base(tiny().base_model.state_dict()) == none and describe_base(tmp_path/'base').keys() == known.keys()
+    assert describe_base(tmp_path/'base')['base_source'] == known['base_source'] == describe_base(tiny())['base_source']
+    assert _base_entry('someone/model', 'h', dict(revision='c')) == dict(model='someone/model', weight_hash='h', revision='c')
+    assert _base_entry('someone/model', 'h', dict(revision=None)) == dict(model='someone/model', weight_hash='h')
+    assert _base_entry(tmp_path/'base', 'h', dict(revision='c')) == dict(model=str((tmp_path/'base').resolve()), weight_hash='h')
+    assert _base_entry(tiny(), 'h', None) == dict(model=None, weight_hash='h')
+
+def test_bodies_without_heads_have_no_fingerprint_of_one():
+    merged = merge(dict(a=tiny().base_model, b=tiny(seed=1).base_model), method='average', **QUIET)
+    assert all(set(o) == {'model', 'weight_hash'} for o in merged.recipe['models'].values())
+
+def test_statistics_belong_to_their_models():
+    for known, have in ((None, 'a'), ('a', None), ('a', 'a')): check_measured_on('It', dict(weight_hash=known), have)
+    with pytest.raises(ValueError, match=r'It was measured on other weights \(a\) than its model has \(b\)'): check_measured_on('It', dict(weight_hash='a'), 'b')
+    def found(*variants): return {str(i): SimpleNamespace(meta=dict(variant=o)) for i, o in enumerate(variants)}
+    for variant in ('paper', None): check_alike(found('paper', 'paper'), variant)
+    check_alike({'a': SimpleNamespace(meta={})}, 'paper')
+    check_alike(found('released'), None)
+    with pytest.raises(ValueError, match="the Fishers are of variant 'released', the merge is 'paper'"): check_alike(found('released', 'released'), 'paper')
+    with pytest.raises(ValueError, match='the Fishers differ in variant'): check_alike(found('released', 'paper'), None)
+
+def test_weights_are_in_memory_and_whole(tmp_path):
+    _check_present('It', dict(w=torch.ones(1)))
+    with pytest.raises(ValueError, match="It: the weights of 'w' are not in memory"): _check_present('It', dict(v=torch.ones(1), w=torch.ones(1, device='meta')))
+    model = tiny(dtype=torch.float32)
+    model.save_pretrained(tmp_path/'base')
+    file = tmp_path/'base'/'model.safetensors'
+    body = {k: v for k, v in load_file(file).items() if 'layer.1.output.dense.bias' not in k}
+    save_file(body, file, dict(format='pt'))
+    with pytest.raises(ValueError, match="`base` does not fit the models: encoder.layer.1.output.dense.bias is missing, expected"): load_base(tmp_path/'base', model)
+    with pytest.raises(TypeError, match='`base` must be a model, .*got int'): load_base(3, model)
+
+def test_every_thread_has_one_of_torchs():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with _workers(2) as work: assert list(work(lambda _: torch.get_num_threads(), range(3))) == [1, 1, 1]
+        with _workers(1) as work: assert work is map and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+def test_all_data_are_looked_at_before_any_is_measured(monkeypatch):
+    models = [tiny(), tiny(seed=1)]
+    monkeypatch.setattr(run, 'measure', lambda *args, **kw: pytest.fail('it was measured'))
+    with pytest.raises(ValueError, match="data of 'task1': "): merge(models, data=[ragged_batches(), [dict(labels=torch.zeros(2).long())]], **QUIET)
+
+def test_every_page_of_methods_is_imported(monkeypatch):
+    seen = []
+    def note(name): return seen.append(name) or importlib.import_module(name)
+    monkeypatch.setattr(method, 'import_module', note)
+    load_methods.__wrapped__()
+    assert {f'fisher_nodes.methods.{o}' for o in ('average', 'dare', 'full_fisher', 'mask_fisher', 'regmean', 'released', 'task_vectors', 'ties')} <= {*seen}
+    assert list(METHODS) == sorted(METHODS)
+
+def test_a_method_is_what_was_registered(monkeypatch):
+    monkeypatch.setitem(METHODS, 'mine', None)
+    def rule(job, scale:float=1.): "One."
+    def other(job): "Another."
+    assert merge_method('mine')(rule) is merge_method('mine')(rule) is METHODS['mine'].rule is rule
+    with pytest.raises(ValueError, match="there is a method 'mine' already"): merge_method('mine')(other)
+    for bad, say in ((lambda task: None, "must be `job`, got 'task'"), (lambda job, seed=0: None, "cannot have an option 'seed'"), (lambda job, x=3: None, "option 'x' .* needs a type")):
+        with pytest.raises(ValueError, match=say): merge_method('another')(bad)
+    assert 'another' not in METHODS
+    monkeypatch.setitem(STATISTICS, 'mine', None)
+    assert statistic('mine', kind=MaskFisher, what='It')(rule) is STATISTICS['mine'].collect is rule
+
+def test_what_a_check_says_is_what_a_caller_reads():
+    with pytest.raises(ValueError, match='^`weights` must be finite, not negative and not all zero, got'): ask([tiny(), tiny()], method='average', weights=[0, 0])
+    with pytest.raises(ValueError, match='^`label` is 3; expected the name of a column, or one for each task$'): ask([tiny()], data=[ragged_batches()], label=3)
+    assert method.in_shell('`weights` and `max_length=`, not `nothing`') == '--weights and --max-length, not `nothing`' and method.in_shell('r.yml: `weights`') == 'r.yml: `weights`'
+
+def test_what_is_sent_to_the_hub(monkeypatch):
+    calls = []
+    class Api:
+        def __init__(self, token=None): self.token = token
+        def whoami(self): return dict(name='me')
+        def create_repo(self, name, **kw): calls.append((name, kw))
+        def create_branch(self, name, **kw): calls.append((name, kw))
+        def create_commit(self, name, files, **kw): return calls.append((name, {o.path_in_repo for o in files}, kw)) or SimpleNamespace(commit_url='url')
+    monkeypatch.setattr(saving, 'HfApi', Api)
+    merged = merge(dict(a=tiny(), b=tiny(seed=1)), method='average', **QUIET)
+    files = {'README.md', 'config.json', 'merge_report.json', 'model.safetensors', 'recipe.yml'}
+    files |= {f'{t}/{o}' for t in 'ab' for o in ('config.json', 'model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors', 'model.safetensors.index.json')}
+    repo = dict(private=True, exist_ok=True)
+    for how, branch in ((dict(), []), (dict(revision='next'), [('me/two', dict(branch='next', exist_ok=True))]), (dict(revision='next', create_pr=True), [])):
+        calls.clear()
+        assert merged.push_to_hub('two', private=True, token='good', **how) == 'url'
+        assert calls == [('me/two', repo), *branch, ('me/two', files, dict(commit_message='Merge a, b', revision=None, create_pr=False) | how)]
+    assert merged.push_to_hub('you/two', token='good', commit_message='Again') == 'url' and calls[-1][0] == 'you/two' and calls[-1][2]['commit_message'] == 'Again'
+
+@pytest.mark.parametrize('places, device, say', [({}, None, None), ({}, 'cpu', None), (dict(a=0, b=0), 'cpu', None), (dict(a=0, b='cpu'), None, None),
+                                                 (dict(a=0, b='cpu'), 'cuda', "the model is placed on .'0', 'cpu'.; `device` would move all of it to cuda")])
+def test_a_model_on_several_devices_stays_there(places, device, say):
+    model = torch.nn.Linear(2, 2)
+    model.hf_device_map = places
+    if say is None: check_placed(model, device)
+    else:
+        with pytest.raises(ValueError, match=say): check_placed(model, device)
+    with pytest.raises(ValueError, match="the weights of 'weight' are offloaded"): check_placed(torch.nn.Linear(2, 2, device='meta'))
+
+def test_what_is_no_tensor_stays_where_it_is():
+    with torch.inference_mode(): made = torch.ones(2)
+    assert to_device('a', torch.device('cpu')) == 'a' and not to_device(made, torch.device('cpu')).is_inference()
+
+def test_a_report_names_files_of_sentence_transformers_only(tmp_path):
+    report, file = merge([tiny(), tiny(seed=1)], method='average', **QUIET).report, tmp_path/'merge_report.json'
+    for names in ([], ['modules.json', '1_Pooling/config.json', 'sentence_bert_config.json'], ['../x'], ['x/modules.json']):
+        files = dict.fromkeys(names, {})
+        file.write_text(json.dumps(report | dict(sentence_transformers=dict(files=files))))
+        if not {'../x', 'x/modules.json'} & {*names}: assert kept_files(read_report(file)) == files
+        else:
+            with pytest.raises(ValueError, match=f"merge_report.json is not a merge report: '{names[0]}' is not a file of sentence-transformers"): read_report(file)
+    file.write_text(json.dumps(report | dict(seed='x')))
+    with pytest.raises(ValueError, match='is not a merge report: `seed` must be a whole number'): read_report(file)
+
+def test_what_a_card_states(tmp_path):
+    tiny().config.save_pretrained(tmp_path)
+    config, card = AutoConfig.from_pretrained(tmp_path), tmp_path/'README.md'
+    assert read_card(config) is None
+    for text, want in (('# no metadata', {}), ('---\n\n---\n', {}), ('---\nlicense: mit\nlanguage: [de, en]\nother: x\n---\n', dict(license='mit', language=['de', 'en']))):
+        card.write_text(text)
+        assert read_card(config) == want
+    card.write_text('---\n- a\n---\n')
+    assert read_card(config) == dict(error='its metadata are no mapping, but list')
+
+def test_which_modules_can_be_kept(tmp_path):
+    tiny().config.save_pretrained(tmp_path)
+    config, kind = AutoConfig.from_pretrained(tmp_path), 'sentence_transformers.models.'
+    def read(*modules):
+        (tmp_path/'modules.json').write_text(json.dumps(modules))
+        return read_modules(config)
+    first, pooling = dict(type=f'{kind}Transformer', path=''), dict(type=f'{kind}Pooling', path='1_Pooling')
+    (tmp_path/'1_Pooling').mkdir()
+    for name in ('1_Pooling/config.json', 'sentence_bert_config.json'): (tmp_path/name).write_text('{"a": 1}')
+    assert read(first, pooling) == {'modules.json': [first, pooling], 'sentence_bert_config.json': dict(a=1), '1_Pooling/config.json': dict(a=1)}
+    for bad, say in ((['x'], 'not a list of modules'), ([first, dict(type=f'{kind}Dense', path='2_Dense')], 'has weights or code of its own'),
+                     ([dict(type='mine.Pooling', path='')], 'has weights or code of its own'), ([first, first], "is in ''"), ([pooling], "is in '1_Pooling'")):
+        with pytest.raises(ValueError, match=say): read(*bad)
+
+@pytest.mark.parametrize('text, say', [('method: average', '`models` is missing'), ('models: {a: b}\nmade: up', "there is no key 'made'"), ('models: {a: ./gone}\nmethod: average', 'gone is not there'),
+                                       ('models: {a: b}\nmethod: average\ntokenizer: mine', '`tokenizer` must be a tokenizer of transformers, got str; a recipe has none'),
+                                       ('models: {a: b}\nmethod: average\nfishers: {a: {hash: x}}', '`fishers` of .a. must be a file, or a mapping')])
+def test_a_recipe_that_asks_for_what_cannot_be(tmp_path, text, say):
+    file = tmp_path/'r.yml'
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f'^r.yml: .*{say}'): read_recipe(file)
+    file.write_text('models: {a: b}\nmethod: average\ntokenizer: null\nseed: 4')
+    assert read_recipe(file).tokenizer is None and read_recipe(file).seed == 4
+
+def test_a_recipe_has_what_was_asked():
+    model, state = tiny(), tiny(seed=1).base_model.state_dict()
+    def written(origin=None, **asked): return merge_recipe(ask(dict(a=model), **asked), dict(a=model), dict(a=7), {'a': 'h', None: 'b'}, origin)
+    common = {'models', 'method', 'weights', 'seed', 'versions'}
+    assert written(method='average').keys() == common
+    found = written(method='ties', base=state, density=.5, seed=2)
+    assert found['base'] == dict(model=None, weight_hash='b') and found['options'] == dict(density=.5, scale=1.) and found.keys() == common | {'base', 'options'} and found['seed'] == 2
+    found = written(data=['rows.csv'], text='b', scheme='rows', labels='exact', tokenizer=SimpleNamespace(get_vocab=dict), loss=lambda model, batch: None)
+    assert found.keys() == common | {'variant', 'scheme', 'data', 'num_samples', 'labels', 'precision', 'max_length', 'text', 'loss', 'tokenizer'}
+    assert (found['scheme'], found['data'], found['max_length'], found['text'], found['loss'], found['tokenizer']) == ('rows', dict(a='rows.csv'), dict(a=7), 'b', None, None)
+    assert _measuring(ask(dict(a=model), data=['rows.csv']), dict(a=None)) == dict(num_samples=128, labels='empirical', precision=None)
+
+def test_a_task_finds_its_head_among_many_files(tmp_path):
+    merged = merge(dict(a=tiny(), b=tiny(seed=1)), method='average', **QUIET)
+    merged.save_pretrained(tmp_path/'out', max_shard_size='9KB')
+    where = json.loads((tmp_path/'out'/'a'/'model.safetensors.index.json').read_text())['weight_map']
+    assert len(set(where.values())) > 3 and where.keys() == merged['a'].state_dict().keys()
+    for file in set(where.values()): assert {k for k, v in where.items() if v == file} == load_file(tmp_path/'out'/'a'/file).keys()
+
+def test_models_are_opened_as_they_are_stored(tmp_path):
+    tiny(dtype=torch.float16).save_pretrained(tmp_path/'half')
+    config = tmp_path/'half'/'config.json'
+    config.write_text(json.dumps(json.loads(config.read_text()) | {DTYPE: 'float32'}))
+    found = skeletons.open_plain(ModelReference(str(tmp_path/'half')), AutoModelForSequenceClassification)
+    assert {o.dtype for o in found.body.tensors.values()} == {torch.float32} and {o.stored for o in found.body.tensors.values()} == {torch.float16}
+    tiny().base_model.save_pretrained(tmp_path/'bare')
+    with pytest.raises(ValueError, match='has no weights for classifier.bias, classifier.weight; is it fine-tuned'): skeletons.open_stored('a', tmp_path/'bare')
+    asked = []
+    def make(config, **kw): return asked.append(kw) or AutoModelForSequenceClassification.from_config(config)
+    skeletons.open_plain(ModelReference(str(tmp_path/'half')), SimpleNamespace(from_config=make))
+    assert asked == [dict(trust_remote_code=False)]
+
+def test_a_fisher_has_the_kinds_and_layers_of_its_model():
+    fisher, nodes = MaskFisher(torch.ones(2, 4), torch.ones(2, 6)), dict(head=[4, 4], row=[6, 6])
+    check_fisher('a', fisher, nodes)
+    for more in (dict(head=[4]*3, row=[6]*3), dict(head=[4, 4], row=[6]*3)):
+        with pytest.raises(ValueError, match="Fisher of 'a' has 2 layers of heads and 2 of rows; the model has"): check_fisher('a', fisher, more)
+    with pytest.raises(ValueError, match="Fisher of 'a' has no nodes of kind 'group'"): check_fisher('a', fisher, nodes | dict(group=[2, 2]))
+
+def test_roles_of_a_fused_matrix():
+    def rows(order, groups=1): return {k: v.tolist() for k, v in split_roles(dict(a=4, b=2), order, groups).items()}
+    assert rows('blocks') == rows('groups') == dict(a=[0, 1, 2, 3], b=[4, 5]) and rows('groups', 2) == dict(a=[0, 1, 3, 4], b=[2, 5])

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
-from ..engine.batches import check_num_samples, sample_rows
+from ..engine.batches import sample_rows
+from ..methods.method import Count, PathName, Seed, checked
 from ..engine.files import OutputExistsError, differences, is_merged, versions
 from ..engine.measure import describe_data, mask_fisher
 from ..engine.models import load_model
@@ -320,18 +321,18 @@ def _run_demo(out:Path, num_samples:int, train_samples:int, test_samples:int, ma
     return dict(scores=scores, reload_equal=equal, seconds=seconds, training=training)
 
 # %% ../../nbs/app/00_demo.ipynb #a4f69544
+@checked
 def demo(
-    out:str|Path='_demo', # folder for checkpoints, the merge, `demo.json` and `demo.png`
-    num_samples:int=128, # training rows for each Fisher, the paper's smallest N
-    train_samples:int=1500, # rows to fine-tune on, of each task
-    test_samples:int=1000, # held-out rows to score on, of each task
-    max_length:int=64, # tokens kept of a text
-    seed:int=0, # of splits, samples and training
+    out:PathName='_demo', # folder for checkpoints, the merge, `demo.json` and `demo.png`
+    num_samples:Count=128, # training rows for each Fisher, the paper's smallest N
+    train_samples:Count=1500, # rows to fine-tune on, of each task
+    test_samples:Count=1000, # held-out rows to score on, of each task
+    max_length:Count=64, # tokens kept of a text
+    seed:Seed=0, # of splits, samples and training
     overwrite:bool=False, # fine-tune again instead of using what is in `out`
     progress:bool=True, # show the progress bars of the fine-tuning
 )->dict[str,Any]: # what `demo.json` holds
     "Fine-tune two real models, merge them, score, save, reload, draw."
-    check_num_samples(num_samples)
     settings = dict(num_samples=num_samples, train_samples=train_samples, test_samples=test_samples,
         max_length=max_length, seed=seed)
     out = check_place(out)

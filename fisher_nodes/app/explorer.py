@@ -32,6 +32,7 @@ from ..core.averaging import check_fisher, node_shares
 from ..core.schemes import SCHEMES, WHOLE, Scheme, get_scheme
 from ..merging.merged import Merged
 from ..merging.request import match_tasks
+from ..methods.method import Count, Seed, checked
 from ..merging.run import check_measured_on, check_models, merge
 from ..experiment.plots import (
     MARKERS, PALETTE, check_fishers, compare_heads, new_axis, new_figure, plot_rows)
@@ -47,12 +48,14 @@ def _weights(tasks, given): # λ of each task, 1 where none is given
     if all(isfinite(o) and o>=0 for o in λ.values()) and any(λ.values()): return λ
     raise ValueError(f'λ must be finite, not negative and not zero for all tasks, got {λ}')
 
+@checked
 def head_shares(
     fishers:Mapping[str,MaskFisher], # task -> Fisher, of models of one shape
     weights:Mapping[str,float]|None=None, # task -> λ; None is 1 for all
     scheme:str|Scheme='paper', # which parameters a mask weights
 )->list[Tensor]: # for each layer, shape `(tasks, heads)`, columns adding up to 1
     "Share of every task in the query of every head (the weights in Equation 5)."
+    check_fishers(fishers, same=True)
     λ = torch.tensor([*_weights(fishers, weights or {}).values()], dtype=torch.float64)
     kind = get_scheme(scheme).get('query', 'one')
     def weights_of(f, i): return f.heads[i].double() if kind=='head' else WHOLE[kind](f, i)
@@ -99,7 +102,6 @@ def plot_winners(
     ax:Any=None, # a `matplotlib` axis
 )->Any: # the axis
     "Heatmap of the task that wins each head, with its share in percent; the first layer at the bottom."
-    check_fishers(fishers, same=True)
     who, share = winners(head_shares(fishers, weights, scheme))
     ax = new_axis(ax, 2.5+.45*who.shape[1], 1+.4*len(who))
     colors = _cell_colors(who, share, len(fishers))
@@ -124,6 +126,7 @@ class Choice(NamedTuple):
         "Weights by task."
         return dict(zip(self.tasks, self.weights))
 
+@checked
 def make_choice(
     known:Sequence[str], # tasks there are, in their order
     tasks:Sequence[str]|None=None, # tasks to merge; None is all
@@ -458,6 +461,7 @@ def pressed(self:View, _=None):
     finally: self.button.disabled, self.bar.layout.visibility = False, 'hidden'
 
 # %% ../../nbs/app/01_explorer.ipynb #e8d1f74b
+@checked
 def explore(
     fishers:Mapping[str,MaskFisher|str|Path], # task -> Fisher, or a file that `MaskFisher.save` wrote
     models:Mapping[str,Any]|None=None, # task -> the model it was measured on, a folder or Hub id; for scores
@@ -465,8 +469,8 @@ def explore(
     *,
     tasks:Mapping[str,Any]|None=None, # task -> a `Task` or a name in `GLUE`; None is as in `evaluate`
     tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
-    num_samples:int|None=200, # validation rows of each task; None is all
-    seed:int=0, # of that sample
+    num_samples:Count|None=200, # validation rows of each task; None is all
+    seed:Seed=0, # of that sample
     device:Any=None, # where scores are computed; None is where each model is
     log:bool=False, # sliders from 0.01 to 100, instead of 0 to 1
 )->Any: # an `ipywidgets.VBox`; its `explorer` is the `Explorer`

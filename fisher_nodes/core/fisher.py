@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'NodeTensors', 'VARIANTS', 'square_each', 'outer_each', 'is_regression', 'per_example_loss',
-           'draw_labels', 'pack', 'MaskFisher', 'part_name', 'Variant', 'list_variants']
+           'draw_labels', 'pack', 'part_name', 'MaskFisher', 'Variant', 'list_variants']
 
 # %% ../../nbs/core/02_fisher.ipynb #66af3c24
 import random
@@ -91,6 +91,19 @@ def pack(layers:Sequence[Tensor])->NodeTensors:
     return torch.stack(list(layers)) if len({o.shape for o in layers})==1 else tuple(layers)
 
 # %% ../../nbs/core/02_fisher.ipynb #3a3d3468
+def part_name(
+    kind:str, # of nodes
+)->str: # as an argument of `MaskFisher`, in its files and in messages
+    "What a `MaskFisher` calls the Fishers of a kind."
+    return dict(head='heads', row='rows').get(kind, kind)
+
+def _check_layers(name:str, layers:Any):
+    "`TypeError` unless nodes come as one row for each layer."
+    rows = isinstance(layers, (list, tuple)) and all(isinstance(o, Tensor) and o.ndim==1 for o in layers)
+    if rows or isinstance(layers, Tensor) and layers.ndim==2: return
+    got = f'shape {tuple(layers.shape)}' if isinstance(layers, Tensor) else type(layers).__name__
+    raise TypeError(f'`{name}` must be a tensor of shape (layers, nodes), or one for each layer; got {got}')
+
 class MaskFisher:
     "Fisher information of every mask of a model (Equation 4), and its origin."
     def __init__(self,
@@ -103,6 +116,7 @@ class MaskFisher:
         **others:NodeTensors, # further kinds of nodes by name, such as `group`
     ):
         self.kinds:dict[str,NodeTensors] = dict(head=heads, row=rows) | others
+        for k,v in self.kinds.items(): _check_layers(part_name(k), v)
         self.matrices = {k: v for k,v in dict(head=head_matrices, row=row_matrices).items() if v is not None}
         self.num_examples,self.meta = num_examples,{} if meta is None else meta
 
@@ -127,18 +141,12 @@ class MaskFisher:
         return f'MaskFisher({nodes}; {self.num_examples} examples)'
 
 # %% ../../nbs/core/02_fisher.ipynb #f93bdec6
-def part_name(
-    kind:str, # of nodes
-)->str: # as an argument of `MaskFisher`, in its files and in messages
-    "What a `MaskFisher` calls the Fishers of a kind."
-    return dict(head='heads', row='rows').get(kind, kind)
-
-def _layers(tensors:Mapping[str,Tensor], name:str)->NodeTensors|None:
-    "What is called `name.0`, `name.1`, …; None without any."
+def _layers(tensors:Mapping[str,Tensor], name:str)->NodeTensors:
+    "What is called `name.0`, `name.1`, …"
     found = [o for o in tensors if o.rpartition('.')[0]==name]
     names = [f'{name}.{i}' for i in range(len(found))]
     if {*names}!={*found}: raise ValueError(f'expected tensors `{name}.0` and so on, got {found[:4]}')
-    return pack([tensors[o] for o in names]) if names else None
+    return pack([tensors[o] for o in names])
 
 @patch
 def tensors(self:MaskFisher)->dict[str,Tensor]: # `heads.0`, `rows.0`, `head_matrices.0`, …

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from ..methods.method import quoted
 
 # %% ../../nbs/engine/03_devices.ipynb #b543012a
 def find_device(
@@ -20,10 +21,10 @@ def find_device(
 )->torch.device:
     "The device of that name; `ValueError` if torch knows none, has none, or would lose the numbers there."
     try: found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e:
-        unknown = 'Expected one of' in str(e)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as e:
+        unknown = not isinstance(e, (RuntimeError, AssertionError)) or 'Expected one of' in str(e)
         why = 'expected cpu, cuda, cuda:1, mps, …' if unknown else str(e).splitlines()[0]
-        raise ValueError(f'no device {str(device)!r} here: {why}') from None
+        raise ValueError(f'no device {quoted(device)} here: {why}') from None
     if found.type=='meta': raise ValueError("the device 'meta' holds no numbers; what moves there is lost")
     return found
 

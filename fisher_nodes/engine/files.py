@@ -132,6 +132,7 @@ def whole_file(
     "What was written inside the block appears at `path` when the block ends well, and else nowhere."
     path = Path(path)
     if not path.parent.is_dir(): raise FileNotFoundError(f'cannot write {path}: its folder does not exist')
+    if path.is_dir(): raise IsADirectoryError(f'cannot write {path}: it is a folder')
     part = path.with_name(f'.{path.name}.part')
     old = re.compile(rf'\.{re.escape(path.name)}\.(\d+\.)?part') # version 0.1 had the number of the process
     with hold(path.with_name(f'.{path.name}.lock'), path, PATIENCE) as held:

@@ -55,15 +55,19 @@ def _uncompiled(model:nn.Module)->Iterator[None]:
 
 @contextmanager
 def _frozen(model:nn.Module)->Iterator[None]:
-    "Inside, evaluation mode and weights without gradients."
+    "Inside, evaluation mode and weights without gradients; outside, also the config is as before."
     modes = [(m, m.training) for m in model.modules()]
     weights = [(p, p.requires_grad) for p in model.parameters()]
+    config = vars(model.config) if hasattr(model, 'config') else {} # losses of transformers write there
+    said = dict(config)
     try:
         model.eval().requires_grad_(False)
         yield
     finally:
         for m,training in modes: m.training = training
         for p,requires_grad in weights: p.requires_grad_(requires_grad)
+        config.clear()
+        config.update(said)
 
 @contextmanager
 def _moved(model:nn.Module, device:str|torch.device)->Iterator[None]:

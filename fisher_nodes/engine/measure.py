@@ -37,7 +37,8 @@ from .spread import spread
 from ..methods.full_fisher import ParameterFisher
 from ..methods.mask_fisher import MATRICES
 from ..methods.method import (
-    STATISTICS, Collector, ParameterStatistic, Statistic, load_methods, one_line)
+    STATISTICS, Collector, ParameterStatistic, Statistic, Count, PathName, Seed, checked,
+    load_methods, one_line, quoted)
 from ..methods.regmean import Grams
 
 # %% ../../nbs/engine/09_measure.ipynb #51a38d36
@@ -115,7 +116,8 @@ def check_known(
 ):
     "`ValueError` listing what exists."
     listed = list(known if shown is None else shown)
-    if value not in known: raise ValueError(f'`{name}` is {value!r}; expected one of {listed}')
+    if any(type(o) is type(value) and o==value for o in known): return
+    raise ValueError(f'`{name}` is {quoted(value)}; expected one of {listed}')
 
 def check_choices(
     model:PreTrainedModel,
@@ -156,15 +158,16 @@ def statistic_batches(
         need_labels=reads and loss is None and labels=='empirical', **kwargs)
 
 # %% ../../nbs/engine/09_measure.ipynb #7d598153
+@checked
 def run_options(
     *,
-    num_samples:int|None=None, # N; a data set is sampled, own batches are cut; None takes all
-    seed:int=0, # of the sample, and of drawn labels
+    num_samples:Count|None=None, # N; a data set is sampled, own batches are cut; None takes all
+    seed:Seed=0, # of the sample, and of drawn labels
     precision:str|None=None, # 'fp32', 'tf32' or 'bf16'; None computes as the model is stored
     tokenizer:Any=None, # for raw text
-    max_length:int|None=None, # in tokens, for raw text; None is the model's own limit
+    max_length:Count|None=None, # in tokens, for raw text; None is the model's own limit
     text:str|Sequence[str]|None=None, # columns of raw text; None goes by record and names
-    batch_tokens:int|None=None, # most tokens in a batch of a data set; None suits the device
+    batch_tokens:Count|None=None, # most tokens in a batch of a data set; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->dict[str,Any]:
@@ -289,9 +292,10 @@ def content_hash(
     said = json.dumps({k: about.get(k) for k in ABOUT if k!='hash'})
     return hashlib.sha256(f'{tensors} {said}'.encode()).hexdigest()[:16]
 
+@checked
 def save_statistic(
     self:MaskFisher|ParameterStatistic,
-    path:str|Path, # file to write; its folder must exist
+    path:PathName, # file to write; its folder must exist
 ):
     "Write one safetensors file, metadata included; it appears whole or not at all."
     if not is_main(): return
@@ -335,9 +339,10 @@ def check_saved(
     what = f'{path} is damaged, or was changed; what it holds'
     check_hash(what, about.get('hash'), lambda: content_hash(find(), about))
 
+@checked
 def load_statistic(
     cls:type, # of the result
-    path:str|Path, # a file that `save` wrote
+    path:PathName, # a file that `save` wrote
 )->Any: # of that class
     "Read what `save` wrote; `ValueError` for a file that is something else, or damaged."
     about = read_about(path, cls)

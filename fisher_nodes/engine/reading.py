@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
-from ..methods.method import one_line
+from ..methods.method import checked, one_line
 
 # %% ../../nbs/engine/01a_reading.ipynb #b87e27f8
 MEGA = 2**20
@@ -148,6 +148,7 @@ class _Loader(yaml.SafeLoader):
             known.add(k)
         return super().construct_mapping(node, deep)
 
+@checked
 def parse_yaml(
     text:str,
     name:str, # of the file, for the message

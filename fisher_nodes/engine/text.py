@@ -9,13 +9,13 @@ __all__ = ['KNOWN', 'NO_TEXT', 'STRINGS', 'LOOKED_AT', 'PROBES', 'plain_word', '
 
 # %% ../../nbs/engine/05a_text.ipynb #d370a3f0
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 from transformers import PreTrainedModel
 from ..core.families import FAMILIES
 from .files import TRAINED
 from .reading import load_json
+from ..methods.method import Count, checked, quoted
 
 # %% ../../nbs/engine/05a_text.ipynb #7849be2e
 KNOWN = ( # one text, or a pair in the order in which models read it
@@ -93,9 +93,9 @@ def check_text(
     text:str|Sequence[str]|None, # what the caller names; None names nothing
 )->list[str]:
     "The names as a list; `ValueError` unless there are one or two."
-    names = [text] if isinstance(text, str) else list(text or ())
+    names = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else []
     if text is None or (len(names) in (1,2) and all(isinstance(o, str) for o in names)): return names
-    raise ValueError(f'`text` must name one column or two, got {text!r}')
+    raise ValueError(f'`text` must name one column or two, got {quoted(text)}')
 
 def _among(kinds:Mapping[str,str])->str: return f'among {list(kinds)}'
 
@@ -145,13 +145,12 @@ def max_positions(
     skips = cfg.model_type in FAMILIES and FAMILIES[cfg.model_type].skips_padding
     return most and most - (cfg.pad_token_id+1 if skips else 0)
 
+@checked
 def text_limit(
     model:PreTrainedModel,
-    max_length:Any=None, # tokens asked for; None is the model's own limit
+    max_length:Count|None=None, # tokens asked for; None is the model's own limit
 )->int|None: # tokens; None for all
     "How much of a text is read; `ValueError` for what is no number of tokens."
-    if not (max_length is None or isinstance(max_length, Integral) and max_length>=1):
-        raise ValueError(f'`max_length` must be a whole number of at least 1, or None; got {max_length!r}')
     return min((o for o in (max_length, max_positions(model)) if o), default=None)
 
 def tokenize(

@@ -31,7 +31,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from ..core.places import find_nodes
 from ..core.fisher import per_example_loss
-from ..engine.batches import Batch, check_num_samples, collate, plan_lengths
+from ..engine.batches import Batch, collate, plan_lengths
 from ..engine.devices import find_device, precision_context, to_device
 from ..engine.files import write_record
 from ..engine.fingerprints import hash_weights
@@ -41,7 +41,7 @@ from ..engine.measure import (
     describe_run, linear_grams, mask_fisher, parameter_fisher, statistic_batches)
 from ..engine.memory import batch_budget, padded_tokens
 from ..engine.models import model_name
-from ..methods.method import STATISTICS
+from ..methods.method import STATISTICS, Count, checked
 from ..tasks.evaluation import predict
 
 # %% ../../nbs/experiment/05_bench.ipynb #02f3bbe0
@@ -372,15 +372,15 @@ def scaling(shape:str, model:PreTrainedModel, n:int)->Iterator[tuple[str,PreTrai
         yield 'depth', random_model(shape, model.device, k), dict(lengths=lengths)
     yield 'host', model, dict(lengths=random_lengths(16*n), steps=HOST)
 
+@checked
 def bench_shapes(
     shape:str, # a key of `SHAPES`
     device:str|torch.device='cpu',
-    num_samples:int|None=None, # None is 2,048 on a GPU and 128 elsewhere
-    rounds:int=3, # timed calls of each step
+    num_samples:Count|None=None, # None is 2,048 on a GPU and 128 elsewhere
+    rounds:Count=3, # timed calls of each step
     precisions:Sequence[str]|None=None, # None is all three on a GPU, 'fp32' elsewhere
 )->dict[str,Any]: # `steps`, one entry each, and what they ran on
     "Time the Fisher step of a shape at every precision, and how it scales."
-    check_num_samples(num_samples)
     where = find_device(device)
     some, every = (2048, ('fp32', 'tf32', 'bf16')) if where.type=='cuda' else (128, ('fp32',))
     n, precisions = num_samples or some, precisions or every

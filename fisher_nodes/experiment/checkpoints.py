@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from tqdm.auto import tqdm
-from ..engine.batches import check_num_samples
 from ..engine.files import TRAINED, OutputExistsError, check_folder, differences
 from ..engine.fingerprints import hash_weights
 from ..engine.measure import describe_data
 from ..engine.models import load_tokenizer, model_name
-from ..tasks.finetuning import check_recipe, finetune, first_layers, load_body
+from ..methods.method import Count, PathName, Positive, Seed, checked
+from ..tasks.finetuning import finetune, first_layers, load_body
 from ..tasks.tasks import GLUE, PAPER_TASKS, load_task
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #219b0069
@@ -124,15 +124,15 @@ def kept_record(
     return found
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #f9eb70a8
+@checked
 def wanted_records(
     base:str|Path, # the body that is fine-tuned
     data:Mapping[str,Any], # task to its training rows
-    num_samples:int|None=None, # rows to train on; None takes all
+    num_samples:Count|None=None, # rows to train on; None takes all
     epochs:float|None=None, # of every task; None takes the table's
     **recipe, # entries that all tasks share
 )->dict[str,dict]: # task to what `finetune.json` must say
     "What the record of every task must say."
-    check_num_samples(num_samples)
     def one(task, rows):
         start, of_table = RECIPES[task]
         count = len(rows) if num_samples is None else min(num_samples, len(rows))
@@ -194,24 +194,24 @@ def _plan(base:Any, out:Path, tasks:Sequence[str], recipe:dict)->tuple[dict,dict
     return data, wanted, found()
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #22b6d2b3
+@checked
 def finetune_glue(
     base:str|Path, # folder or Hub id of the body that all tasks start from
-    out:str|Path, # folder to fill, one folder per task in it
+    out:PathName, # folder to fill, one folder per task in it
     *,
     tasks:Sequence[str]|None=PAPER_TASKS, # which ones
     num_layers:int|None=None, # layers of the base to keep, from the first on; None keeps all
-    num_samples:int|None=None, # rows to train on per task; None takes all
-    learning_rate:float=1e-4, # peak of the schedule
-    batch_size:int=64,
-    epochs:float|None=None, # of every task; None takes those of `RECIPES`
+    num_samples:Count|None=None, # rows to train on per task; None takes all
+    learning_rate:Positive=1e-4, # peak of the schedule
+    batch_size:Count=64,
+    epochs:Positive|None=None, # of every task; None takes those of `RECIPES`
     precision:str|None=None, # of matrix products, 'fp32', 'tf32' or 'bf16'; not of weights
-    seed:int=0, # of the sample, the head, the order of rows and dropout
+    seed:Seed=0, # of the sample, the head, the order of rows and dropout
     device:Any=None, # where to train; None is a GPU if there is one
     progress:bool=True, # show progress over tasks, and that of `Trainer`
 )->dict[str,dict]: # task to its record, as in `finetune.json`
     "Fine-tune one checkpoint per GLUE task, or keep the ones that are there."
     out, tasks = Path(out), check_tasks(tasks)
-    check_recipe(1 if epochs is None else epochs, learning_rate, batch_size)
     same = dict(learning_rate=learning_rate, batch_size=batch_size, num_layers=num_layers,
         precision=precision, seed=seed)
     data, wanted, done = _plan(base, out, tasks, same | dict(num_samples=num_samples, epochs=epochs))

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 from ..core.fisher import MaskFisher
 from ..core.schemes import PAPER
-from ..engine.batches import check_num_samples, sample_rows
+from ..engine.batches import sample_rows
 from ..engine.devices import find_device
 from ..engine.files import differences, write_record
 from ..engine.fingerprints import hash_tensors
@@ -36,7 +36,7 @@ from ..engine.processes import (
     alone, exchange, find_rank, from_main, is_main, own_share, together)
 from .checkpoints import find_checkpoints
 from ..merging.run import load_base, merge
-from ..methods.method import METHODS, STATISTICS, Statistic
+from ..methods.method import METHODS, STATISTICS, Count, PathName, Statistic, checked
 from ..methods.released import RELEASED
 from ..tasks.evaluation import evaluate
 from ..tasks.labels import check_alignment, reorder_labels
@@ -133,18 +133,18 @@ class Cell:
 
 def _sample_seeds(samples:Sequence[int], seeds:Sequence[int])->list[tuple[int,int]]:
     "All pairs of a number of examples and a seed; `ValueError` for numbers that do not fit."
-    for n in samples: check_num_samples(n)
     counts = [*seeds]*len(samples) if len(seeds)==1 else [*seeds]
-    if len(counts)!=len(samples) or min(counts)<1:
-        raise ValueError('expected one number of seeds, at least 1, for each of the samples '
+    if len(counts)!=len(samples):
+        raise ValueError('`seeds`: expected one number of seeds, or one for each of the `samples` '
                          f'{list(samples)}; got {counts}')
     return [(n, s) for n,count in zip(samples, counts) for s in range(count)]
 
+@checked
 def plan_cells(
     names:Sequence[str], # of entries, see `find_entry`
-    samples:Sequence[int]=(128,), # numbers of examples
-    seeds:Sequence[int]=(1,), # how many at each number of examples; one number is for all
-    group_sizes:Sequence[int]=(2,), # models merged at once
+    samples:Sequence[Count|None]=(128,), # numbers of examples
+    seeds:Sequence[Count]=(1,), # how many at each number of examples; one number is for all
+    group_sizes:Sequence[Count]=(2,), # models merged at once
 )->list[Cell]: # those with the same samples follow each other
     "All cells of a grid; `ValueError` for an unknown name or numbers that do not fit."
     entries = {o: find_entry(o) for o in names}
@@ -531,9 +531,10 @@ def _write_errors(out:Path, checkpoints:Mapping[str,Checkpoint], precision:str|N
     if errors: write_record(out/'fisher_error.json', schema=SCHEMA, errors=errors)
 
 @together
+@checked
 def reproduce(
-    checkpoints:str|Path, # a name in `PAPER_CHECKPOINTS`, or a folder of folders, one a task
-    out:str|Path, # folder of results; an earlier run there is continued
+    checkpoints:PathName, # a name in `PAPER_CHECKPOINTS`, or a folder of folders, one a task
+    out:PathName, # folder of results; an earlier run there is continued
     *,
     methods:Sequence[str]=('average','mask-fisher'), # keys of `ENTRIES`, or registered methods
     samples:Sequence[int]=(128,), # numbers of examples
@@ -541,7 +542,7 @@ def reproduce(
     group_sizes:Sequence[int]=(2,), # models merged at once
     tasks:Sequence[str]|None=None, # which of the six; None takes all
     base:Any=None, # what all were fine-tuned from, for methods with task vectors
-    limit:int|None=None, # most validation rows of a task; None takes all
+    limit:Count|None=None, # most validation rows of a task; None takes all
     label_orders:Mapping[str,Sequence[int]]|None=None, # task -> order of a permuted head
     device:str|None=None, # where to measure and to score; None is where models load
     precision:str|None=None, # 'fp32', 'tf32', 'bf16', or None for the models as they are

@@ -63,7 +63,7 @@ def check_fishers(
     for task,o in fishers.items():
         if not isinstance(o, MaskFisher):
             raise TypeError(f'Fisher of {task!r} must be a MaskFisher, got {type(o).__name__}')
-        if not len(o): raise ValueError(f'Fisher of {task!r} has no layers')
+        if not all(map(len, o.kinds.values())): raise ValueError(f'Fisher of {task!r} has no layers')
         like = next(iter(fishers.values())) if same else o
         check_fisher(task, o, {k: [len(layer) for layer in v] for k,v in like.kinds.items()})
 

@@ -28,6 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
+from ..engine.batches import own_batches
+from ..methods.method import PathName, checked
 from ..engine.files import (
     MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged,
     read_list, replaced, sign, whole_folder)
@@ -129,6 +131,7 @@ def logits(self:Merged,
     "The logits of every task from one pass through the shared body."
     bare = [t for t,m in self.models.items() if m is self.body]
     if bare: raise ValueError(f'the models of {bare} have no task head, so there are no logits')
+    list(own_batches(self.body, [inputs], need_labels=False)) # refuses what no model can read
     out,answers = self.body(**inputs),{}
     for task,model in self.models.items():
         head = copy.copy(model)
@@ -178,7 +181,7 @@ def check_shard_size(
 ):
     "`ValueError` unless it is a size that files can have."
     if isinstance(size, int) and not isinstance(size, bool) and size>0: return
-    if isinstance(size, str) and re.fullmatch(r'[1-9][0-9]*[KMG]B', size): return
+    if isinstance(size, str) and re.fullmatch(r'[1-9][0-9]{0,17}[KMG]B', size): return
     raise ValueError(f'`max_shard_size` is {size!r}; '
                      'expected a number of bytes, or words such as 500MB or 5GB')
 
@@ -343,8 +346,9 @@ def save_rest(
 
 # %% ../../nbs/merging/04_merged.ipynb #999c149b
 @patch
+@checked
 def save_pretrained(self:Merged,
-    path:str|Path, # folder to write; made if missing
+    path:PathName, # folder to write; made if missing
     overwrite:bool=False, # whether it may hold something; an earlier merged model there is replaced
     *,
     scores:Mapping[str,Mapping[str,float]]|None=None, # task -> metric -> number, for card and report
@@ -431,8 +435,9 @@ def _load_tokenizers(path:Path, tasks:Sequence[str])->Any:
     return own if any(o is not None for o in own.values()) else None
 
 @patch(cls_method=True)
+@checked
 def from_pretrained(cls:Merged,
-    path:str|Path, # a folder that `save_pretrained` wrote, or the Hub id that `push_to_hub` wrote to
+    path:PathName, # a folder that `save_pretrained` wrote, or the Hub id that `push_to_hub` wrote to
     *,
     revision:str|None=None, # branch, tag or commit on the Hub
     token:str|bool|None=None, # for a private repository; None takes that of `hf auth login`
@@ -492,7 +497,7 @@ def push_to_hub(self:Merged,
     api = HfApi(token=token)
     name = _hub_name(api, repo_id)
     with TemporaryDirectory() as d:
-        folder = Path(d).resolve()/name.split('/')[-1]
+        folder = Path(d).resolve()/'model'
         self.save_pretrained(folder, scores=scores, repo_id=name)
         files,message = _additions(folder),commit_message or f'Merge {", ".join(self)}'
         with _one_line(f'cannot push to {name}'):

@@ -18,8 +18,8 @@ from ..engine.fingerprints import check_hash
 from ..engine.measure import saved_hash
 from ..engine.models import ModelReference
 from ..engine.reading import parse_yaml, read_text
-from .request import MergeRequest, can_name, check_names
-from ..methods.method import WRITTEN, explain, one_line
+from .request import MergeRequest, check_names
+from ..methods.method import WRITTEN, PathName, can_name, checked, explain, one_line
 
 # %% ../../nbs/merging/01_recipe.ipynb #cc20c6b5
 NAMED = ('models', 'data', 'fishers') # an entry for each task
@@ -170,13 +170,15 @@ def _check_pins(recipe:Mapping[str,Any]):
 
 def _validate(recipe:Mapping[str,Any])->MergeRequest:
     "The request that a recipe is."
-    given = {k: v for k,v in recipe.items() if k!='tokenizer'} # it was in memory, and is null
+    given = dict(recipe)
     if isinstance(given.get('fishers'), dict): given['fishers'] = entry_names(recipe, 'fishers')
     try: return MergeRequest.model_validate(given)
     except ValidationError as e: raise ValueError(explain(e, WRITTEN)) from None
+    except TypeError as e: raise ValueError(f'{e}; a recipe has none') from None
 
+@checked
 def read_recipe(
-    path:str|Path, # a YAML file
+    path:PathName, # a YAML file
 )->MergeRequest: # paths made absolute
     "Read a recipe and check all of it; `ValueError` naming the key, what was expected and what came."
     path = Path(path)

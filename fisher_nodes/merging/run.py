@@ -49,8 +49,9 @@ from .request import READING, MergeRequest, ask
 from .skeletons import open_model, outline
 from .store import (
     FileStore, MemoryStore, TensorSlot, check_stamp, file_stamp, make_file, read_slots)
-from ..methods.method import (
-    METHODS, STATISTICS, Job, ParameterStatistic, Rule, check_numbers, check_shapes, check_statistic)
+from fisher_nodes.methods.method import (
+    METHODS, STATISTICS, Count, Job, ParameterStatistic, PathName, Rule, check_numbers, check_shapes,
+    check_statistic, checked)
 from ..tasks.tasks import load_rows
 
 # %% ../../nbs/merging/07_run.ipynb #904dc33d
@@ -457,6 +458,7 @@ def merge_options(
     "What every merge takes."
 
 @delegates(merge_options, keep=True)
+@checked
 def merge(
     models:Mapping[str,Any]|Sequence[Any], # task -> model, folder, Hub id or reference; or a list of them
     fishers:Mapping[str,Any]|None=None, # task -> the method's statistic of that very model, or its file
@@ -635,11 +637,6 @@ def source_names(
     given = request.models | {'base': request.base}
     return {t: getattr(as_reference(o), 'name', None) for t,o in given.items()}
 
-def _check_threads(threads:Any):
-    "`ValueError` unless so many threads can be."
-    if threads is None or type(threads) is int and threads>0: return
-    raise ValueError(f'`threads` must be a whole number of at least 1, or None; got {threads!r}')
-
 def _fill(merged:Merged, request:MergeRequest, inputs:Inputs, store:FileStore, progress:bool):
     "Merge into files; `ValueError` if other weights were read than were meant."
     done = run(request, inputs, store, progress)
@@ -658,7 +655,6 @@ def merge_stored(
 )->Path: # the folder
     "Do from file to file what was asked."
     check_shard_size(max_shard_size)
-    _check_threads(threads)
     device,path = find_device(device),check_folder(Path(out).resolve(), overwrite)
     check_inputs(path, source_names(request), request.fishers)
     inputs = open_inputs(request)
@@ -680,15 +676,16 @@ def _check_no_measuring(given:Mapping[str,Any]):
     if odd: raise ValueError(f'`merge_files` measures nothing; it takes no {odd}')
 
 @delegates(merge_options, keep=True)
+@checked
 def merge_files(
     models:Mapping[str,Any]|Sequence[Any], # task -> folder, Hub id or reference; or a list of them
     fishers:Mapping[str,Any]|None=None, # task -> the method's statistic of that very model, or its file
     *,
-    out:str|Path, # folder to write; made if missing
+    out:PathName, # folder to write; made if missing
     max_shard_size:int|str='5GB', # of one file of the body
     overwrite:bool=False, # whether `out` may hold something; an earlier merged model there is replaced
     device:str|torch.device='cpu', # where blocks are combined
-    threads:int|None=None, # parameters worked on at once; None is one a core, at most four
+    threads:Count|None=None, # parameters worked on at once; None is one a core, at most four
     progress:bool=True, # show a progress bar when it takes more than two seconds
     **kwargs, # of the method, see `METHODS`
 )->Path: # the folder
@@ -701,9 +698,10 @@ def merge_files(
 class RecipeDiffers(UserWarning, ValueError):
     "A recipe was repeated, and gave other weights than it says."
 
+@checked
 def run_recipe(
-    path:str|Path, # a recipe file
-    out:str|Path, # folder for the merged model
+    path:PathName, # a recipe file
+    out:PathName, # folder for the merged model
     overwrite:bool=False, # whether it may hold something; an earlier merged model there is replaced
     *,
     device:str|torch.device|None=None, # where Fishers are measured, or blocks combined; None is up to each

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
@@ -78,8 +77,7 @@ def _dtype_of(
     config:PretrainedConfig,
     slots:Mapping[str,TensorSlot],
 )->torch.dtype|None: # None where files of several types leave it to transformers
-    "What transformers loads a model in: float32 before version 5, then as config or files say."
-    if int(transformers.__version__.split('.')[0])<5: return torch.float32
+    "What transformers loads a model in: as config or files say."
     stored = {o.stored for o in slots.values() if o.stored is not None and o.stored.is_floating_point}
     said = getattr(config, DTYPE, None)
     return said or (next(iter(stored)) if len(stored)==1 else None)

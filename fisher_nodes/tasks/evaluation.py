@@ -25,6 +25,7 @@ from ..engine.losses import batch_logits
 from ..engine.memory import batch_budget
 from ..engine.models import load_model, load_tokenizer
 from ..engine.processes import is_main
+from ..methods.method import Count, checked
 from .tasks import Task, as_task, check_task, score_predictions
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #f3535b4e
@@ -67,14 +68,15 @@ def run_model(
         return gather(model, batches, progress)
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #21393606
+@checked
 def predict(
     model:PreTrainedModel|str|Path, # a model with a head, a folder or a Hub id
     data:Any, # a `datasets.Dataset` (tokenised, or raw text), or an iterable of batches
     *,
     tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
-    max_length:int|None=None, # tokens kept of a raw row; None is the model's limit
+    max_length:Count|None=None, # tokens kept of a raw row; None is the model's limit
     text:str|Sequence[str]|None=None, # columns of raw text; None goes by record and names
-    batch_tokens:int|None=None, # most tokens in a batch; None suits the device
+    batch_tokens:Count|None=None, # most tokens in a batch; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # `fp32`, `tf32`, `bf16`, or None for the model as it is
     progress:bool=True, # show a progress bar when it takes more than two seconds
@@ -142,15 +144,16 @@ def task_text(
     there = is_raw(data) and not is_made(data) and bool(task.text) and set(task.text)<=set(data.column_names)
     return task.text if there else None
 
+@checked
 def evaluate(
     model:PreTrainedModel|str|Path, # a model with a head, a folder or a Hub id
     data:Any, # a `datasets.Dataset` (tokenised, or raw text), or batches, with labels
     task:Task|str|None=None, # or a name in `GLUE`; None is accuracy, or pearson of numbers
     *,
     tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
-    max_length:int|None=None, # tokens kept of a raw row; None is the task's or model's limit
+    max_length:Count|None=None, # tokens kept of a raw row; None is the task's or model's limit
     text:str|Sequence[str]|None=None, # columns of raw text; None goes by task, record and names
-    batch_tokens:int|None=None, # most tokens in a batch; None suits the device
+    batch_tokens:Count|None=None, # most tokens in a batch; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # `fp32`, `tf32`, `bf16`, or None for the model as it is
     progress:bool=True, # show a progress bar when it takes more than two seconds

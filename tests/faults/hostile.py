@@ -461,13 +461,14 @@ DATA_DOORS = dict(shell_fisher=(lambda h: main(['fisher', 'a', '--data', 'rows.c
 
 PACKAGE = str(Path(fisher_nodes.__file__).parent)
 
-def is_clear(e, here):
+NAMED = ('`', "'", '"', '--', 'row ', '/', ' is not a file', '.json', '.yml', '.safetensors')
+
+def is_clear(e, names=NAMED):
     "Whether an error is one bounded line of ours that names a file, a key or an option."
     text, last = str(e), e.__traceback__
     while last.tb_next: last = last.tb_next
     ours = last.tb_frame.f_code.co_filename.startswith(PACKAGE) or isinstance(e, OSError)
-    names = any(o in text for o in ('`', "'", '"', '--', 'row ', '/', ' is not a file', '.json', '.yml', '.safetensors'))
-    return isinstance(e, (ValueError, TypeError, FileNotFoundError, OSError)) and ours and names and is_line(text)
+    return isinstance(e, (ValueError, TypeError, FileNotFoundError, OSError)) and ours and any(o in text for o in names) and is_line(text)
 
 def is_line(text): return bool(text.strip()) and len(text) < 2500 and all(c.isprintable() for c in text)
 
@@ -510,7 +511,7 @@ def child(door, here, pipe):
     except Disagree as e: found = 'disagree', str(e)
     except BaseException as e:
         where = ''.join(traceback.format_exception(e)[-4:])[-1500:]
-        found = ('clear', str(e)) if is_clear(e, here) else ('memory' if isinstance(e, MemoryError) else 'unclear', f'{type(e).__name__}: {e}\n{where}'[:3000])
+        found = ('clear', str(e)) if is_clear(e) else ('memory' if isinstance(e, MemoryError) else 'unclear', f'{type(e).__name__}: {e}\n{where}'[:3000])
     if seen: found = 'read outside', seen[0]
     os.write(pipe, json.dumps(found).encode()[:60000])
     os._exit(0)

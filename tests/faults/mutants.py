@@ -6,8 +6,8 @@ One pytest session collects the quick tests, and a fork of it notes which lines 
 a fork in which a function has other code (or, for what stands outside of functions, in which everything is imported anew
 from changed source), and the tests that run its line are tried until one fails. mutmut passes over decorated functions,
 and here nearly all are: `@patch`, `@contextmanager`, `@merge_method`. Words are left alone: messages, docstrings, types.
-Outcomes are kept in `FILE.jsonl` beside the record; a second run tries only survivors and new mutants. A survivor is a
-missing test, dead code, or has its reason in `EXPLAINED`; the exit status is 0 if all have."""
+Outcomes are kept in `FILE.jsonl` beside the record; a second run tries only new mutants and survivors without a reason.
+A survivor is a missing test, dead code, or has its reason in `EXPLAINED`; the exit status is 0 if all have."""
 import argparse, ast, copy, gc, json, os, random, signal, sys, threading, time
 from collections import Counter
 from importlib.machinery import PathFinder, SourceFileLoader
@@ -32,14 +32,21 @@ EXPLAINED = { # how the key of a survivor begins -> why no test can notice
     'core.averaging | key = (kind:=weight_of(scheme, part)), part.kind if kind in BY_NODE else None, layer | part.kind if': 'a finer key of a cache',
     'core.blocks | yield bits if shift==3*_BITS else bits[bits>>shift==prefix] | bits if shift': 'a shortcut: all numbers begin with prefix 0',
     'core.blocks | if shift and counts[i]<=few: return as_float(held(shift).kthvalue(k+1).values) | if': 'a shortcut to the same number',
+    'core.fisher | return (torch.tensor(u, device=logits.device, dtype=edges.dtype)[:,None]>edges).sum(1) | torch.tensor(u, device=logits.device, dtype='
+    'edges.dtype)[:, None] > edges': 'a draw equals an edge once in 2**53 times',
     'core.nodes | CHUNK = ': 'how much is done at once, not what',
     'methods.dare | keep = torch.rand(vector.shape, generator=draw, dtype=torch.float64)<density | torch.rand(vector.shape, generator=draw, dtype='
     'torch.float64) < density': 'a draw equals a density once in 2**53 times',
     'methods.ties | blocks = [b for n,s in shapes.items() for b in cut(n, s, 4)] | 4 -> ': 'how much is read at once, not what',
     'engine.devices | return (v.pin_memory() if v.is_cpu and device.type==\'cuda\' else v).to(device, non_blocking=True) | True': 'speed, on a GPU',
+    'merging.run | if squares is not v or not (low>=0 and high<torch.inf): | if': 'a shortcut: numbers are looked at closely',
+    'merging.run | if squares is not v or not (low>=0 and high<torch.inf): | low >= 0 -> low > 0': 'a shortcut: numbers are looked at closely',
+    'merging.run | if squares is not v or not (low>=0 and high<torch.inf): | 0 -> 1': 'a shortcut: numbers are looked at closely',
     'merging.merged | split = split_torch_state_dict_into_shards(': 'the pattern is the default of the library',
     'merging.skeletons | return Skeleton(model, Blocks(body)) | return': 'a shortcut; transformers looks instead',
     'merging.skeletons | return found if whole and not old else None | return': 'a shortcut; transformers looks instead',
+    "merging.merged | (folder/'README.md').write_text(sign(str(card), '<!-- {} -->'), encoding='utf-8') | (folder / 'README.md').write_text(sign(str(card)"
+    ", '<!-- {} -->'), encoding='utf- -> (": 'UTF-8 is what these systems write anyway',
     'merging.merged | def __enter__(self): return self': 'what the block is called is not used',
     'engine.text | def read(t): return [dict(t(*o, truncation=True, max_length=16))': 'how much of the probes is compared, and in which pairs',
     'methods.method | _EXPECTED = ': 'wording: the sentence of pydantic stands in its place',
@@ -216,13 +223,13 @@ def few(items, cases):
     return [o for k, same in found.items() for o in same[::1 if QUICK[0] in k else -(-len(same)//cases)]]
 
 def chosen(m, traced, patience):
-    "The tests that run a mutant's line, or else its function or module; short ones first, of many files."
+    "The tests that run a mutant's line, or else its function or module; those written for mutants and short ones first, of many files."
     ran = {k: o['ran'].get(m['path'], ()) for k, o in traced.items()}
     fits = [k for k, o in ran.items() if (m['line'] in o if m['at'] else o or QUICK[0] in k)] or [k for k, o in ran.items() if m['at'] in o]
     ranks, cost = Counter(), {}
     for k in sorted(fits, key=lambda k: traced[k]['seconds']):
         ranks[k.partition('::')[0]] += 1
-        cost[k] = traced[k]['seconds']*ranks[k.partition('::')[0]]
+        cost[k] = traced[k]['seconds']*(1 if QUICK[0] in k else ranks[k.partition('::')[0]])
     kept = []
     for k in sorted(cost, key=cost.get):
         if not kept or (patience := patience-traced[k]['seconds']) > 0: kept.append(k)
@@ -240,7 +247,7 @@ class Loop:
         done = outcomes(self.args.out)
         with self.args.out.with_suffix('.jsonl').open('a') as log:
             for m in sample(self.args):
-                if done.get(m['key'], 'survived') == 'survived': self.one(m, log)
+                if m['key'] not in done or done[m['key']] == 'survived' and not why(m['key']): self.one(m, log)
         return True
     def one(self, m, log):
         ids = chosen(m, self.traced, self.args.patience)

@@ -56,7 +56,9 @@ def _shrink(config:PreTrainedConfig):
     n = min(has.get('vocab_size') or _WORDS, _WORDS)
     words = {k: _word(v, n) for k,v in has.items() if k.endswith('_token_id')}
     small = dict(vocab_size=n, max_source_positions=_FRAMES)
-    if isinstance(p:=has.get('patch_size'), int): small |= dict(image_size=_PATCHES*p, max_length=_PATCHES*p)
+    if isinstance(p:=has.get('patch_size'), int):
+        side = p*max(_PATCHES, 2*has.get('window_size', 0))
+        small |= dict(image_size=side, max_length=side)
     for k,v in (words | {k: v for k,v in small.items() if isinstance(has.get(k), int)}).items(): setattr(config, k, v)
 
 def _randomise(model:nn.Module):
@@ -134,7 +136,7 @@ def _pad(model:PreTrainedModel, ids:Tensor)->dict[str,Tensor]:
     "The second text is shorter than the first, where a model knows masks."
     takes,mask = inspect.signature(model.forward).parameters,torch.ones_like(ids)
     if 'attention_mask' not in takes: return dict(input_ids=ids)
-    mask[1:,_TOKENS//2+1:] = 0
+    mask[1:,-2:] = 0
     pad = getattr(model.config, 'pad_token_id', None) or 0
     found = dict(input_ids=torch.where(mask.bool(), ids, pad), attention_mask=mask)
     if 'global_attention_mask' in takes: found['global_attention_mask'] = (torch.arange(_TOKENS)<1)*mask
@@ -173,6 +175,8 @@ def project(
     return sum(o.flatten(1).sum(1) for o in parts)
 
 # %% ../../nbs/core/06_prove.ipynb #ecece5da
+_RANDOM = 'the forward pass is random: two passes differ'
+
 class Tape:
     "What modules read and write in a clean pass, to be put back in later ones."
     def __init__(self,
@@ -183,7 +187,7 @@ class Tape:
         self.run,self.inputs,self.outputs,self.clean = run,inputs,outputs,{}
         self._pass(self._record)
         self.replay()
-        if any(o.any() for o in self.moved.values()): raise ValueError('the forward pass is random')
+        if any(o.any() for o in self.moved.values()): raise ValueError(_RANDOM)
 
     def _record(self, place:tuple[str,str,int], x:Tensor)->Tensor:
         "Keep a copy."
@@ -207,17 +211,17 @@ class Tape:
 
     def replay(self,
         live:Callable[[str],bool]=lambda name: False, # modules whose outputs are not put back
-        push:Mapping[str,Tensor]={}, # what is added to the first output of a module
+        push:Mapping[str,Callable[[Tensor],Tensor]]={}, # what goes on instead of a module's clean output
     )->dict[str,Tensor]: # input -> how far each column moved, shape `(width,)`
         "A pass in which all is put back; what the modules would have read is compared."
         self.moved = {}
         def act(place, x):
             side,name,call = place
             clean = self.clean.get(place)
-            if clean is None: raise ValueError(f'{name!r} is called more often in some passes: the forward pass is random')
+            if clean is None: raise ValueError(_RANDOM)
             if side=='input': self.moved[name,call] = (x-clean).abs().reshape(-1, x.shape[-1])
             if side=='output' and live(name): return x
-            return clean+push[name] if side=='output' and name in push else clean.clone()
+            return push[name](clean) if side=='output' and name in push else clean.clone()
         self._pass(act)
         return self._columns()
 
@@ -245,6 +249,7 @@ class Case:
     inputs:Mapping[str,Tensor]
 
     def __post_init__(self):
+        self.model.requires_grad_(False)
         self.body,self.family = body_of(self.model),find_family(self.model)
         self.blocks = [o for o in find_nodes(self.model) if is_matrix(o.after.module)]
         self.mask = self.inputs.get('attention_mask')
@@ -380,10 +385,10 @@ def mask_gradients(case:Case, where:str)->tuple[Tensor,list[Tensor]]: # losses, 
 
 def _weight_gradients(case:Case)->dict[str,Tensor]: # parameter -> gradient of the summed losses
     "By ordinary differentiation."
-    params = dict(case.body.named_parameters())
+    params = dict(case.body.requires_grad_(True).named_parameters())
     with torch.enable_grad():
-        for p in params.values(): p.requires_grad_(p.is_floating_point())
         found = torch.autograd.grad(case.losses().sum(), list(params.values()), allow_unused=True)
+    case.body.requires_grad_(False)
     return {n: torch.zeros_like(p) if g is None else g for (n,p),g in zip(params.items(), found)}
 
 def _score(case:Case, block:Nodes, role:str, bias:bool, grads:Mapping[str,Tensor])->Tensor: # shape `(nodes,)`
@@ -426,8 +431,8 @@ def called_matrices(model:nn.Module, run:Callable[[],Any])->dict[str,nn.Module]:
     return {n: m for n,m in found.items() if n in called}
 
 def nudge(x:Tensor)->Tensor: # same shape
-    "Noise of the size of `x`."
-    return torch.randn_like(x)*x.abs().mean().clamp(min=1e-3)
+    "`x` with noise of its size."
+    return x+torch.randn_like(x)*x.abs().mean().clamp(min=1e-3)
 
 def direct(case:Case)->_Found:
     "No matrix moves a block that it is no part of."
@@ -435,7 +440,7 @@ def direct(case:Case)->_Found:
     tape = Tape(case.run, case.tape.inputs, matrices)
     for name in matrices:
         if case.family.plain and re.fullmatch(case.family.plain, f'{name}.weight'): continue
-        moved = tape.replay(push={name: nudge(tape.clean['output', name, 1])})
+        moved = tape.replay(push={name: nudge})
         for o in case.blocks:
             if f'{name}.weight' in o.slices or not (moved[o.name]>tape.least[o.name]).any(): continue
             yield o.name, _FOREIGN.format(o.name, name, _NAMES.get(o.kind, 'heads'))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ROLES', 'TESTS', 'seeded', 'make_twin', 'random_inputs', 'project', 'Tape', 'is_matrix', 'Case', 'node_codes',
            'role_slices', 'changed', 'ownership', 'partition', 'mask_gradients', 'identities', 'called_matrices',
-           'nudge', 'direct', 'literal_masks', 'alone', 'steps_of', 'complaints', 'Proof', 'make_case', 'prove']
+           'nudge', 'direct', 'literal_masks', 'alone', 'steps_of', 'complaints', 'Proof', 'make_copy', 'make_case',
+           'prove']
 
 # %% ../../nbs/core/06_prove.ipynb #f14659e1
 import inspect
@@ -378,7 +379,7 @@ _CLOSE = 1e-8 # relative
 
 def mask_gradients(case:Case, where:str)->tuple[Tensor,list[Tensor]]: # losses, and a block's, shape `(n, masks)`
     "Every example's gradient of every mask, by hooks."
-    with MaskGradients(case.model, where) as masks:
+    with torch.enable_grad(), MaskGradients(case.model, where) as masks:
         losses = case.losses()
         masks.per_example(losses)
         return losses.detach(), [g for o,g in zip(masks.blocks, masks.grads) if is_matrix(o.after.module)]
@@ -522,14 +523,23 @@ class Proof:
                 f'{self.seconds:.1f} s\n    passes: {tests}')
 
 # %% ../../nbs/core/06_prove.ipynb #6c6cdb7f
+def make_copy(
+    model:PreTrainedModel,
+    inputs:Mapping[str,Tensor]|None=None, # what it will read, if that is not made up
+    twin:bool=True, # a small model of the same config; otherwise the same in float64
+)->PreTrainedModel:
+    "A model that tests may change."
+    own = make_twin(model, shrink=inputs is None) if twin else deepcopy(model).cpu().double().eval()
+    for o in _nested(own.config): o.use_cache = False
+    return own.requires_grad_(False)
+
 def make_case(
     model:PreTrainedModel,
     inputs:Mapping[str,Tensor]|None=None, # for its body; by default made up
-    twin:bool=True, # try a small model of the same config; otherwise a copy in float64
+    twin:bool=True, # as in `make_copy`
 )->Case:
     "What the tests may change."
-    own = make_twin(model, shrink=inputs is None) if twin else deepcopy(model).cpu().double().eval()
-    for o in _nested(own.config): o.use_cache = False
+    own = make_copy(model, inputs, twin)
     return Case(own, random_inputs(body_of(own)) if inputs is None else inputs)
 
 def _count_passes(case:Case)->Counter: # test -> passes

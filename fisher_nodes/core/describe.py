@@ -165,12 +165,20 @@ def _classify(probe:Probe, found:Found, moved:Mapping[str,Tensor])->Found: # by 
         return replace(found, rows=_attention(probe, found, *found.inputs*3), size=many[0])
     return replace(found, why=_MANY.format(_listed([*moved])))
 
+def _stack(name:str)->str: return as_path(name).partition('{}')[0] # where a layer is
+
+def _in_order(probe:Probe)->list[str]:
+    "The matrices of layers, stack by stack as the model has them, in each as they are called."
+    stacks = list(dict.fromkeys(map(_stack, probe.inner)))
+    called = dict.fromkeys(n for _,n,_ in probe.tape.clean if n in probe.inner)
+    return sorted(called, key=lambda n: stacks.index(_stack(n)))
+
 def find_blocks(
     probe:Probe,
-)->list[Found]: # in the order of modules
+)->list[Found]: # stack by stack, in order of calls
     "The blocks of a model and what each may be."
     effects,found = {n: row_effects(probe, n) for n in probe.inner},[]
-    for output in probe.inner:
+    for output in _in_order(probe):
         moved = {n: effects[n][output] for n in probe.before(output)}
         parts = [n for n,o in moved.items() if not o.all()]
         one = Found(output, tuple(moved))
@@ -463,7 +471,7 @@ def describe(
         family = replace(base, blocks=tuple(r for u in units.values() for r in u.rows))
         lost = _reasons(found, units)
         if not family.blocks: raise ValueError(_NOTHING.format(kind, name, _in_words(lost)))
-        family,left = _finish(own, family, probe, {as_path(o.output).split('{}')[0] for o in found})
+        family,left = _finish(own, family, probe, {_stack(o.output) for o in found})
         left = {n: lost.get(n, o) for n,o in left.items()} | _prove(own, family, inputs)
     blocks,plain,more = _whole(model, family)
     return Description(kind, name, family, {o.name: dict(o.counts) for o in blocks},

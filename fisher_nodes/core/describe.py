@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_path', 'Probe', 'row_effects', 'is_query', 'Found', 'find_blocks', 'as_family', 'table', 'Unit', 'choose', 'Left',
-           'Description', 'describe']
+           'Description', 'describe', 'as_code']
 
 # %% ../../nbs/core/07_describe.ipynb #a345a9f5
 import inspect
@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from collections import Counter
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from itertools import count
+from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -135,7 +136,10 @@ _MANY = '{} move it: neither query, key and value nor a way up with or without a
 _NORM = 'one row of {!r} moves all heads; a norm over all heads?'
 _TOKENS = 'which of {} is the query cannot be told: each moves one token, or each several'
 
-def _listed(names:Sequence[str])->str: return ' and '.join(_below(_common(names), names)) # for messages
+def _listed(names:Sequence[str])->str: # for messages
+    "Modules by what their names do not share."
+    *most,last = _below(_common(names), names)
+    return f'{", ".join(most)} and {last}' if most else last.rpartition('.')[2]
 
 def _is_run(o:Tensor)->bool: # of columns, booleans
     "Whether several columns move, all side by side."
@@ -362,6 +366,12 @@ def _picture(blocks:Iterable[Nodes], family:Family, start:str)->tuple[str,...]:
         lines[f'{o.kind:5s} {kinds[0].path}: {_sizes_of(o)}; {_names_of(kinds[0])}'] += 1
     return tuple(f'{n} × {line}' for line,n in lines.items())
 
+def _by_reason(lost:Mapping[str,str])->list[str]:
+    "What has no place, once for all layers and all matrices of a block."
+    found = {}
+    for n,why in lost.items(): found.setdefault(why, {})[as_path(n).removesuffix('.weight')] = None
+    return [f'{_common([*o]) or "model"}: {_listed([*o])}: {why}' for why,o in found.items()]
+
 @dataclass(frozen=True)
 class Description:
     "What a model is, by numbers alone."
@@ -374,13 +384,18 @@ class Description:
     not_understood:Mapping[str,str] # matrix or table inside layers -> why it has no place
     seconds:float
 
+    @property
+    def refusal(self)->str:
+        "One line about what is not understood."
+        return f'{self.model} ({self.name}) has matrices inside layers without a place: {"; ".join(_by_reason(self.not_understood))}'
+
     def __repr__(self)->str:
-        nodes,lost = sum(sum(o.values()) for o in self.blocks.values()),{as_path(n): o for n,o in self.not_understood.items()}
+        nodes,lost = sum(sum(o.values()) for o in self.blocks.values()),_by_reason(self.not_understood)
         done = 'of which a part is not understood' if lost else f'proved in {self.seconds:.1f} s'
-        what = f'{len(lost)} matrices inside layers have no place:' if lost else 'every matrix inside a layer has its place'
+        what = f'{len(self.not_understood)} matrices inside layers have no place:' if lost else 'every matrix inside a layer has its place'
         return '\n'.join([f'{self.model} ({self.name}): {len(self.blocks)} blocks, {nodes} mask nodes, {done}',
             *(f'    {o}' for o in self.picture), f'      plain: {len(self.plain)} parameters; {what}',
-            *(f'      {n}: {why}' for n,why in lost.items())])
+            *(f'      {o}' for o in lost)])
 
 # %% ../../nbs/core/07_describe.ipynb #1ce8cfa9
 def _body(model:PreTrainedModel)->str: # of a `Family`
@@ -406,7 +421,7 @@ def _pattern(names:Iterable[str])->str: # of a `Family`
     return '|'.join(sorted({re.escape(as_path(n)).replace(r'\{\}', r'\d+') for n in names}))
 
 # %% ../../nbs/core/07_describe.ipynb #453ef9ce
-_NOTHING = '{} ({}): no heads and no neurons were found{}'
+_NOTHING = '{} ({}): no heads and no neurons were found. {}'
 
 def _look(own:PreTrainedModel, inputs:Mapping[str,Tensor]|None)->tuple[Probe,list[Found],Family]:
     "What the model shows: what moves what, the blocks, and a row without them."
@@ -436,10 +451,6 @@ def _finish(own:PreTrainedModel, family:Family, probe:Probe, stacks:set[str])->t
     return replace(family, plain=_pattern(plain)), {n: left.why(n) for n in names if n not in plain}
 
 # %% ../../nbs/core/07_describe.ipynb #4d124cce
-def _in_words(lost:Mapping[str,str])->str:
-    "What is not understood, once for all layers."
-    return ''.join(f'; {n}: {why}' for n,why in {as_path(n): o for n,o in lost.items()}.items())
-
 def _prove(own:PreTrainedModel, family:Family, inputs:Mapping[str,Tensor]|None)->dict[str,str]: # block -> complaint
     "The tests that are about all blocks."
     with as_family(own, family):
@@ -470,9 +481,21 @@ def describe(
         choose(own, base, random_inputs(body_of(own)) if inputs is None else inputs, units)
         family = replace(base, blocks=tuple(r for u in units.values() for r in u.rows))
         lost = _reasons(found, units)
-        if not family.blocks: raise ValueError(_NOTHING.format(kind, name, _in_words(lost)))
+        if not family.blocks: raise ValueError(_NOTHING.format(kind, name, '; '.join(_by_reason(lost))))
         family,left = _finish(own, family, probe, {_stack(o.output) for o in found})
         left = {n: lost.get(n, o) for n,o in left.items()} | _prove(own, family, inputs)
     blocks,plain,more = _whole(model, family)
     return Description(kind, name, family, {o.name: dict(o.counts) for o in blocks},
         _picture(blocks, family, probe.start), plain, left or more, time.time()-start)
+
+# %% ../../nbs/core/07_describe.ipynb #ae7c9c90
+def _by_default(f:Field)->Any:
+    "The default of a field, if there is one."
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+def as_code(o:Any)->str: # of a `Family`, or of what is in one
+    "A row as Python reads it, without what is so by default."
+    if isinstance(o, tuple): return f'({", ".join(map(as_code, o))}{"," if len(o)==1 else ""})'
+    if not is_dataclass(o): return repr(o)
+    said = {f.name: getattr(o, f.name) for f in fields(o) if getattr(o, f.name)!=_by_default(f)}
+    return f'{type(o).__name__}({", ".join(f"{k}={as_code(v)}" for k,v in said.items())})'

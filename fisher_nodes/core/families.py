@@ -193,6 +193,9 @@ MIXTURES = {'mixtral': _mixture(r'.*\.mlp\.gate\..*'), 'qwen3_moe': _mixture(r'.
 FAMILIES = ENCODERS | DECODERS | ENCODER_DECODERS | SENSES | MIXTURES
 
 # %% ../../nbs/core/00_families.ipynb #7b308207
+_NO_ROW = ('family {0!r} has no row; `describe(model)` (`fisher-nodes describe MODEL`) finds one by numbers, '
+           'to be put into `FAMILIES[{0!r}]`')
+
 def find_family(
     model:PreTrainedModel, # any Hugging Face model, with or without a task head
 )->Family:
@@ -201,7 +204,7 @@ def find_family(
         raise TypeError(f'expected a transformers PreTrainedModel, got {type(model).__name__}')
     name = model.config.model_type
     if name in FAMILIES: return FAMILIES[name]
-    raise ValueError(f'model family {name!r} is not supported; supported: {", ".join(FAMILIES)}')
+    raise ValueError(_NO_ROW.format(name))
 
 # %% ../../nbs/core/00_families.ipynb #fam10011
 _GENERATIVE = ('ForCausalLM', 'LMHeadModel', 'ForConditionalGeneration', 'ForMaskedLM')

@@ -59,13 +59,13 @@ def cut(
 
 # %% ../../nbs/core/05_blocks.ipynb #55830b5d
 def row_shares(
-    shares:Tensor, # shape `(M, rows)`, or `(M, 1)` if all rows are alike
+    shares:Tensor, # shape `(M, rows)`, `(M, experts, rows)`, or `(M, 1)` if all rows are alike
     name:str, # may be a `Block`
-    axis:int=0, # that the shares lie along
+    axis:int|tuple[int,...]=0, # that the shares lie along; the first of several is 0
 )->Tensor: # of the rows that are meant
     "Each model's shares of the rows that are meant."
-    rows = rows_meant(name)
-    return shares if axis or shares.shape[1]==1 or rows is ... else shares[:,rows]
+    rows,first = rows_meant(name),axis[0] if isinstance(axis, tuple) else axis
+    return shares if first or shares.shape[1]==1 or rows is ... else shares[:,rows]
 
 # %% ../../nbs/core/05_blocks.ipynb #76eac1b9
 _BITS = 21 # three times this is a double without its sign

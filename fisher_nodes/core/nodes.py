@@ -8,11 +8,13 @@ __all__ = ['CHUNK', 'FFN_SITES', 'sum_type', 'plain_sums', 'node_gradients', 'ma
 # %% ../../nbs/core/01_nodes.ipynb #126b0eb1
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
+from .experts import routed_sums, watched_experts
 from .places import Nodes, Site, find_nodes
 
 # %% ../../nbs/core/01_nodes.ipynb #4c50d333
@@ -70,21 +72,34 @@ class MaskGradients:
     ):
         self.blocks,self.sums = find_nodes(model),sums
         self.sites = mask_sites(self.blocks, ffn_mask)
-        self.handles = []
+        self.model,self.open = model,ExitStack()
         self.forget()
 
     def __enter__(self):
-        self.handles = [self._attach(k, site) for k,site in enumerate(self.sites)]
+        with ExitStack() as stack:
+            for p in self.model.parameters():
+                if p.requires_grad: stack.callback(p.requires_grad_(False).requires_grad_)
+            for k,site in enumerate(self.sites):
+                if not site.experts: stack.callback(self._attach(k, site).remove)
+            if any(o.experts for o in self.sites): stack.enter_context(self._experts())
+            self.open = stack.pop_all()
         return self
 
     def __exit__(self, *_):
-        for h in self.handles: h.remove()
-        self.handles = []
+        self.open.close()
         self.forget()
 
     def forget(self):
         "Drop what an unfinished pass left behind."
-        self.leaves,self.grads,self.used = [],[],False
+        self.leaves,self.grads,self.called,self.used = [],[],set(),False
+
+    def _experts(self):
+        found = {k: o for k,o in enumerate(self.sites) if o.experts}
+        side, = {o.side for o in found.values()}
+        return watched_experts({o.module: partial(self._routed, k) for k,o in found.items()}, side)
+
+    def _routed(self, k:int, z:Tensor, expert:int, token:Tensor, total:int)->Tensor: # of some tokens
+        return self._watch(k, z, None, (expert, token, total))
 
     def _attach(self, k:int, site:Site):
         def at_output(m, args, z): return self._watch(k, z, m.bias)
@@ -94,15 +109,18 @@ class MaskGradients:
 
 # %% ../../nbs/core/01_nodes.ipynb #3a0d9d8d
 _OVERWRITTEN = 'the model writes into what block {!r} masks, so its gradient would be of other numbers'
+_ONE_ROW = '{} losses for {} rows in the body; one example must be one row, or neighbouring rows'
 _PASSES = 'two passes through the body have {} and {} rows; one example must be one row'
 
 @patch
-def _watch(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None=None)->Tensor:
+def _watch(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None=None, routed:tuple=())->Tensor:
     "Ask for the gradient of `x` at site `k`; the first, and one below which nothing asks, becomes a leaf."
-    if self.used or not self.leaves or not x.requires_grad:
+    if self.used: self.forget()
+    if not self.leaves or not x.requires_grad:
         x = x.detach().requires_grad_()
-        self.leaves,self.used = [*([] if self.used else self.leaves), x],False
-    x.register_hook(partial(self._add, k, x.detach(), x._version, bias))
+        self.leaves.append(x)
+    self.called.add(k)
+    x.register_hook(partial(self._add, k, x.detach(), x._version, bias, routed))
     return x
 
 def _by_example(site:Site, x:Tensor, n:int)->Tensor: # shape `(B, T, width)`
@@ -111,10 +129,20 @@ def _by_example(site:Site, x:Tensor, n:int)->Tensor: # shape `(B, T, width)`
     return x if x.ndim==3 and not folds else x.reshape(n if folds else len(x), -1, x.shape[-1])
 
 @patch
-def _add(self:MaskGradients, k:int, x:Tensor, version:int, bias:Tensor|None, grad:Tensor):
+def _add_routed(self:MaskGradients, k:int, x:Tensor, grad:Tensor, expert:int, token:Tensor, total:int):
+    "Add the mask gradients of one expert's tokens."
+    site,n = self.sites[k],self.examples
+    if total%n: raise ValueError(_ONE_ROW.format(n, total))
+    if self.grads[k] is None: self.grads[k] = x.new_zeros(n, site.nodes, dtype=sum_type(x))
+    if site.columns is not None: x,grad = x[:,site.columns],grad[:,site.columns]
+    self.grads[k].unflatten(1, (site.experts,-1))[:,expert] += routed_sums(x, grad, token, total//n, n)
+
+@patch
+def _add(self:MaskGradients, k:int, x:Tensor, version:int, bias:Tensor|None, routed:tuple, grad:Tensor):
     "Add the mask gradients of site `k` to those of the same backward pass."
-    site,old = self.sites[k],self.grads[k]
     if x._version!=version: raise ValueError(_OVERWRITTEN.format(self.blocks[k].name))
+    if routed: return self._add_routed(k, x, grad, *routed)
+    site,old = self.sites[k],self.grads[k]
     x,grad = [_by_example(site, o, self.examples) for o in (x, grad)]
     if site.columns is not None:
         x,grad,bias = [o if o is None else o[...,site.columns] for o in (x, grad, bias)]
@@ -138,18 +166,35 @@ def per_example(self:MaskGradients,
     return self._by_kind(len(losses))
 
 # %% ../../nbs/core/01_nodes.ipynb #881045f6
-def _check_reached(layer:int, g:Tensor|None, n:int):
-    "`ValueError` unless a site saw `n` rows, and a gradient reached it."
+_NEVER = 'the {} of {!r} is never called; its {} cannot be read'
+_AT = dict(head=('attention output','heads'), cross=('attention output','heads'))
+
+@patch
+def _fill(self:MaskGradients, n:int):
+    "Zeros for the towers of which no site was called."
+    called,zeros = {self.blocks[k].tower for k in self.called},self.leaves[0].new_zeros
+    for k,o in enumerate(self.blocks):
+        if o.tower and o.tower not in called:
+            self.grads[k] = zeros(n, self.sites[k].nodes, dtype=sum_type(self.leaves[0]))
+
+@patch
+def _check_reached(self:MaskGradients, k:int, n:int):
+    "`ValueError` unless site `k` was called with `n` rows, and a gradient reached it."
+    block,g = self.blocks[k],self.grads[k]
+    if g is None and k not in self.called:
+        what,nodes = _AT.get(block.kind, ('matrix','neurons'))
+        raise ValueError(_NEVER.format(what, block.name, nodes))
     if g is None:
-        raise ValueError(f'no gradient reached layer {layer}: do the losses depend on the whole body?')
-    if len(g)!=n: raise ValueError(f'{n} losses for {len(g)} rows in the body; one example must be one row')
+        raise ValueError(f'no gradient reached layer {block.layer}: do the losses depend on the whole body?')
+    if len(g)!=n: raise ValueError(_ONE_ROW.format(n, len(g)))
 
 @patch
 def _by_kind(self:MaskGradients, n:int)->dict[str,list[Tensor]]:
     "The collected gradients by kind and layer; those of a key head's queries are added up (@eq-group)."
     found = {}
-    for block,g in zip(self.blocks, self.grads):
-        _check_reached(block.layer, g, n)
+    self._fill(n)
+    for k,(block,g) in enumerate(zip(self.blocks, self.grads)):
+        self._check_reached(k, n)
         for kind,nodes in block.counts.items():
             part = g if nodes==g.shape[1] else g.unflatten(1, (nodes,-1)).sum(-1)
             found.setdefault(kind, []).append(part)

@@ -9,7 +9,7 @@ __all__ = ['out_axis', 'sizes', 'split_roles', 'Slice', 'Site', 'Nodes', 'head_s
 # %% ../../nbs/core/00a_places.ipynb #c6cc6365
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 import torch
@@ -48,9 +48,9 @@ class Slice:
     "Rows of one parameter with one role."
     role:str # what a merging scheme calls it
     kind:str='' # of nodes: 'head', 'group' (of queries, one key head), 'row', …; none without nodes
-    axis:int|tuple[int,int]=0 # that the rows lie along; two for the neurons of experts
+    axis:int|tuple[int,int]=0 # that the rows lie along; for experts theirs, and that of the rows in each
     rows:Tensor|None=None # their places, shape `(n,)`; None is the whole parameter
-    nodes:Tensor|None=None # the node of each, shape `(n,)`
+    nodes:Tensor|None=None # the node of each, shape `(n,)`, or `(experts, n)`
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -60,6 +60,7 @@ class Site:
     nodes:int # number of masks, each of as many neighbouring columns
     columns:slice|None=None # those the masks multiply; None is all
     fold:bool=False # whether tokens of one example may follow each other along the first axis
+    experts:int=0 # how many there are, where the module is of experts
 
 @dataclass(frozen=True, eq=False)
 class Nodes:
@@ -73,6 +74,7 @@ class Nodes:
     site:Site # where the paper's masks stand
     after:Site # after the activation, where the released code's FFN masks stand; for heads the same
     norm:str='' # the norm that goes with the block, if schemes are to name it
+    tower:str='' # the stack it is in, where a loss may leave whole stacks out
 
 # %% ../../nbs/core/00a_places.ipynb #fa000010
 _Pairs = Iterator[tuple[str,Slice]] # parameters and what they hold
@@ -171,7 +173,8 @@ def _attention_slices(b:Attention, name:str, block:nn.Module, o:_Heads)->_Pairs:
         path = getattr(b, role)
         yield from _matrix(block.get_submodule(path), f'{name}.{path}', role, *_laid(o, role, rows))
     for path,role in b.also:
-        if _has(block, path): yield from _matrix(block.get_submodule(path), f'{name}.{path}', role, *_laid(o, role))
+        if not _has(block, path): continue
+        yield from _matrix(block.get_submodule(path), f'{name}.{path}', role, *_laid(o, role))
     for path,role in b.raw:
         kind,rows,nodes = _laid(o, role)
         yield f'{name}.{path}', Slice(role, kind, 0, rows, nodes)
@@ -220,13 +223,35 @@ def _ffn(b:FFN, name:str, layer:int, block:nn.Module, config)->Nodes:
     site = Site(up, 'output', D, _columns(rows['ffn_in'], sizes(up)[1]))
     return Nodes(name, layer, b.kind, dict(row=D), 1, slices, site, Site(down, 'input', D))
 
+# %% ../../nbs/core/00a_places.ipynb #34f695db
+def _expert_slices(b:Experts, name:str, block:nn.Module, D:int)->_Pairs:
+    "Every parameter of a layer of experts, and what it holds."
+    E,rows = len(block.get_parameter(b.down)),_neuron_rows(b, D)
+    module = block.get_submodule(b.up.rpartition('.')[0])
+    nodes,out = torch.arange(E*D).view(E, D),2 if module.is_transposed else 1
+    for role,path in (dict(ffn_in=b.up) | (dict(gate=b.gate) if b.gate else {})).items():
+        yield f'{name}.{path}', Slice(role, b.kind, (0, out), rows[role], nodes)
+        if module.has_bias: yield f'{name}.{path}_bias', Slice(role, b.kind, (0, 1), rows[role], nodes)
+    yield f'{name}.{b.down}', Slice('ffn_out', b.kind, (0, 3-out), torch.arange(D), nodes)
+    if module.has_bias: yield f'{name}.{b.down}_bias', Slice('ffn_out')
+
+def _experts(b:Experts, name:str, layer:int, block:nn.Module, config)->Nodes:
+    "Compile the neurons of one layer's experts."
+    module,down = block.get_submodule(b.up.rpartition('.')[0]),block.get_parameter(b.down)
+    out = 2 if module.is_transposed else 1
+    E,D,width = len(down),down.shape[3-out],block.get_parameter(b.up).shape[out]
+    rows,slices = _neuron_rows(b, D),_collect(_expert_slices(b, name, block, D))
+    site = Site(module, 'output', E*D, _columns(rows['ffn_in'], width), experts=E)
+    return Nodes(name, layer, b.kind, {b.kind: E*D}, 1, slices, site, Site(module, 'input', E*D, experts=E))
+
 # %% ../../nbs/core/00a_places.ipynb #fa000017
-_COMPILE = {Attention: _attention, FFN: _ffn}
-_MODULES = {Attention: ('query','key','value','output'), FFN: ('up','down','gate')}
+_COMPILE = {Attention: _attention, FFN: _ffn, Experts: _experts}
+_MODULES = {Attention: ('query','key','value','output')} | dict.fromkeys([FFN, Experts], ('up','down','gate'))
 
 def _has(block:nn.Module, path:str)->bool:
-    "Whether a module is there."
-    try: return bool(path and block.get_submodule(path))
+    "Whether a module or a parameter is there."
+    above,_,last = path.rpartition('.')
+    try: return bool(path) and hasattr(block.get_submodule(above), last)
     except AttributeError: return False
 
 def _missing(b:Attention|FFN|Experts, block:nn.Module)->list[str]:
@@ -248,9 +273,9 @@ def _places(path:str, modules:Mapping[str,nn.Module])->list[tuple]: # numbers an
 def _stack(path:str)->str: return path.split('{}')[0] # where a path's layers are
 
 def _rows(family:Family)->list[list[Attention|FFN|Experts]]:
-    "Rows of one kind and path, of which the first that fits is meant."
+    "Rows of heads, or of neurons, at one path, of which the first that fits is meant."
     found = {}
-    for b in family.blocks: found.setdefault((type(b), b.path), []).append(b)
+    for b in family.blocks: found.setdefault((isinstance(b, Attention), b.path), []).append(b)
     return list(found.values())
 
 def _in_order(family:Family, modules:Mapping[str,nn.Module])->list[tuple[Any,str]]: # row and name
@@ -275,13 +300,15 @@ def find_nodes(
     "The compiled blocks of a body; `ValueError` naming what does not fit."
     family,body,layers,out = find_family(model),body_of(model),Counter(),[]
     start = _prefix(model, family)
-    named,fold = body.named_modules(remove_duplicate=False),family.fold or type(model).__name__.endswith(_CHOICES)
+    fold = family.fold or type(model).__name__.endswith(_CHOICES)
+    named = body.named_modules(remove_duplicate=False)
     modules = {n.removeprefix(start): m for n,m in named if n.startswith(start)}
     for b,name in _in_order(family, modules):
         found = _COMPILE[type(b)](b, start+name, layers[b.kind], modules[name], body.config)
         norm = f'{start}{name}.{b.norm}' if getattr(b, 'norm', '') else ''
         site,after = [replace(o, fold=fold) for o in (found.site, found.after)]
-        out.append(replace(found, norm=norm, site=site, after=after))
+        tower = start+_stack(b.path) if family.towers else ''
+        out.append(replace(found, norm=norm, site=site, after=after, tower=tower))
         layers[b.kind] += 1
     if not out: raise ValueError(f'the body has no blocks at {[o.path for o in family.blocks]}')
     return out
@@ -311,14 +338,14 @@ def _layers(blocks:list[Nodes], family:Family, prefix:str)->dict[str,int]: # pat
 # %% ../../nbs/core/00a_places.ipynb #ed88dbec
 _WITHOUT = 'parameter {!r} belongs to 0 parts of the architecture; expected exactly one'
 
-def _in_layer(name:str, family:Family, prefix:str)->bool:
+def _in_layer(name:str, family:Family)->bool:
     "Whether a parameter lies inside a layer."
-    starts = {re.escape(prefix+_stack(b.path)) for b in family.blocks}
+    starts = {re.escape(_stack(b.path)) for b in family.blocks}
     return any(re.match(rf'{o}\d+\.', name) for o in starts)
 
 def find_places(
     model:PreTrainedModel, # with or without a task head
-)->dict[str,Place]: # for every floating-point tensor of the body's state, in its order
+)->dict[str,Place]: # for every floating-point parameter of the body, as `named_parameters` has them
     "The place of every parameter; `ValueError` naming a matrix inside a layer that has none."
     family,blocks = find_family(model),find_nodes(model)
     prefix = _prefix(model, family)
@@ -328,11 +355,12 @@ def find_places(
         if name in owned: return owned[name]
         role,layer = norms.get(name.rpartition('.')[0], (None, None))
         if role: return Place((Slice(role),), layer)
-        if t.ndim>1 and _in_layer(name, family, prefix) and not re.fullmatch(family.plain, name):
+        short = name.removeprefix(prefix)
+        if t.ndim>1 and _in_layer(short, family) and not re.fullmatch(family.plain, short):
             raise ValueError(_WITHOUT.format(name))
-        role = next((r for r,pattern in family.roles.items() if re.fullmatch(pattern, name)), 'other')
+        role = next((r for r,pattern in family.roles.items() if re.fullmatch(pattern, short)), 'other')
         return Place((Slice(role),), next((i for o,i in layers.items() if name.startswith(o)), None))
-    return {n: place(n, t) for n,t in body_of(model).state_dict().items() if t.is_floating_point()}
+    return {n: place(n, p) for n,p in body_of(model).named_parameters() if p.is_floating_point()}
 
 # %% ../../nbs/core/00a_places.ipynb #164390cd
 def count_nodes(

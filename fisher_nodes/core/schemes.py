@@ -24,7 +24,7 @@ WHOLE:dict[str,Callable[[MaskFisher,int|None],Tensor]] = dict(
     head_mean=lambda f,i: f.heads[i].double().mean()[None],
     row_mean=lambda f,i: f.rows[i].double().mean()[None],
     universal=_universal)
-BY_NODE = dict(head=('head','group'), row=('row',)) # weight -> kinds of nodes that have it
+BY_NODE = dict(head=('head','group','cross','cross_group'), row=('row',)) # weight -> kinds of nodes
 KINDS = (*BY_NODE, *WHOLE)
 
 # %% ../../nbs/core/03_schemes.ipynb #3e2479df

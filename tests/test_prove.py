@@ -12,23 +12,21 @@ from fisher_nodes.core import places
 from fisher_nodes.core.families import FAMILIES, FFN
 from fisher_nodes.core.places import find_places
 from fisher_nodes.core.prove import TESTS, Case, complaints, make_case, make_twin, node_codes, prove, random_inputs, steps_of
-from zoo import BASE, ZOO, build
+from zoo import ZOO, build
 
 transformers.logging.set_verbosity_error()
 
-OVER_HEADS = ('olmo2', 'olmo3') # a norm over all heads mixes them
-NOT_YET = { # case -> what is missing in its row
-    'deberta-talking': 'talking heads mix heads', 'cohere-norms': 'norms of each head are a matrix'}
-EXPERTS = [o for o in ZOO if o.startswith(('mixtral', 'qwen3_moe', 'gpt_oss'))]
+MIXED = { # case -> the matrix whose rows move other heads too: a norm over all heads, or heads that talk
+    'olmo2': "'q_proj'", 'olmo3': "'q_proj'", 'deberta-talking': "'self.in_proj'"}
 
-@pytest.mark.parametrize('name', [o for o in ZOO if o not in (*OVER_HEADS, *NOT_YET, *EXPERTS)])
+@pytest.mark.parametrize('name', [o for o in ZOO if o not in MIXED])
 def test_every_row_proves_itself(name):
     proof = prove(build(name), progress=False)
     assert set(proof.tests)==set(TESTS) and proof.blocks
 
-@pytest.mark.parametrize('name', OVER_HEADS)
-def test_a_norm_over_all_heads_is_seen(name):
-    with pytest.raises(ValueError, match="rows of query in 'q_proj' move heads they do not belong to"): prove(build(name), progress=False)
+@pytest.mark.parametrize('name', MIXED)
+def test_what_mixes_heads_is_seen(name):
+    with pytest.raises(ValueError, match=f"rows of query in .*{MIXED[name]}.* move heads they do not belong to"): prove(build(name), progress=False)
 
 def test_one_head_of_ownership_is_right_without_the_norm_over_heads():
     model = make_twin(build('olmo2'))
@@ -85,3 +83,42 @@ def test_a_wrong_row_is_caught(name, monkeypatch):
     print(name, found)
     assert tests<=found and (len(tests)>1 or found<=tests | {'direct'}), found
     with pytest.raises(ValueError): prove(model, progress=False)
+
+# --- and what goes with it ------------------------------------------------------------------
+
+def test_nothing_of_the_caller_changes():
+    model = build('llama-grouped').float().train()
+    state = {k: o.clone() for k, o in model.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    prove(model, twin=False, progress=False)
+    assert torch.equal(torch.get_rng_state(), states[0]) and (random.getstate(), np.random.get_state()[1].tolist())==states[1:]
+    assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    assert model.training and model.dtype==torch.float32 and all(o.requires_grad for o in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+def test_own_inputs_and_without_gradients():
+    model = build('bert')
+    inputs = dict(input_ids=torch.randint(4, 60, (3, 9)), attention_mask=torch.tensor([[1]*9, [1]*5+[0]*4, [1]*7+[0]*2]))
+    with torch.no_grad(): proof = prove(model, inputs, halves=8, progress=False)
+    assert proof.tests['ownership']<40 and 'proved in' in repr(proof)
+
+def test_codes_tell_any_two_nodes_apart():
+    for n in (1, 2, 3, 12, 64):
+        codes = torch.stack(node_codes(n))
+        assert all((codes[:, i]!=codes[:, j]).any() for i in range(n) for j in range(i)) and codes.any(0).all()
+
+def test_a_random_forward_is_refused():
+    model = build('bert').train()
+    model.encoder.layer[0].attention.output.register_forward_hook(lambda m, args, z: z+torch.rand_like(z))
+    with pytest.raises(ValueError, match='the forward pass is random'): prove(model, twin=False, progress=False)
+
+def test_a_family_that_cannot_be_made_smaller_says_so(monkeypatch):
+    model = build('bert')
+    def fail(*args, **kwargs): raise TypeError('no such config')
+    monkeypatch.setattr(type(model), '_from_config', fail)
+    with pytest.raises(ValueError, match='cannot be made smaller .TypeError: no such config.; give `twin=False`'): prove(model, progress=False)
+    assert prove(model, twin=False, progress=False).blocks==4
+
+def test_a_family_without_a_row_is_told_how_to_get_one():
+    with pytest.raises(ValueError, match='`describe.model.`.*fisher-nodes describe MODEL'): prove(transformers.CTRLModel(transformers.CTRLConfig(
+        vocab_size=60, n_embd=16, n_layer=1, n_head=2, dff=8, n_positions=10)))

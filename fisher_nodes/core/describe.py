@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from .families import FAMILIES, FFN, Attention, Family, body_of
 from .places import Nodes, find_nodes, find_places, out_axis, sizes
-from .prove import Case, Tape, called_matrices, complaints, is_matrix, make_copy, make_twin, nudge, random_inputs, seeded, steps_of
+from fisher_nodes.core.prove import (
+    Case, Tape, called_matrices, complaints, is_matrix, make_copy, make_twin, nudge, random_inputs, seeded,
+    steps_of)
 
 # %% ../../nbs/core/07_describe.ipynb #07ae2b78
 _NUMBER = re.compile(r'(?<![^.])\d+(?![^.])')

@@ -85,6 +85,7 @@ def make_twin(
     "A two-layer model of the same config, with random weights."
     config = deepcopy(model.config)
     for o in _nested(config):
+        if hasattr(o, '_experts_implementation'): o._experts_implementation = 'eager' # others know no float64
         _shorten(o)
         if shrink: _shrink(o)
     try:
@@ -252,8 +253,8 @@ class Case:
     def __post_init__(self):
         self.model.requires_grad_(False)
         self.body,self.family = body_of(self.model),find_family(self.model)
-        self.blocks = [o for o in find_nodes(self.model) if is_matrix(o.after.module)]
-        self.mask = self.inputs.get('attention_mask')
+        self.every = find_nodes(self.model)
+        self.blocks = [o for o in self.every if is_matrix(o.after.module)] # experts are in none
         self.n = len(next(iter(self.inputs.values())))
         self.tape = self._record()
 
@@ -261,9 +262,10 @@ class Case:
         "A forward pass of the body."
         return self.body(**(self.inputs if inputs is None else inputs), return_dict=True)
 
-    def losses(self)->Tensor: # shape `(n,)`
+    def losses(self, inputs:Mapping[str,Tensor]|None=None)->Tensor: # shape `(n,)`
         "One number for each example."
-        return project(self.run(), self.mask, self.n)
+        inputs = self.inputs if inputs is None else inputs
+        return project(self.run(inputs), inputs.get('attention_mask'), len(next(iter(inputs.values()))))
 
     def _record(self)->Tape:
         "What the masks of every block multiply; `ValueError` where that cannot be read."
@@ -336,7 +338,7 @@ _DRY = 'block {!r}: rows of {} in {} do not move all of the {} they belong to'
 
 def _said(text:str, block:Nodes, role:str)->tuple[str,str]:
     "A block, and a sentence about it."
-    names = {n.removeprefix(f'{block.name}.').rpartition('.')[0] or n for n,_ in role_slices(block, role)}
+    names = {re.sub(r'\.(weight|bias)$', '', n.removeprefix(f'{block.name}.')) for n,_ in role_slices(block, role)}
     return block.name, text.format(block.name, role, ', '.join(map(repr, sorted(names))), _NAMES.get(block.kind, 'heads'))
 
 def _columns_of(case:Case, role:str, chosen:Tensor)->dict[str,Tensor]: # block -> columns, booleans
@@ -377,12 +379,16 @@ _IDENTITIES = dict(
 _UNEQUAL = 'block {!r}: rows of {} in {} times their gradients are not the gradients of the masks of {}'
 _CLOSE = 1e-8 # relative
 
-def mask_gradients(case:Case, where:str)->tuple[Tensor,list[Tensor]]: # losses, and a block's, shape `(n, masks)`
+def mask_gradients(
+    case:Case,
+    where:str, # 'before' or 'after' the activation
+    inputs:Mapping[str,Tensor]|None=None, # by default those of the case
+)->tuple[Tensor,list[Tensor]]: # losses, and of every block, shape `(n, masks)`
     "Every example's gradient of every mask, by hooks."
     with torch.enable_grad(), MaskGradients(case.model, where) as masks:
-        losses = case.losses()
+        losses = case.losses(inputs)
         masks.per_example(losses)
-        return losses.detach(), [g for o,g in zip(masks.blocks, masks.grads) if is_matrix(o.after.module)]
+        return losses.detach(), list(masks.grads)
 
 def _weight_gradients(case:Case)->dict[str,Tensor]: # parameter -> gradient of the summed losses
     "By ordinary differentiation."
@@ -396,10 +402,11 @@ def _score(case:Case, block:Nodes, role:str, bias:bool, grads:Mapping[str,Tensor
     "The rows of each node times their gradients, summed."
     found = torch.zeros(_nodes(block, role), dtype=torch.float64)
     for name,s in role_slices(block, role):
-        p = case.body.get_parameter(name).detach()
-        if p.ndim<2 and not bias: continue
-        totals = (p*grads[name]).movedim(s.axis, 0).unflatten(0, (-1,1)).flatten(1).sum(1)
-        found.index_add_(0, s.nodes, totals[s.rows])
+        axes,p = s.axis if isinstance(s.axis, tuple) else (s.axis,),case.body.get_parameter(name).detach()
+        if p.ndim==len(axes) and not bias: continue
+        both = (p*grads[name]).movedim(axes, tuple(range(len(axes))))
+        totals = both.reshape(*both.shape[:len(axes)], -1).sum(-1)
+        found.index_add_(0, s.nodes.flatten(), totals[...,s.rows].flatten())
     return found
 
 def _differ(a:Tensor, b:Tensor)->bool:
@@ -410,9 +417,9 @@ def identities(case:Case)->_Found:
     "Rows times their gradients are the gradients of the masks."
     grads = _weight_gradients(case)
     masks = {w: mask_gradients(case, w)[1] for w in ('before','after')}
-    for i,block in enumerate(case.blocks):
+    for i,block in enumerate(case.every):
         for role,(rows,bias,where) in _IDENTITIES.items():
-            if not _nodes(block, role): continue
+            if not _nodes(block, role) or role=='gate' and not is_matrix(block.after.module): continue
             score = _score(case, block, rows, bias, grads)
             want = masks[where][i].sum(0).unflatten(0, (len(score),-1)).sum(1)
             if _differ(score, want): yield _said(_UNEQUAL, block, role)
@@ -475,12 +482,15 @@ def literal_masks(blocks:Iterable[Nodes], where:str)->Iterator[list[Tensor]]: # 
             stack.callback(h.remove)
         yield masks
 
-def _by_hand(case:Case, i:int, where:str)->tuple[Tensor,list[Tensor]]: # loss, and a block's, shape `(masks,)`
-    "The gradients of one example alone."
+def _by_hand(case:Case, i:int, where:str)->tuple[Tensor,dict[str,Tensor]]: # loss, and block -> gradients
+    "The gradients of one example alone; those of experts by hooks again."
     one = _alone(case.inputs, i)
     with torch.enable_grad(), literal_masks(case.blocks, where) as masks:
-        loss = project(case.run(one), one.get('attention_mask'), 1).sum()
-        return loss.detach(), torch.autograd.grad(loss, masks)
+        loss = case.losses(one).sum()
+        found = {o.name: g for o,g in zip(case.blocks, torch.autograd.grad(loss, masks))}
+    if len(case.every)==len(case.blocks): return loss.detach(), found
+    hooks = mask_gradients(case, where, one)[1]
+    return loss.detach(), {o.name: g[0] for o,g in zip(case.every, hooks)} | found
 
 def alone(case:Case)->_Found:
     "A padded batch through hooks is one example alone, with masks that are multiplied in."
@@ -489,8 +499,8 @@ def alone(case:Case)->_Found:
         for i in range(case.n):
             loss,masks = _by_hand(case, i, where)
             if _differ(loss, losses[i]): yield '',_DEPENDS
-            for o,g,m in zip(case.blocks, grads, masks):
-                if _differ(g[i], m): yield o.name,_MIXED.format(o.name)
+            for o,g in zip(case.every, grads):
+                if _differ(g[i], masks[o.name]): yield o.name,_MIXED.format(o.name)
 
 # %% ../../nbs/core/06_prove.ipynb #426484ed
 ROLES = dict(ownership=('query','key','value','ffn_in','gate'), partition=('query','key'))
@@ -550,7 +560,7 @@ def _count_passes(case:Case)->Counter: # test -> passes
 
 def _nodes_of(case:Case)->dict[str,int]: # kind -> how many
     found = Counter()
-    for o in case.blocks: found.update(o.counts)
+    for o in case.every: found.update(o.counts)
     return dict(found)
 
 def prove(
@@ -571,4 +581,4 @@ def prove(
         bar.set_description(f'{case.step} {role}'.strip(), refresh=False)
         for _,text in complaints(case, case.step, role, halves): raise ValueError(text)
     family = model.config.model_type
-    return Proof(type(model).__name__, family, len(case.blocks), _nodes_of(case), dict(passes), time.time()-start)
+    return Proof(type(model).__name__, family, len(case.every), _nodes_of(case), dict(passes), time.time()-start)

@@ -10,7 +10,7 @@ from fisher_nodes.core.families import FAMILIES
 from fisher_nodes.core.nodes import MaskGradients
 from fisher_nodes.core.places import find_nodes, find_places
 from fisher_nodes.core.prove import Case, _alone, literal_masks, make_twin, project, prove, random_inputs
-from zoo import BART, BASE, GROUPED, IMAGE, SOUND, TEXT, ZOO, build
+from zoo import BART, BASE, GROUPED, IMAGE, SOUND, ZOO, build
 
 transformers.logging.set_verbosity_error()
 

@@ -544,7 +544,8 @@ OWN_OPTIONS = dict(
            _option('--rounds', type=count, default=3, metavar='K',
                help='how often to time each step; the median counts (3)')],
     describe=[_option('model', metavar='MODEL', help='folder or Hub id'),
-              _option('--check', action='store_true', help='also prove the row of the table, if there is one')],
+              _option('--check', action='store_true',
+                  help='also prove the row of the table, or this one where there is none')],
     report=[_option('results', metavar='DIR', help='folder that `reproduce` wrote'),
             _option('--out', metavar='DIR', help='also write report.md and plots there'),
             _option('--partial', action='store_true', help='accept results that are not complete')])

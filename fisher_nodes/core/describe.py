@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from .families import FAMILIES, FFN, Attention, Family, body_of
+from .families import FAMILIES, FFN, Attention, Family, body_of, check_model
 from .places import Nodes, find_nodes, find_places, out_axis, sizes
 from fisher_nodes.core.prove import (
     Case, Tape, called_matrices, complaints, is_matrix, make_copy, make_twin, nudge, random_inputs, seeded,
@@ -165,8 +165,9 @@ def _classify(probe:Probe, found:Found, moved:Mapping[str,Tensor])->Found: # by 
     width,many = sizes(probe.matrices[found.output])[0],[int(o.sum()) for o in moved.values()]
     outs = [sizes(probe.matrices[n])[1] for n in found.inputs]
     if len(moved)==3: return _three(probe, found, moved)
-    if outs in ([width], [width]*2) and set(many)=={1}: return replace(found, rows=_neurons(probe, found, False))
-    if outs==[2*width] and many==[1]: return replace(found, rows=_neurons(probe, found, True))
+    fused = outs==[2*width]
+    if set(many)=={1} and (fused or outs in ([width], [width]*2)):
+        return replace(found, rows=_neurons(probe, found, fused))
     if len(moved)==1 and _is_run(next(iter(moved.values()))):
         return replace(found, rows=_attention(probe, found, *found.inputs*3), size=many[0])
     return replace(found, why=_MANY.format(_listed([*moved])))
@@ -211,7 +212,8 @@ def table(
     blocks:Iterable[Nodes], # of `find_nodes`
 )->dict: # block -> all that a merge and a measurement read
     "What compiled blocks say, in a form that can be compared."
-    def part(s): return s.role, s.kind, s.axis, *(o if o is None else tuple(o.tolist()) for o in (s.rows, s.nodes))
+    def plain(o): return o if o is None else str(o.tolist())
+    def part(s): return s.role, s.kind, str(s.axis), plain(s.rows), plain(s.nodes)
     def site(s): return id(s.module), s.side, s.nodes, s.fold, None if s.columns is None else str(s.columns)
     def both(o): return o.kind, o.layer, dict(o.counts), o.size, site(o.site), site(o.after)
     return {o.name: (*both(o), {n: sorted(map(part, s)) for n,s in o.slices.items()}) for o in blocks}
@@ -226,6 +228,8 @@ class Unit:
     why:str='' # the first complaint about one of them
     outputs:tuple[str,...]=() # the last matrix of each block
 
+_UNLIKE = 'heads are {} wide in one layer, {} in another'
+
 def _units(found:Iterable[Found])->dict[tuple,Unit]: # of those that may be something
     "Candidates, once for all layers."
     units = {}
@@ -236,14 +240,14 @@ def _units(found:Iterable[Found])->dict[tuple,Unit]: # of those that may be some
         unit = units.setdefault(key, Unit(list(o.rows), o.size))
         unit.outputs += (o.output,)
         unit.rows = [r for r in unit.rows if r in o.rows]
-        if unit.size!=o.size: unit.rows,unit.why = [],f'heads are {unit.size} wide in one layer, {o.size} in another'
+        if unit.size!=o.size: unit.rows,unit.why = [],_UNLIKE.format(unit.size, o.size)
     return units
 
 # %% ../../nbs/core/07_describe.ipynb #3cd5ec70
 _WIDTH = '{!r} has heads of {} by what moves, of {} by its block and config'
 
-def _compiled(model:PreTrainedModel, base:Family, unit:Unit, row:Attention|FFN)->dict|None: # table; none if it does not fit
-    "What one candidate compiles to; why not is kept."
+def _compiled(model:PreTrainedModel, base:Family, unit:Unit, row:Attention|FFN)->dict|None:
+    "The table of one candidate; none if it does not fit, and why not is kept."
     try:
         with as_family(model, replace(base, blocks=(row,))): blocks = find_nodes(model)
     except (ValueError, AttributeError) as e: unit.why = unit.why or str(e)
@@ -261,7 +265,7 @@ def _complained(case:Case, test:str)->dict[str,str]: # block -> the first compla
 
 _Tried = tuple[Unit,Attention|FFN,dict] # a row of a unit, and its table
 
-def _passing(model:PreTrainedModel, base:Family, inputs:Mapping[str,Tensor], tried:Sequence[_Tried])->list[_Tried]:
+def _passing(model:PreTrainedModel, base:Family, inputs:Mapping, tried:list[_Tried])->list[_Tried]:
     "The rows that pass all tests; the first complaint about the others is kept."
     for test in _BEFORE:
         with as_family(model, replace(base, blocks=tuple(row for _,row,_ in tried))):
@@ -301,11 +305,12 @@ class Left:
     blocks:Sequence[Nodes]
 
     def __post_init__(self):
-        parts = [(n.removesuffix('.weight'), s.role) for o in self.blocks for n,p in o.slices.items() for s in p]
+        every = {n: s for o in self.blocks for n,s in o.slices.items()}
+        parts = [(n.removesuffix('.weight'), s.role) for n,slices in every.items() for s in slices]
         ends = ('attention_output', 'ffn_out')
         self.last,self.first = [{n for n,r in parts if (r in ends)==e} for e in (True, False)]
         self.heads = {n for n,r in parts if r=='attention_output'}
-        self.owned = {n for o in self.blocks for n in o.slices}
+        self.owned = set(every)
 
     def names(self, stacks:Iterable[str])->list[str]: # where layers are, such as `encoder.layer.`
         "The matrices and tables of layers that are in no block."
@@ -334,14 +339,16 @@ class Left:
         modules = {n.removesuffix('.weight'): n for n in names if self._is_matrix(n)}
         called,found = {n for n in modules if n in self.probe.follows},set()
         while more := {n for n in called-found if self._hands_on(n, found)}: found |= more
-        return {modules[n] for n in found}|{n for n in names if not self._is_matrix(n) and self._moves_heads(n)}
+        tables = {n for n in names if not self._is_matrix(n) and self._moves_heads(n)}
+        return {modules[n] for n in found}|tables
 
     def _is_matrix(self, name:str)->bool: # whether a parameter is a matrix that is applied
         return name.endswith('.weight') and is_matrix(self.body.get_submodule(name.removesuffix('.weight')))
 
     def why(self, name:str)->str:
         "Why a parameter has no place."
-        return _BETWEEN if not self._is_matrix(name) or name.removesuffix('.weight') in self.probe.follows else _CALLED
+        called = not self._is_matrix(name) or name.removesuffix('.weight') in self.probe.follows
+        return _BETWEEN if called else _CALLED
 
 # %% ../../nbs/core/07_describe.ipynb #9a56e90a
 _SHORT = dict(query='q', key='k', value='v', up='up', gate='gate', down='down', output='out')
@@ -389,14 +396,17 @@ class Description:
     @property
     def refusal(self)->str:
         "One line about what is not understood."
-        return f'{self.model} ({self.name}) has matrices inside layers without a place: {"; ".join(_by_reason(self.not_understood))}'
+        why = '; '.join(_by_reason(self.not_understood))
+        return f'{self.model} ({self.name}) has matrices inside layers without a place: {why}'
 
     def __repr__(self)->str:
-        nodes,lost = sum(sum(o.values()) for o in self.blocks.values()),_by_reason(self.not_understood)
+        nodes,n = sum(sum(o.values()) for o in self.blocks.values()),len(self.not_understood)
+        lost = _by_reason(self.not_understood)
         done = 'of which a part is not understood' if lost else f'proved in {self.seconds:.1f} s'
-        what = f'{len(self.not_understood)} matrices inside layers have no place:' if lost else 'every matrix inside a layer has its place'
-        return '\n'.join([f'{self.model} ({self.name}): {len(self.blocks)} blocks, {nodes} mask nodes, {done}',
-            *(f'    {o}' for o in self.picture), f'      plain: {len(self.plain)} parameters; {what}',
+        what = f'{n} matrices in layers have no place:' if n else 'every matrix inside a layer has its place'
+        head = f'{self.model} ({self.name}): {len(self.blocks)} blocks, {nodes} mask nodes, {done}'
+        plain = f'      plain: {len(self.plain)} parameters; {what}'
+        return '\n'.join([head, *(f'    {o}' for o in self.picture), plain,
             *(f'      {o}' for o in lost)])
 
 # %% ../../nbs/core/07_describe.ipynb #1ce8cfa9
@@ -408,7 +418,8 @@ def _skips_padding(body:PreTrainedModel, inputs:Mapping[str,Tensor])->bool:
     "Whether positions are numbered from after the padding word."
     seen,pad = [],getattr(body.config, 'pad_token_id', None)
     def look(m, args): seen.extend(o.flatten()[:5].tolist() for o in args[:1] if not o.is_floating_point())
-    handles = [m.register_forward_pre_hook(look) for m in body.modules() if type(m).forward is nn.Embedding.forward]
+    tables = [m for m in body.modules() if type(m).forward is nn.Embedding.forward]
+    handles = [m.register_forward_pre_hook(look) for m in tables]
     try: body(**inputs)
     finally:
         for h in handles: h.remove()
@@ -423,7 +434,7 @@ def _pattern(names:Iterable[str])->str: # of a `Family`
     return '|'.join(sorted({re.escape(as_path(n)).replace(r'\{\}', r'\d+') for n in names}))
 
 # %% ../../nbs/core/07_describe.ipynb #453ef9ce
-_NOTHING = '{} ({}): no heads and no neurons were found. {}'
+_NOTHING = '{}: no heads and no neurons were found. {}'
 
 def _look(own:PreTrainedModel, inputs:Mapping[str,Tensor]|None)->tuple[Probe,list[Found],Family]:
     "What the model shows: what moves what, the blocks, and a row without them."
@@ -453,8 +464,8 @@ def _finish(own:PreTrainedModel, family:Family, probe:Probe, stacks:set[str])->t
     return replace(family, plain=_pattern(plain)), {n: left.why(n) for n in names if n not in plain}
 
 # %% ../../nbs/core/07_describe.ipynb #4d124cce
-def _prove(own:PreTrainedModel, family:Family, inputs:Mapping[str,Tensor]|None)->dict[str,str]: # block -> complaint
-    "The tests that are about all blocks."
+def _prove(own:PreTrainedModel, family:Family, inputs:Mapping[str,Tensor]|None)->dict[str,str]:
+    "The complaint of the tests that are about all blocks, by block."
     with as_family(own, family):
         case = Case(own, random_inputs(body_of(own)) if inputs is None else inputs)
         return dict(o for t,r in steps_of(case) if t not in _BEFORE for o in complaints(case, t, r))
@@ -468,6 +479,17 @@ def _whole(model:PreTrainedModel, family:Family)->tuple[list[Nodes],tuple[str,..
         except ValueError as e: return blocks, (), {'elsewhere': str(e)}
     return blocks, tuple(n for n,o in places.items() if all(s.nodes is None for s in o.slices)), {}
 
+def _find(own:PreTrainedModel, inputs:Mapping[str,Tensor]|None, called:str)->tuple[Family,dict[str,str],str]:
+    "A row, what is not understood, and what stands before its paths."
+    probe,found,base = _look(own, inputs)
+    with as_family(own, base): padded = random_inputs(body_of(own)) if inputs is None else inputs
+    units = _units(found)
+    choose(own, base, padded, units)
+    lost,rows = _reasons(found, units),tuple(r for u in units.values() for r in u.rows)
+    if not rows: raise ValueError(_NOTHING.format(called, '; '.join(_by_reason(lost))))
+    family,left = _finish(own, replace(base, blocks=rows), probe, {_stack(o.output) for o in found})
+    return family, {n: lost.get(n, o) for n,o in left.items()} | _prove(own, family, inputs), probe.start
+
 def describe(
     model:PreTrainedModel, # with or without a task head; it stays as it is
     inputs:Mapping[str,Tensor]|None=None, # for its body, without padding; by default made up
@@ -475,20 +497,13 @@ def describe(
     twin:bool=True, # look at a two-layer model of the same config; otherwise at the model itself, in float64
 )->Description:
     "Find the row of a model's family by numbers alone; `ValueError` if it has no blocks."
+    check_model(model)
     start,name,kind = time.time(),model.config.model_type,type(model).__name__
     own = make_copy(model, inputs, twin)
-    with seeded(), torch.no_grad():
-        probe,found,base = _look(own, inputs)
-        units = _units(found)
-        choose(own, base, random_inputs(body_of(own)) if inputs is None else inputs, units)
-        family = replace(base, blocks=tuple(r for u in units.values() for r in u.rows))
-        lost = _reasons(found, units)
-        if not family.blocks: raise ValueError(_NOTHING.format(kind, name, '; '.join(_by_reason(lost))))
-        family,left = _finish(own, family, probe, {_stack(o.output) for o in found})
-        left = {n: lost.get(n, o) for n,o in left.items()} | _prove(own, family, inputs)
+    with seeded(), torch.no_grad(): family,lost,prefix = _find(own, inputs, f'{kind} ({name})')
     blocks,plain,more = _whole(model, family)
     return Description(kind, name, family, {o.name: dict(o.counts) for o in blocks},
-        _picture(blocks, family, probe.start), plain, left or more, time.time()-start)
+        _picture(blocks, family, prefix), plain, lost or more, time.time()-start)
 
 # %% ../../nbs/core/07_describe.ipynb #ae7c9c90
 def _by_default(f:Field)->Any:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'DECODERS', 'ENCODER_DECODERS', 'SENSES', 'MIXTURES', 'FAMILIES', 'REFUSED', 'Attention', 'FFN', 'Experts',
-           'Family', 'find_family', 'body_of', 'body_prefix']
+           'Family', 'check_model', 'find_family', 'body_of', 'body_prefix']
 
 # %% ../../nbs/core/00_families.ipynb #c6cc6364
 from collections.abc import Mapping, Sequence
@@ -216,12 +216,16 @@ REFUSED |= dict.fromkeys(['xlnet', 'fsmt'], _TOKENS_FIRST)
 REFUSED |= dict(wavlm='the attention output of every layer is never called; its heads cannot be read',
                 fnet='it has no attention')
 
+def check_model(model:PreTrainedModel):
+    "`TypeError` for anything else."
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f'expected a transformers PreTrainedModel, got {type(model).__name__}')
+
 def find_family(
     model:PreTrainedModel, # any Hugging Face model, with or without a task head
 )->Family:
     "The row of `FAMILIES` for this model; `ValueError` saying why there is none."
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f'expected a transformers PreTrainedModel, got {type(model).__name__}')
+    check_model(model)
     name = model.config.model_type
     if name in FAMILIES: return FAMILIES[name]
     if name in REFUSED: raise ValueError(f'model family {name!r} is not supported: {REFUSED[name]}')

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.pytorch_utils import Conv1D
 from .families import body_of, find_family
 from .nodes import MaskGradients
-from .places import Nodes, Slice, find_nodes, find_places, out_axis, sizes
+from .places import Nodes, Site, Slice, find_nodes, find_places, out_axis, sizes
 
 # %% ../../nbs/core/06_prove.ipynb #0330a782
 _COUNTS = ('num_hidden_layers', 'num_layers', 'encoder_layers', 'decoder_layers', 'num_encoder_layers',
@@ -60,7 +60,8 @@ def _shrink(config:PreTrainedConfig):
     if isinstance(p:=has.get('patch_size'), int):
         side = p*max(_PATCHES, 2*has.get('window_size', 0))
         small |= dict(image_size=side, max_length=side)
-    for k,v in (words | {k: v for k,v in small.items() if isinstance(has.get(k), int)}).items(): setattr(config, k, v)
+    words |= {k: v for k,v in small.items() if isinstance(has.get(k), int)}
+    for k,v in words.items(): setattr(config, k, v)
 
 def _randomise(model:nn.Module):
     "Every weight and bias at random, so that sums keep their size."
@@ -144,6 +145,8 @@ def _pad(model:PreTrainedModel, ids:Tensor)->dict[str,Tensor]:
     if 'global_attention_mask' in takes: found['global_attention_mask'] = (torch.arange(_TOKENS)<1)*mask
     return found
 
+_NO_INPUTS = 'what {} reads cannot be made up ({}); give `inputs`'
+
 def random_inputs(
     model:PreTrainedModel, # a body
     padded:bool=True, # whether the second of two texts is shorter
@@ -154,7 +157,7 @@ def random_inputs(
         if model.main_input_name not in wanted: raise KeyError(model.main_input_name)
         with seeded(): found = {k: _DRAWN[k](model.config) for k in wanted}
     except (KeyError, AttributeError) as e:
-        raise ValueError(f'what {type(model).__name__} reads cannot be made up ({e}); give `inputs`') from None
+        raise ValueError(_NO_INPUTS.format(type(model).__name__, e)) from None
     text = _pad(model, found['input_ids']) if padded and model.main_input_name=='input_ids' else {}
     return {k: o.double() if o.is_floating_point() else o for k,o in (found | text).items()}
 
@@ -236,7 +239,8 @@ class Tape:
     @cached_property
     def least(self)->dict[str,float]: # input -> what is no rounding
         "A billionth of the largest number that a module reads."
-        return {n: 1e-9*max(o.abs().max().item() for k,o in self.clean.items() if k[:2]==('input',n)) for n in self.inputs}
+        def largest(n): return max(o.abs().max().item() for k,o in self.clean.items() if k[:2]==('input',n))
+        return {n: 1e-9*largest(n) for n in self.inputs}
 
 # %% ../../nbs/core/06_prove.ipynb #5c4ae0fb
 _SILENT = 'the output of block {!r} is never called; its nodes cannot be read'
@@ -289,7 +293,8 @@ def node_codes(
 
 def role_slices(block:Nodes, role:str)->list[tuple[str,Slice]]: # parameter and slice
     "Where the nodes of a role are."
-    return [(n, s) for n,slices in block.slices.items() for s in slices if s.role==role and s.nodes is not None]
+    every = [(n, s) for n,slices in block.slices.items() for s in slices]
+    return [(n, s) for n,s in every if s.role==role and s.nodes is not None]
 
 def _nodes(block:Nodes, role:str)->int: # 0 if the block has no such role
     "How many nodes a role has in a block."
@@ -338,12 +343,16 @@ _DRY = 'block {!r}: rows of {} in {} do not move all of the {} they belong to'
 
 def _said(text:str, block:Nodes, role:str)->tuple[str,str]:
     "A block, and a sentence about it."
-    names = {re.sub(r'\.(weight|bias)$', '', n.removeprefix(f'{block.name}.')) for n,_ in role_slices(block, role)}
-    return block.name, text.format(block.name, role, ', '.join(map(repr, sorted(names))), _NAMES.get(block.kind, 'heads'))
+    params = [n.removeprefix(f'{block.name}.') for n,_ in role_slices(block, role)]
+    names = sorted({re.sub(r'\.(weight|bias)$', '', n) for n in params})
+    kind = _NAMES.get(block.kind, 'heads')
+    return block.name, text.format(block.name, role, ', '.join(map(repr, names)), kind)
 
 def _columns_of(case:Case, role:str, chosen:Tensor)->dict[str,Tensor]: # block -> columns, booleans
     "The columns that belong to nodes of a role; none in blocks without that role."
-    def own(o): return chosen[_owner(o, role)] if _nodes(o, role) else torch.zeros(sizes(o.after.module)[0]).bool()
+    def own(o):
+        if not _nodes(o, role): return torch.zeros(sizes(o.after.module)[0]).bool()
+        return chosen[_owner(o, role)]
     return {o.name: own(o) for o in case.blocks}
 
 def ownership(case:Case, role:str, halves:int=0)->_Found:
@@ -356,7 +365,8 @@ def ownership(case:Case, role:str, halves:int=0)->_Found:
             if (wanted[o.name]&~moved[o.name]).any(): yield _said(_DRY, o, role)
 
 # %% ../../nbs/core/06_prove.ipynb #8d1ee470
-_COARSE = 'block {!r}: one row of {} in {} moves only a part of its head; {} are narrower, or the role is another'
+_COARSE = ('block {!r}: one row of {} in {} moves only a part of its head; '
+           '{} are narrower, or the role is another')
 
 def _one_each(block:Nodes, s:Slice)->Tensor: # shape `(rows,)`, booleans
     "The first row of every node."
@@ -463,23 +473,29 @@ def _alone(inputs:Mapping[str,Tensor], i:int)->dict[str,Tensor]:
     if mask is None: return one
     return {k: o[:,mask[i].bool()] if o.shape==mask[i:i+1].shape else o for k,o in one.items()}
 
+def _wide(x:Tensor, mask:Tensor)->Tensor: return x*mask.repeat_interleave(x.shape[-1]//len(mask))
+
+def _multiply(site:Site, mask:Tensor)->Any: # the handle of a hook
+    "Multiply a mask in; at an output before the bias."
+    def enter(m, args): return _wide(args[0], mask), *args[1:]
+    def leave(m, args, z):
+        at,z = site.columns or slice(None),z.clone()
+        b = torch.zeros(z.shape[-1]).to(z) if m.bias is None else m.bias
+        z[...,at] = _wide((z-b)[...,at], mask)+b[at]
+        return z
+    if site.side=='input': return site.module.register_forward_pre_hook(enter)
+    return site.module.register_forward_hook(leave)
+
 @contextmanager
-def literal_masks(blocks:Iterable[Nodes], where:str)->Iterator[list[Tensor]]: # of ones, shape `(masks,)`
+def literal_masks(
+    blocks:Iterable[Nodes],
+    where:str, # 'before' or 'after' the activation
+)->Iterator[list[Tensor]]: # of ones, shape `(masks,)`
     "Inside, masks are multiplied in."
     sites = [o.site if where=='before' else o.after for o in blocks]
     masks = [torch.ones(o.nodes, dtype=torch.float64, requires_grad=True) for o in sites]
-    def wide(x, mask): return x*mask.repeat_interleave(x.shape[-1]//len(mask))
-    def enter(mask, m, args): return wide(args[0], mask), *args[1:]
-    def leave(mask, columns, m, args, z):
-        b,z,columns = 0 if m.bias is None else m.bias,z.clone(),columns or slice(None)
-        new = wide((z-b)[...,columns], mask)+(b if m.bias is None else b[columns])
-        z[...,columns] = new
-        return z
     with ExitStack() as stack:
-        for o,mask in zip(sites, masks):
-            h = (o.module.register_forward_pre_hook(partial(enter, mask)) if o.side=='input'
-                 else o.module.register_forward_hook(partial(leave, mask, o.columns)))
-            stack.callback(h.remove)
+        for o,mask in zip(sites, masks): stack.callback(_multiply(o, mask).remove)
         yield masks
 
 def _by_hand(case:Case, i:int, where:str)->tuple[Tensor,dict[str,Tensor]]: # loss, and block -> gradients
@@ -580,5 +596,5 @@ def prove(
     for case.step,role in bar:
         bar.set_description(f'{case.step} {role}'.strip(), refresh=False)
         for _,text in complaints(case, case.step, role, halves): raise ValueError(text)
-    family = model.config.model_type
-    return Proof(type(model).__name__, family, len(case.every), _nodes_of(case), dict(passes), time.time()-start)
+    return Proof(type(model).__name__, model.config.model_type, len(case.every), _nodes_of(case),
+        dict(passes), time.time()-start)

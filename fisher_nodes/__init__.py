@@ -15,6 +15,8 @@ _PLACES = {
     'merging.request': ['METHODS', 'MergeRequest'],
     'merging.run': ['merge', 'merge_files', 'run_recipe'],
     'methods.method': ['Job', 'Rule', 'merge_method'],
+    'core.describe': ['describe'],
+    'core.prove': ['prove'],
     'core.schemes': ['SCHEMES'],
     'tasks.evaluation': ['evaluate', 'predict'],
     'tasks.finetuning': ['finetune'],

@@ -1,5 +1,7 @@
 # Written by tools/make_stub.py; `make export` runs it.
 from .app.explorer import explore as explore
+from .core.describe import describe as describe
+from .core.prove import prove as prove
 from .core.schemes import SCHEMES as SCHEMES
 from .engine.measure import Grams as Grams
 from .engine.measure import MaskFisher as MaskFisher

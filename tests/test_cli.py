@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (ArceeConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, MambaConfig,
+                          Olmo2Config, PreTrainedTokenizerFast)
 
 from fisher_nodes import MaskFisher, Merged, merge
 from fisher_nodes.app.cli import COMMANDS, main, make_parser
@@ -38,6 +39,10 @@ def here(tmp_path_factory):
     save_model(d/'wide', hidden_size=20); save_model(d/'words', words=WORDS[::-1])
     save_rows(d/'x.csv', [0, 1]*6); save_rows(d/'y.csv', [0, 1, 2]*4); save_rows(d/'bad.csv', [0, 1, 2, 1])
     save_rows(d/'named.csv', ['class b', 'class a']*4); save_rows(d/'strange.csv', ['good', 'bad'])
+    size = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    wide = size | dict(num_attention_heads=4, intermediate_size=24)
+    MambaConfig(**size).save_pretrained(d/'no_heads'); Olmo2Config(**wide).save_pretrained(d/'over_heads')
+    ArceeConfig(**wide, num_key_value_heads=2).save_pretrained(d/'unknown')
     return d
 
 @pytest.fixture(autouse=True)
@@ -118,6 +123,9 @@ MISTAKES = {
     'fisher x --data strange.csv --out {o}': "'bad' is not among ['class a', 'class b']",
     'fisher x --data x.csv --num-samples 0 --out {o}': "--num-samples: expected a whole number of at least 1, got '0'",
     'finetune x --data x.csv --epochs nan --out {o}': "--epochs: expected a number above 0, got 'nan'",
+    'describe nowhere': 'cannot load nowhere',
+    'describe no_heads': 'no heads and no neurons were found',
+    'describe over_heads': 'has matrices inside layers without a place: layers.{}.self_attn: q_proj, k_proj, v_proj and o_proj',
     'bench x --data x.csv --rounds 0 --out {o}': "--rounds: expected a whole number of at least 1, got '0'",
     'merge x=x y=y --method average --num-samples 8 --out {o}': '--num-samples says how to measure, but without --data',
     'merge x=x y=y --method average --precision bf16 --out {o}': '--precision says how to measure',
@@ -193,3 +201,16 @@ def test_a_recipe_repeats_a_merge(tmp_path, capsys):
         err = capsys.readouterr().err.splitlines()
         assert len(err)==1 and say in err[0], err
     assert not (tmp_path/'c').exists()
+
+def test_describe_needs_only_a_config(capsys):
+    "The picture, the row to put into the table, and a proof; the model has no weights on disk."
+    assert main('describe unknown --check'.split())==0
+    out = capsys.readouterr().out
+    assert '2 × head  layers.{}.self_attn: 4 heads of 4, 2 key heads; q q_proj' in out and 'proved: the row found' in out
+    said = run('describe unknown', capsys)
+    from fisher_nodes.core.families import FFN, Attention, Family # noqa: F401 - what the row is written in
+    rows = {}
+    exec(said['row'], dict(FAMILIES=rows, Family=Family, Attention=Attention, FFN=FFN))
+    assert [type(o).__name__ for o in rows['arcee'].blocks]==['Attention', 'FFN']
+    assert said['blocks']['layers.1.self_attn']==dict(head=4, group=2) and len(said['plain'])==6
+    assert run('describe x --check', capsys)['proved']=='the row of the table'

@@ -6,8 +6,8 @@
 __all__ = ['MOST_TOLD', 'ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OWN_OPTIONS', 'TOUR', 'MISTAKES',
            'parse_pairs', 'number', 'for_tasks', 'check_file', 'either', 'two_words', 'run_fisher', 'import_methods',
            'read_value', 'run_merge', 'run_evaluate', 'run_finetune', 'run_demo', 'words', 'numbers', 'read_order',
-           'run_reproduce', 'run_bench', 'run_report', 'seed_number', 'count', 'positive', 'as_line', 'Parser',
-           'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
+           'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number', 'count', 'positive', 'as_line',
+           'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse
@@ -339,6 +339,36 @@ def run_bench(args:argparse.Namespace)->dict|None:
     steps = {o['what']: dict(seconds=round(o['seconds'], 3)) for o in found['steps']}
     return {'steps': steps, 'wrote': str(out)}
 
+def _outline(name:str):
+    "A model without numbers, from its config."
+    import torch
+    from transformers import AutoConfig, AutoModel
+    from fisher_nodes.engine.models import model_errors
+    with model_errors(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device('meta'): return AutoModel.from_config(config, trust_remote_code=False)
+
+def _prove_described(model, found)->dict[str,Any]:
+    "Prove the row of the table, or where there is none what was found."
+    from fisher_nodes.core.describe import as_family
+    from fisher_nodes.core.families import FAMILIES
+    from fisher_nodes.core.prove import prove
+    with nullcontext() if found.name in FAMILIES else as_family(model, found.family): proof = prove(model)
+    return {'proved': 'the row of the table' if found.name in FAMILIES else 'the row found',
+            'proof_seconds': round(proof.seconds, 1), 'passes': sum(proof.tests.values())}
+
+def run_describe(args:argparse.Namespace)->dict|None:
+    "Find by numbers where a model keeps its heads and neurons; reads its config, no weights."
+    from fisher_nodes.core.describe import as_code, describe
+    model = _outline(args.model)
+    found = describe(model)
+    if found.not_understood: raise ValueError(found.refusal)
+    checked = _prove_described(model, found) if args.check else {}
+    row = f'FAMILIES[{found.name!r}] = {as_code(found.family)}'
+    if not args.json: print(found)
+    what = dict(family=found.name, blocks=found.blocks, plain=found.plain, seconds=found.seconds)
+    return (what if args.json else {}) | {'row': row} | checked
+
 def run_report(args:argparse.Namespace)->dict|None:
     "Print the table of what `reproduce` found, and write it with its plots."
     from fisher_nodes.experiment.intervals import with_intervals
@@ -465,6 +495,7 @@ COMMANDS = dict(
         '--samples 128 --out results'),
     bench=(run_bench, ['data', *RUNNING, 'out', 'overwrite'],
         'fisher-nodes bench MODEL --data glue:mrpc --out cost.json'),
+    describe=(run_describe, [], 'fisher-nodes describe MODEL --check'),
     report=(run_report, ['overwrite'], 'fisher-nodes report results --out summary'))
 
 # %% ../../nbs/app/02_cli.ipynb #970ba60b
@@ -520,6 +551,9 @@ OWN_OPTIONS = dict(
     bench=[_option('model', metavar='MODEL', help='folder or Hub id'),
            _option('--rounds', type=count, default=3, metavar='K',
                help='how often to time each step; the median counts (3)')],
+    describe=[_option('model', metavar='MODEL', help='folder or Hub id'),
+              _option('--check', action='store_true',
+                  help='also prove the row of the table, or this one where there is none')],
     report=[_option('results', metavar='DIR', help='folder that `reproduce` wrote'),
             _option('--out', metavar='DIR', help='also write report.md and plots there'),
             _option('--partial', action='store_true', help='accept results that are not complete')])

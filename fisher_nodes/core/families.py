@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'DECODERS', 'ENCODER_DECODERS', 'SENSES', 'MIXTURES', 'FAMILIES', 'REFUSED', 'Attention', 'FFN', 'Experts',
-           'Family', 'find_family', 'body_of', 'body_prefix', 'body_state']
+           'Family', 'check_model', 'find_family', 'body_of', 'body_prefix', 'body_state']
 
 # %% ../../nbs/core/00_families.ipynb #c6cc6364
 from collections.abc import Mapping, Sequence
@@ -204,6 +204,8 @@ MIXTURES = {'mixtral': _mixture(r'.*\.mlp\.gate\..*'), 'qwen3_moe': _mixture(r'.
 FAMILIES = ENCODERS | DECODERS | ENCODER_DECODERS | SENSES | MIXTURES
 
 # %% ../../nbs/core/00_families.ipynb #7b308207
+_NO_ROW = ('family {0!r} has no row; `describe(model)` (`fisher-nodes describe MODEL`) finds one by numbers, '
+           'to be put into `FAMILIES[{0!r}]`')
 _NO_HEADS = "linear attention / state space layers have no heads in the paper's sense"
 _TOKENS_FIRST = 'its first axis is tokens, so rows of one example are not next to each other'
 REFUSED = dict.fromkeys([
@@ -215,16 +217,20 @@ REFUSED |= dict.fromkeys(['xlnet', 'fsmt'], _TOKENS_FIRST)
 REFUSED |= dict(wavlm='the attention output of every layer is never called; its heads cannot be read',
                 fnet='it has no attention')
 
+def check_model(model:PreTrainedModel):
+    "`TypeError` for anything else."
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f'expected a transformers PreTrainedModel, got {type(model).__name__}')
+
 def find_family(
     model:PreTrainedModel, # any Hugging Face model, with or without a task head
 )->Family:
     "The row of `FAMILIES` for this model; `ValueError` saying why there is none."
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f'expected a transformers PreTrainedModel, got {type(model).__name__}')
+    check_model(model)
     name = model.config.model_type
     if name in FAMILIES: return FAMILIES[name]
     if name in REFUSED: raise ValueError(f'model family {name!r} is not supported: {REFUSED[name]}')
-    raise ValueError(f'model family {name!r} is not supported; supported: {", ".join(FAMILIES)}')
+    raise ValueError(_NO_ROW.format(name))
 
 # %% ../../nbs/core/00_families.ipynb #fam10011
 _GENERATIVE = ('ForCausalLM', 'LMHeadModel', 'ForConditionalGeneration', 'ForMaskedLM')
@@ -251,5 +257,5 @@ def body_state(
 )->dict[str,Tensor]: # by name in the body
     "The body's state; a tensor of several names, such as tied embeddings, is there under its first."
     body = body_of(model)
-    twice = {n for n,_ in body.named_parameters(remove_duplicate=False)}-{n for n,_ in body.named_parameters()}
-    return {n: t for n,t in body.state_dict().items() if n not in twice}
+    once,every = [{n for n,_ in body.named_parameters(remove_duplicate=o)} for o in (True, False)]
+    return {n: t for n,t in body.state_dict().items() if n not in every-once}

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from .families import FAMILIES, FFN, Attention, Family, body_of, check_model
 from .places import Nodes, find_nodes, find_places, out_axis, sizes
 from fisher_nodes.core.prove import (
-    Case, Tape, called_matrices, complaints, is_matrix, make_copy, make_twin, nudge, random_inputs, seeded,
+    Case, Tape, called_matrices, complaints, is_matrix, make_copy, nudge, random_inputs, seeded,
     steps_of)
 
 # %% ../../nbs/core/07_describe.ipynb #07ae2b78
@@ -368,7 +368,6 @@ def _sizes_of(o:Nodes)->str:
 
 def _picture(blocks:Iterable[Nodes], family:Family, start:str)->tuple[str,...]:
     "A line for each row and the sizes that its blocks have."
-    rows = {r.path: r for r in family.blocks}
     lines = Counter()
     for o in blocks:
         kinds = [r for r in family.blocks if r.path==as_path(o.name.removeprefix(start)) and r.kind==o.kind]

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.pytorch_utils import Conv1D
 from .families import body_of, find_family
 from .nodes import MaskGradients
-from .places import Nodes, Site, Slice, find_nodes, find_places, out_axis, sizes
+from .places import Nodes, Site, Slice, find_nodes, find_places, sizes
 
 # %% ../../nbs/core/06_prove.ipynb #0330a782
 _COUNTS = ('num_hidden_layers', 'num_layers', 'encoder_layers', 'decoder_layers', 'num_encoder_layers',

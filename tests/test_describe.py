@@ -5,7 +5,7 @@ import transformers
 from torch.testing import assert_close
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from fisher_nodes.core.describe import as_family, describe, table
+from fisher_nodes.core.describe import as_family, block_table, describe
 from fisher_nodes.core.families import FAMILIES
 from fisher_nodes.core.nodes import MaskGradients
 from fisher_nodes.core.places import find_nodes, find_places
@@ -28,7 +28,7 @@ def test_numbers_give_the_row_that_was_written_by_hand(name):
     found = describe(model)
     assert not found.not_understood, found
     assert torch.equal(torch.get_rng_state(), state)
-    with as_family(model, found.family): assert table(find_nodes(model))==table(hand)
+    with as_family(model, found.family): assert block_table(find_nodes(model))==block_table(hand)
     assert list(found.blocks)==[o.name for o in hand]
     if name not in MADE_UP: assert found.family.skips_padding==FAMILIES[model.config.model_type].skips_padding
 

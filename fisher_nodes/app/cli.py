@@ -359,12 +359,12 @@ def _prove_described(model, found)->dict[str,Any]:
 
 def run_describe(args:argparse.Namespace)->dict|None:
     "Find by numbers where a model keeps its heads and neurons; reads its config, no weights."
-    from fisher_nodes.core.describe import as_code, describe
+    from fisher_nodes.core.describe import describe, row_code
     model = _outline(args.model)
     found = describe(model)
     if found.not_understood: raise ValueError(found.refusal)
     checked = _prove_described(model, found) if args.check else {}
-    row = f'FAMILIES[{found.name!r}] = {as_code(found.family)}'
+    row = f'FAMILIES[{found.name!r}] = {row_code(found.family)}'
     if not args.json: print(found)
     what = dict(family=found.name, blocks=found.blocks, plain=found.plain, seconds=found.seconds)
     return (what if args.json else {}) | {'row': row} | checked

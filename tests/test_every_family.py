@@ -35,7 +35,7 @@ def test_the_same_in_memory_and_from_files(kind, tmp_path):
     merged.save_pretrained(tmp_path/'merged')
     again = Merged.from_pretrained(tmp_path/'merged')
     fishers = {t: mask_fisher(m, rows, progress=False) for t, m in models.items()}
-    from_files = merge_files({t: tmp_path/t for t in models}, fishers, out=tmp_path/'files', progress=False)
+    merge_files({t: tmp_path/t for t in models}, fishers, out=tmp_path/'files', progress=False)
     batch = {k: torch.tensor([examples(1)[0][k]]) for k in ('input_ids', 'attention_mask')}
     for t, m in merged.items():
         plain = AutoModelForSequenceClassification.from_pretrained(tmp_path/'merged'/t).eval()

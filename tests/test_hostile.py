@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import safetensors.torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent/'faults'))
@@ -271,6 +272,7 @@ TWO_READERS = { # tensors in the file -> None where both read the same, else wha
 @pytest.mark.parametrize('change,says', TWO_READERS.values(), ids=TWO_READERS)
 @pytest.mark.parametrize('stated', [True, False], ids=['dtype stated', 'dtype not stated'])
 def test_two_readers_agree(change, says, stated, here):
+    if says == 'C64' and torch.complex64 not in safetensors.torch._SIZE: pytest.skip('this safetensors writes no complex numbers')
     path, config = here/'b'/'model.safetensors', here/'b'/'config.json'
     if not stated: config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if 'dtype' not in k}))
     save_file({n: t.contiguous() for n, t in change(load_file(path)).items()}, path, dict(format='pt'))

@@ -101,6 +101,8 @@ class _Config(BaseModel):
     pad_token_id:int|None=None
     hidden_act:Annotated[str, AfterValidator(_activation)]|None=None
     layer_norm_eps:float=0
+    hidden_dropout_prob:float=0
+    attention_probs_dropout_prob:float=0
     dtype:Annotated[Any, AfterValidator(_dtype)]=None
     torch_dtype:Annotated[Any, AfterValidator(_dtype)]=None
 

@@ -53,7 +53,7 @@ PAPER_CHECKPOINTS = {name: dict(zip(PAPER_TASKS, ids.split())) for name,ids in {
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #cb3816a5
 def check_tasks(
-    tasks:Sequence[str]|None, # names in `PAPER_TASKS`; None for all
+    tasks:str|Sequence[str]|None, # names in `PAPER_TASKS`; None for all
 )->tuple[str,...]:
     "The tasks as a tuple; `ValueError` for an unknown name, or one that comes twice."
     if tasks is None: return PAPER_TASKS
@@ -79,7 +79,7 @@ def folder_checkpoints(
 # %% ../../nbs/experiment/00_checkpoints.ipynb #4063c2ea
 def find_checkpoints(
     where:str|Path, # a name in `PAPER_CHECKPOINTS`, or a folder with one folder per task
-    tasks:Sequence[str]|None=None, # which ones, in which order; None for all six
+    tasks:str|Sequence[str]|None=None, # which ones, in which order; None for all six
 )->dict[str,str]: # task to Hub id or path
     "The checkpoints of a set; `ValueError` naming what is missing."
     wanted = check_tasks(tasks)
@@ -199,7 +199,7 @@ def finetune_glue(
     base:str|Path, # folder or Hub id of the body that all tasks start from
     out:PathName, # folder to fill, one folder per task in it
     *,
-    tasks:Sequence[str]|None=PAPER_TASKS, # which ones
+    tasks:str|Sequence[str]|None=PAPER_TASKS, # which ones
     num_layers:int|None=None, # layers of the base to keep, from the first on; None keeps all
     num_samples:Count|None=None, # rows to train on per task; None takes all
     learning_rate:Positive=1e-4, # peak of the schedule

@@ -540,7 +540,7 @@ def reproduce(
     samples:Sequence[int]=(128,), # numbers of examples
     seeds:Sequence[int]=(1,), # how many at each number of examples; one number is for all
     group_sizes:Sequence[int]=(2,), # models merged at once
-    tasks:Sequence[str]|None=None, # which of the six; None takes all
+    tasks:str|Sequence[str]|None=None, # which of the six; None takes all
     base:Any=None, # what all were fine-tuned from, for methods with task vectors
     limit:Count|None=None, # most validation rows of a task; None takes all
     label_orders:Mapping[str,Sequence[int]]|None=None, # task -> order of a permuted head

@@ -58,10 +58,12 @@ def test_models_that_do_not_fit(other, words, method, place):
     with refuses(('beta', 'gamma')[place-1], *words):
         merge(models, data=None if method == 'average' else untouched(models), method=method)
 
-def test_an_unsupported_family_lists_the_supported():
+def test_an_unsupported_family_says_why_or_how_to_get_its_row():
     model = FNetForSequenceClassification(FNetConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=24, vocab_size=60))
-    with refuses('bert', 'roberta', '(?i)fnet'): mask_fisher(model, ragged_batches())
-    with refuses('bert', 'roberta', '(?i)fnet'): merge({'a': model, 'b': model}, data={'a': Untouched(), 'b': Untouched()})
+    with refuses('(?i)fnet', 'it has no attention'): mask_fisher(model, ragged_batches())
+    model.config.model_type = 'unheard-of'
+    with refuses('unheard-of', 'describe'): mask_fisher(model, ragged_batches())
+    with refuses('unheard-of', 'describe'): merge({'a': model, 'b': model}, data={'a': Untouched(), 'b': Untouched()})
 
 @pytest.mark.parametrize('model', [nn.Linear(2, 2), None, 3], ids=['module', 'None', 'int'])
 def test_not_a_model(model):

@@ -468,7 +468,8 @@ def register(world, name, f, **needs):
 WORDS = [o for o in hostile.WORDS if not o.startswith('9'*50)] + ['--epochs', '--learning-rate', '--batch-size', '--num-layers', '--glue', '--validation', '--checkpoints', '--methods', '--samples', '--seeds', '--group-sizes', '--tasks', '--limit',
          '--label-order', '--rounds', '--partial', '--text', '--label', 'label', 'sentence', '1,2', '1,x', ',', 'a=1,0', 'mnli=2,0,1', 'inf', '--help', '--version', '9'*400, '0.5', '1e-5', 'rte', 'a=b', '\u202e', '\ud800', '--out=new', '--seed=-1']
 LINES = [*hostile.LINES, 'finetune a --data rows.csv --out new', 'finetune a --data rows.csv --validation rows.csv --epochs 1 --out new', 'finetune a --glue rte --out new', 'reproduce --checkpoints bert-tiny --out new',
-         'reproduce --checkpoints a --methods average --samples 2 --seeds 1 --out new', 'report none', 'demo --out new', 'fisher a --data rows.jsonl --labels exact --out new.safetensors', 'merge a=a b=b --method average --json --out new']
+         'reproduce --checkpoints a --methods average --samples 2 --seeds 1 --out new', 'report none', 'demo --out new', 'fisher a --data rows.jsonl --labels exact --out new.safetensors', 'merge a=a b=b --method average --json --out new',
+         'describe a', 'describe a --check --json']
 
 @st.composite
 def word_lists(draw, command):

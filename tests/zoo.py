@@ -198,6 +198,8 @@ def build(name, seed=0, std=.2):
     cls = getattr(transformers, auto)
     torch.manual_seed(seed)
     model = (cls.from_config if auto.startswith('Auto') else cls)(config)
+    if kind=='swin' and not hasattr(model.encoder.layers[0].blocks[0].attention, 'q_proj'):
+        pytest.skip(f'transformers {transformers.__version__} names the modules of swin otherwise; they are refused by name')
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for k, p in model.named_parameters():

@@ -176,18 +176,22 @@ _WAV2VEC2 = Family((_attention('encoder.layers.{}.attention', _OUT),
     FFN('encoder.layers.{}.feed_forward', 'intermediate_dense', 'output_dense')))
 _MLP = (FFN('encoder.layer.{}.mlp', 'fc1', 'fc2'), FFN('encoder.layer.{}.mlp', *_GATED)) # the second is gated
 
+_WINDOWS = 'encoder.layers.{}.blocks.{}'
+
 SENSES = dict.fromkeys(['vit', 'deit', 'beit', 'audio-spectrogram-transformer'],
                        Family((*_VIT, *_OLD_VIT), plain=_TABLE))
 SENSES |= dict.fromkeys(['clip', 'siglip', 'clip_text_model', 'clip_vision_model', 'siglip_text_model',
                          'siglip_vision_model'], _CLIP)
 SENSES |= dict.fromkeys(['wav2vec2', 'hubert'], _WAV2VEC2)
 SENSES |= {
-    'dinov2': Family((_attention('encoder.layer.{}.attention', _QKVO), _OLD_VIT[0], *_MLP)),
+    'dinov2': Family((_attention('encoder.layer.{}.attention', _QKVO), _OLD_VIT[0], *_MLP,
+                      FFN('encoder.layer.{}.mlp', 'weights_in', 'weights_out', gate='weights_in'))),
     'dinov3_vit': Family((_attention('model.layer.{}.attention', _QKVO),
                           FFN('model.layer.{}.mlp', *_GATED),
-                          FFN('model.layer.{}.mlp', 'up_proj', 'down_proj')), body='.'),
-    'swin': Family((_attention('encoder.layers.{}.blocks.{}.attention', _QKVO),
-                    FFN('encoder.layers.{}.blocks.{}.mlp', 'fc1', 'fc2')),
+                          FFN('model.layer.{}.mlp', 'up_proj', 'down_proj'),
+                          _attention('layer.{}.attention', _QKVO), FFN('layer.{}.mlp', *_GATED),
+                          FFN('layer.{}.mlp', 'up_proj', 'down_proj')), body='.'),
+    'swin': Family((_attention(f'{_WINDOWS}.attention', _QKVO), FFN(f'{_WINDOWS}.mlp', 'fc1', 'fc2')),
                    plain=rf'{_TABLE}|.*\.downsample\..*', fold=True)}
 
 # %% ../../nbs/core/00_families.ipynb #fam10009

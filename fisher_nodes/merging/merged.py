@@ -345,8 +345,25 @@ def save_rest(
     _save_words(merged, _tensor_files(merged, files, hashes, tasks), folder, place, repo_id, changed)
 
 # %% ../../nbs/merging/04_merged.ipynb #999c149b
-@patch
 @checked
+def _save(merged:Merged, path:PathName, overwrite:bool, scores:Mapping|None, repo_id:str|None,
+          max_shard_size:int|str):
+    "Write the folder of a merged model."
+    path = Path(path).resolve()
+    check_shard_size(max_shard_size)
+    if scores is not None: merged.report['scores'] = check_scores(scores, list(merged))
+    recipe = merged.recipe or {}
+    check_folder(path, overwrite)
+    check_inputs(path, {}, entry_names(recipe, 'fishers'), entry_names(recipe, 'data'))
+    sources = entry_names(recipe, 'models') | {'base': entry_name(recipe.get('base'))}
+    stale = check_target(path, merged.body, merged.report, sources, list(merged))
+    with whole_folder(path, MERGED, overwrite, stale) as out:
+        files = _save_body(merged.body, out, max_shard_size)
+        hashes = tensor_hashes(merged.body.state_dict())
+        changed = bool(recipe) and recipe.get('result')!=hash_merged(merged.body, merged.models, hashes)
+        save_rest(merged, files, hashes, out, path, repo_id, changed)
+
+@patch
 def save_pretrained(self:Merged,
     path:PathName, # folder to write; made if missing
     overwrite:bool=False, # whether it may hold something; an earlier merged model there is replaced
@@ -356,20 +373,7 @@ def save_pretrained(self:Merged,
     max_shard_size:int|str='5GB', # of one file of the body
 ):
     "Write the body once and a folder for each task; `OutputExistsError` if the folder is not empty."
-    if not is_main(): return
-    path = Path(path).resolve()
-    check_shard_size(max_shard_size)
-    if scores is not None: self.report['scores'] = check_scores(scores, list(self))
-    recipe = self.recipe or {}
-    check_folder(path, overwrite)
-    check_inputs(path, {}, entry_names(recipe, 'fishers'), entry_names(recipe, 'data'))
-    sources = entry_names(recipe, 'models') | {'base': entry_name(recipe.get('base'))}
-    stale = check_target(path, self.body, self.report, sources, list(self))
-    with whole_folder(path, MERGED, overwrite, stale) as out:
-        files = _save_body(self.body, out, max_shard_size)
-        hashes = tensor_hashes(self.body.state_dict())
-        changed = bool(recipe) and recipe.get('result')!=hash_merged(self.body, self.models, hashes)
-        save_rest(self, files, hashes, out, path, repo_id, changed)
+    if is_main(): _save(self, path, overwrite, scores, repo_id, max_shard_size)
 
 # %% ../../nbs/merging/04_merged.ipynb #fe2a890e
 def _fetch_folder(name:str, revision:str|None, token:str|bool|None)->Path:
@@ -434,15 +438,9 @@ def _load_tokenizers(path:Path, tasks:Sequence[str])->Any:
     own = {t: load_tokenizer(path/t, needed=False) for t in tasks}
     return own if any(o is not None for o in own.values()) else None
 
-@patch(cls_method=True)
 @checked
-def from_pretrained(cls:Merged,
-    path:PathName, # a folder that `save_pretrained` wrote, or the Hub id that `push_to_hub` wrote to
-    *,
-    revision:str|None=None, # branch, tag or commit on the Hub
-    token:str|bool|None=None, # for a private repository; None takes that of `hf auth login`
-)->Merged:
-    "Load a merged model: one body, a head for each task."
+def _load(cls:type[Merged], path:PathName, revision:str|None, token:str|bool|None)->Merged:
+    "Read the folder of a merged model."
     path = _find_folder(path, revision, token)
     check_inside(path/MERGED, path)
     report = read_report(path/MERGED)
@@ -456,6 +454,16 @@ def from_pretrained(cls:Merged,
     recipe = load_recipe(path/RECIPE) if (path/RECIPE).is_file() else None
     shared = {t: with_body(m, body) for t,m in models.items()}
     return cls(body, shared, report, _load_tokenizers(path, list(models)), recipe)
+
+@patch(cls_method=True)
+def from_pretrained(cls:Merged,
+    path:PathName, # a folder that `save_pretrained` wrote, or the Hub id that `push_to_hub` wrote to
+    *,
+    revision:str|None=None, # branch, tag or commit on the Hub
+    token:str|bool|None=None, # for a private repository; None takes that of `hf auth login`
+)->Merged:
+    "Load a merged model: one body, a head for each task."
+    return _load(cls, path, revision, token)
 
 # %% ../../nbs/merging/04_merged.ipynb #df5d3da6
 def _hub_name(api:HfApi, repo_id:str)->str:

@@ -185,6 +185,7 @@ def load_base(
     body,missing = (base, ()) if reference is None else _load_body(reference)
     if not isinstance(body, (PreTrainedModel, Mapping)):
         raise TypeError(f'`base` must be a model, a folder, a Hub id or a state, got {type(base).__name__}')
+    if isinstance(body, PreTrainedModel) and body_of(model) is not model: body = body.base_model
     state = body if isinstance(body, Mapping) else {n: t for n,t in _floats(body).items() if n not in missing}
     _check_present('`base`', state)
     _check_base(state, body, model)

@@ -28,7 +28,9 @@ from .prove import make_copy, nudge, random_inputs, steps_of
 # %% ../../nbs/core/07_describe.ipynb #07ae2b78
 _NUMBER = re.compile(r'(?<![^.])\d+(?![^.])')
 
-def as_path(name:str)->str: return _NUMBER.sub('{}', name) # a name, whatever its numbers
+def as_path(name:str)->str:
+    "A name, whatever its numbers."
+    return _NUMBER.sub('{}', name)
 
 class Probe:
     "What the matrices of a model do to each other."

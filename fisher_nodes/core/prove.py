@@ -246,7 +246,9 @@ class Tape:
 _SILENT = 'the output of block {!r} is never called; its nodes cannot be read'
 _FIRST_AXIS = 'block {!r}: rows of one example are not next to each other (first axis is {} for {} examples)'
 
-def is_matrix(module:nn.Module)->bool: return isinstance(module, (nn.Linear,Conv1D))
+def is_matrix(module:nn.Module)->bool:
+    "Whether a module is a matrix that nodes can lie in."
+    return isinstance(module, (nn.Linear,Conv1D))
 
 @dataclass
 class Case:

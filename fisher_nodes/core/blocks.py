@@ -11,6 +11,7 @@ from math import gcd, prod
 from typing import Any
 import torch
 from torch import Tensor
+from .averaging import Axis, axes
 
 # %% ../../nbs/core/05_blocks.ipynb #6f747dab
 class Block(str):
@@ -61,10 +62,10 @@ def cut(
 def row_shares(
     shares:Tensor, # shape `(M, rows)`, `(M, experts, rows)`, or `(M, 1)` if all rows are alike
     name:str, # may be a `Block`
-    axis:int|tuple[int,...]=0, # that the shares lie along; the first of several is 0
+    axis:Axis=0, # that the shares lie along; the first of several is 0
 )->Tensor: # of the rows that are meant
     "Each model's shares of the rows that are meant."
-    rows,first = rows_meant(name),axis[0] if isinstance(axis, tuple) else axis
+    rows,first = rows_meant(name),axes(axis)[0]
     return shares if first or shares.shape[1]==1 or rows is ... else shares[:,rows]
 
 # %% ../../nbs/core/05_blocks.ipynb #76eac1b9

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.pytorch_utils import Conv1D
+from .averaging import axes
 from .families import body_of, find_family
 from .nodes import MaskGradients
 from .places import Nodes, Site, Slice, find_nodes, find_places, sizes
@@ -414,10 +415,10 @@ def _score(case:Case, block:Nodes, role:str, bias:bool, grads:Mapping[str,Tensor
     "The rows of each node times their gradients, summed."
     found = torch.zeros(_nodes(block, role), dtype=torch.float64)
     for name,s in role_slices(block, role):
-        axes,p = s.axis if isinstance(s.axis, tuple) else (s.axis,),case.body.get_parameter(name).detach()
-        if p.ndim==len(axes) and not bias: continue
-        both = (p*grads[name]).movedim(axes, tuple(range(len(axes))))
-        totals = both.reshape(*both.shape[:len(axes)], -1).sum(-1)
+        along,p = axes(s.axis),case.body.get_parameter(name).detach()
+        if p.ndim==len(along) and not bias: continue
+        both = (p*grads[name]).movedim(along, tuple(range(len(along))))
+        totals = both.reshape(*both.shape[:len(along)], -1).sum(-1)
         found.index_add_(0, s.nodes.flatten(), totals[...,s.rows].flatten())
     return found
 

@@ -580,7 +580,7 @@ def is_refusal(e, case):
 def call(world, name, case):
     "What came of one call: `fine` or `clear`; else `unclear`, `wrong` or `changed`, and what was said."
     entry = ENTRIES[name]
-    if case.get('overwrite') and case.get('out')=='merged': case = {**case, 'out': 'new'} # it is an input of the others
+    case = case | {k: 'new' for k in ('out', 'path') if case.get('overwrite') and case.get(k)=='merged'} # it is an input of the others
     try: args = resolve(world, case)
     except (ValueError, TypeError) as e: return ('clear' if is_refusal(e, case) else 'unclear'), f'{type(e).__name__}: {e}{trace(e)}'
     before, files, around = mark(args), listing(world), surroundings()
@@ -594,7 +594,7 @@ def call(world, name, case):
     finally: close_figures()
     after = mark(args), listing(world), surroundings()
     for what, x, y in zip(('an argument', 'an input file', 'the state of a library'), (before, files, around), after):
-        if x!=y: outcome = 'changed', f'{what}, {[k for k in x if x[k]!=y[k]] if isinstance(x, dict) else ""}: {outcome}'
+        if x!=y: outcome = 'changed', f'{what}, {[k for k in {**x, **y} if x.get(k)!=y.get(k)] if isinstance(x, dict) else ""}: {outcome}'
     world.clean()
     return outcome
 

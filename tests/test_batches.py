@@ -9,8 +9,8 @@ from transformers import (BertConfig, BertForSequenceClassification, CamembertCo
 
 from fisher_nodes import mask_fisher, merge
 from fisher_nodes.engine import memory
-from fisher_nodes.engine.batches import (
-    BATCH_TOKENS, make_batches, max_positions, read_columns, row_lengths, text_columns)
+from fisher_nodes.engine.batches import BATCH_TOKENS, make_batches, read_columns, row_lengths
+from fisher_nodes.engine.text import max_positions, text_columns
 from fisher_nodes.engine.memory import token_bytes
 from reference import brute_mask_fisher, ragged_batches
 

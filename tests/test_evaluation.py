@@ -174,7 +174,7 @@ def test_body_without_head():
 
 def test_folder_without_head(tmp_path):
     make().bert.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='has no weights for classifier.bias, classifier.weight; is it fine-tuned'):
+    with pytest.raises(ValueError, match='BertModel has no task head; .*is it fine-tuned'):
         evaluate(tmp_path, rows(), progress=False)
 
 
@@ -198,9 +198,9 @@ def test_on_gpu(precision, rtol):
 @pytest.mark.parametrize('own', [None, 37])
 def test_padding_share(monkeypatch, own):
     "Rows of unequal length are batched within a quarter of the Fisher step's budget, or within the caller's."
-    from fisher_nodes.engine import losses
-    shapes, run = [], losses.model_logits
-    monkeypatch.setattr(losses, 'model_logits', lambda m, x: (shapes.append(tuple(x['attention_mask'].shape)), run(m, x))[1])
+    from fisher_nodes.tasks import evaluation
+    shapes, run = [], evaluation.batch_logits
+    monkeypatch.setattr(evaluation, 'batch_logits', lambda m, x, head: (shapes.append(tuple(x.inputs['attention_mask'].shape)), run(m, x, head))[1])
     ds = rows(400)
     predict(make(), ds, batch_tokens=own, progress=False)
     cells, tokens = sum(a*b for a, b in shapes), sum(map(len, ds['input_ids']))

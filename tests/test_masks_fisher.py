@@ -334,7 +334,7 @@ def crowded(model, tokens, after=0):
         if size > tokens and len(seen) % (after+1) == 0: fail(size)
     def forward(module, args, out):
         size = out.shape[0]*out.shape[1]
-        if after: out.register_hook(lambda grad: backward(size, grad))
+        if after and out.requires_grad: out.register_hook(lambda grad: backward(size, grad))
         elif size > tokens: fail(size)
     handle = model.base_model.encoder.layer[1].register_forward_hook(
         lambda m, args, out: forward(m, args, out if isinstance(out, torch.Tensor) else out[0]))

@@ -30,7 +30,7 @@ from fisher_nodes.core.fisher import ESTIMATORS
 from fisher_nodes.engine.models import load_model
 from fisher_nodes.engine.reading import parse_yaml
 from fisher_nodes.experiment.plots import plot_heads, plot_rows
-from fisher_nodes.methods.method import ParameterStatistic
+from fisher_nodes.methods.method import ParameterStatistic, one_line
 from reference import brute_mask_fisher, examples, ragged_batches, tiny
 
 os.environ['MPLBACKEND'] = 'Agg'
@@ -567,7 +567,9 @@ PARTS = ('label', 'Model', 'model', 'batch', 'method', 'task', 'Fisher of') # wh
 def said_of(o):
     "Words that name an argument, or what was given for it."
     if isinstance(o, dict): return [w for k, v in o.items() for w in (*said_of(k), *said_of(v))]
-    return [f'{o} ' if len(str(o))<2 else str(o)] if isinstance(o, (str, Path)) else []
+    if not isinstance(o, (str, Path)): return []
+    shown = one_line(o)
+    return [f'{shown} ', f'{shown}:'] if len(shown)<2 else [str(o), shown]
 
 def is_refusal(e, case):
     "Whether an error is one of ours, in one line that names something given; Python itself says which argument there is not."

@@ -19,7 +19,8 @@ from fisher_nodes.core.averaging import Shares, _check_nodes, check_fisher, node
 from fisher_nodes.core.blocks import Block, Blocks, cut, kth_smallest, row_shares
 from fisher_nodes.core.families import FAMILIES
 from fisher_nodes.core.places import Place, Site, Slice, count_nodes, find_places, split_roles
-from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, is_regression, list_variants, outer_each, per_example_loss, square_each
+from fisher_nodes.core.fisher import ESTIMATORS, VARIANTS, draw_labels, list_variants, outer_each, square_each
+from fisher_nodes.core.heads import choice_loss, head_of, is_regression, squared_error
 from fisher_nodes.core.nodes import mask_sites, node_gradients
 from fisher_nodes.core.schemes import SCHEMES, WHOLE, check_roles, get_scheme, weight_of
 from fisher_nodes.engine.classes import are_bare, match_classes, model_labels, word_classes
@@ -50,7 +51,7 @@ from fisher_nodes.methods.ties import trim_threshold
 from safetensors.torch import load_file, save_file
 from test_nodes import MODELS, ROWS
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast, PretrainedConfig
+from transformers import BertForTokenClassification, AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast, PretrainedConfig
 
 QUIET = dict(progress=False)
 WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the', 'The', 'rains', 'cat']
@@ -483,13 +484,13 @@ def test_losses_of_every_example():
     gen = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(4, 3, generator=gen), torch.tensor([0, 2, 1, 1])
     want = [(-x[y]+x.exp().sum().log()).item() for x, y in zip(logits.double(), labels)]
-    assert_close(per_example_loss(tiny(), logits, labels).double(), torch.tensor(want).double(), rtol=1e-5, atol=0)
-    assert per_example_loss(tiny(), logits.half(), labels).dtype == torch.float32
+    assert_close(choice_loss(logits[:,None], labels[:,None]).double(), torch.tensor(want).double(), rtol=1e-5, atol=0)
+    assert choice_loss(logits[:,None].half(), labels[:,None]).dtype == torch.float32
     several = tiny(num_labels=3)
     several.config.problem_type = 'regression'
     targets = torch.randn(4, 3, generator=gen)
-    assert_close(per_example_loss(several, logits, targets), torch.stack([sum((x-y)**2)/3 for x, y in zip(logits, targets)]), rtol=1e-5, atol=0)
-    with pytest.raises(ValueError, match=r'expected logits of shape \(B, classes\), got \(4,\)'): per_example_loss(tiny(), logits[:,0], labels)
+    assert_close(head_of(several).loss(logits, targets), torch.stack([sum((x-y)**2)/3 for x, y in zip(logits, targets)]), rtol=1e-5, atol=0)
+    assert head_of(several).loss is squared_error
 
 def test_labels_are_drawn_by_row_and_seed():
     logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
@@ -499,7 +500,7 @@ def test_labels_are_drawn_by_row_and_seed():
             below += o
             if u <= below: return c
     for rows, seed in ((range(50), 0), (range(100, 150), 7)):
-        assert draw_labels(logits, rows, seed).tolist() == [slow(p, r, seed) for p, r in zip(logits.double().softmax(1).tolist(), rows)]
+        assert draw_labels(logits[:,None], torch.ones(50, 1).bool(), rows, seed)[:,0].tolist() == [slow(p, r, seed) for p, r in zip(logits.double().softmax(1).tolist(), rows)]
 
 def test_sums_over_examples():
     gen = torch.Generator().manual_seed(0)
@@ -580,8 +581,8 @@ def test_nodes_of_families_that_lie_otherwise(monkeypatch, name):
 @pytest.mark.parametrize('labels', ESTIMATORS)
 def test_weights_lie_beside_the_losses(labels):
     "The meta device stands in for a GPU."
-    logits, y = torch.ones(2, 3, device='meta'), torch.zeros(2, device='meta').long()
-    for weights, losses in ESTIMATORS[labels](tiny(), logits, y, [0, 1], 0): assert weights.device.type == losses.device.type == 'meta'
+    logits, y = torch.ones(2, 1, 3, device='meta'), torch.zeros(2, 1, device='meta').long()
+    for weights, losses in ESTIMATORS[labels](choice_loss, logits, y, [0, 1], 0): assert weights.device.type == losses.device.type == 'meta'
 
 def test_a_loss_that_leaves_a_layer_out():
     def loss(model, batch):
@@ -891,7 +892,9 @@ def test_what_a_merged_model_is_made_of(tmp_path):
     merged.recipe = None
     merged.save_pretrained(tmp_path/'out')
     assert not (tmp_path/'out'/'recipe.yml').exists() and 'No recipe was recorded.' in (tmp_path/'out'/'README.md').read_text()
-    assert _auto_class(merged, {'BertForTokenClassification'}) == 'BertForTokenClassification' and _auto_class(merged, {'XForSequenceClassification'}) == 'AutoModelForSequenceClassification'
+    assert _auto_class(merged) == 'AutoModelForSequenceClassification'
+    tagger = BertForTokenClassification(merged.body.config)
+    assert _auto_class(dict(a=tagger, b=tagger)) == 'AutoModelForTokenClassification' and _auto_class(dict(merged, b=tagger)) == 'AutoModel'
 
 def test_tokenizers_of_a_folder(tmp_path):
     tiny().config.save_pretrained(tmp_path)
@@ -1099,10 +1102,15 @@ def test_models_are_opened_as_they_are_stored(tmp_path):
     found = skeletons.open_plain(ModelReference(str(tmp_path/'half')), AutoModelForSequenceClassification)
     assert {o.dtype for o in found.body.tensors.values()} == {torch.float32} and {o.stored for o in found.body.tensors.values()} == {torch.float16}
     tiny().base_model.save_pretrained(tmp_path/'bare')
+    bare = skeletons.open_stored('a', tmp_path/'bare')
+    assert type(bare.model).__name__ == 'BertModel' and {*bare.body.tensors} == {*found.body.tensors}
+    (tmp_path/'bare'/'config.json').write_text(config.read_text())
     with pytest.raises(ValueError, match='has no weights for classifier.bias, classifier.weight; is it fine-tuned'): skeletons.open_stored('a', tmp_path/'bare')
     asked = []
-    def make(config, **kw): return asked.append(kw) or AutoModelForSequenceClassification.from_config(config)
-    skeletons.open_plain(ModelReference(str(tmp_path/'half')), SimpleNamespace(from_config=make))
+    class Auto:
+        @staticmethod
+        def from_config(config, **kw): return asked.append(kw) or AutoModelForSequenceClassification.from_config(config)
+    skeletons.open_plain(ModelReference(str(tmp_path/'half')), Auto)
     assert asked == [dict(trust_remote_code=False)]
 
 def test_a_fisher_has_the_kinds_and_layers_of_its_model():

@@ -112,16 +112,17 @@ def _load_both(args:argparse.Namespace)->tuple[Any,Any,dict[str,Any]]:
     "A model, its rows, and how they are read."
     from fisher_nodes.tasks.tasks import load_rows
     model,tokenizer = _load(args.model)
-    data,task = load_rows(args.data, model, **_columns(args, ''))
+    data,task = load_rows(args.data, model, **_columns(args, ''), loss=args.loss)
     length = either(args.max_length, task.max_length)
-    return model, data, dict(tokenizer=tokenizer, text=task.text, max_length=length)
+    return model, data, dict(tokenizer=tokenizer, text=task.text or None, max_length=length)
 
 def run_fisher(args:argparse.Namespace)->dict|None:
     "Measure the mask Fisher of one model on one data set."
     from fisher_nodes.engine.measure import mask_fisher
     out = check_file(args.out, args.overwrite, args.model, args.data)
     model,data,read = _load_both(args)
-    how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'precision', 'device'))
+    how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'loss', 'reduction', 'precision',
+                         'device'))
     fisher = mask_fisher(model, data, **read, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(out)
@@ -231,7 +232,7 @@ def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mappi
     if args.split and not any(o.startswith('glue:') for o in specs.values()):
         raise ValueError('--split is about glue:TASK; a file has no splits')
     split = either(args.split, 'validation')
-    return {k: load_rows(v, models[k], split, **_columns(args, k)) for k,v in specs.items()}
+    return {k: load_rows(v, models[k], split, **_columns(args, k), loss=args.loss) for k,v in specs.items()}
 
 def run_evaluate(args:argparse.Namespace)->dict|None:
     "Score a merged model on all its tasks, or one model on one data set."
@@ -242,7 +243,7 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     out = check_file(args.out, args.overwrite, *read) if args.out else None
     models,specs,tokenizers,source = _models_to_score(args.model, args.data)
     loaded,split = _rows_to_score(args, models, specs),either(args.split, 'validation')
-    how = _picked(args, ('max_length', 'device', 'precision'))
+    how = _picked(args, ('max_length', 'device', 'precision', 'loss'))
     scores = {k: evaluate(models[k], data, task, tokenizer=tokenizers[k], **how)
               for k,(data,task) in loaded.items()}
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
@@ -420,13 +421,16 @@ class Parser(argparse.ArgumentParser):
 def _option(*names, **kwargs): return names,kwargs
 
 ASKED = ('method', 'base', 'variant', 'scheme', 'seed', 'num_samples', 'labels', 'precision',
-         'max_length', 'text', 'label') # fields of a request
+         'loss', 'reduction', 'max_length', 'text', 'label') # fields of a request
 
 def _words_of(name:str)->list[str]|None:
     "The words that an option may be, where they are registered somewhere."
     from fisher_nodes.core.fisher import ESTIMATORS, list_variants
     from fisher_nodes.engine.devices import PRECISIONS
-    return dict(variant=list_variants(), labels=list(ESTIMATORS), precision=list(PRECISIONS)).get(name)
+    from fisher_nodes.core.heads import LOSSES, REDUCTIONS
+    known = dict(variant=list_variants(), labels=ESTIMATORS, precision=PRECISIONS, loss=LOSSES,
+                 reduction=REDUCTIONS)
+    return list(known[name]) if name in known else None
 
 def request_option(
     name:str, # a field of `MergeRequest`
@@ -449,6 +453,8 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
     precision={},
     variant=dict(default='paper'),
     labels=dict(default='empirical'),
+    loss={},
+    reduction=dict(default='sum'),
     scheme={},
     method=dict(default='mask-fisher'),
     base=dict(metavar='MODEL'))
@@ -465,7 +471,8 @@ OPTIONS = dict(
     json=_option('--json', action='store_true', help='print the result as JSON, for programs'))
 
 # %% ../../nbs/app/02_cli.ipynb #466e6390
-MEASURING = ['num_samples', 'seed', 'device', 'max_length', 'text', 'label', 'precision', 'variant', 'labels']
+MEASURING = ['num_samples', 'seed', 'device', 'max_length', 'text', 'label', 'precision', 'variant', 'labels',
+             'loss', 'reduction']
 RUNNING = ['num_samples', 'seed', 'device', 'precision', 'max_length', 'text', 'label']
 
 COMMANDS = dict(
@@ -480,7 +487,7 @@ COMMANDS = dict(
         '  fisher-nodes merge a=DIR b=DIR --method average --out DIR\n'
         '  fisher-nodes merge DIR/recipe.yml --out AGAIN'),
     evaluate=(run_evaluate,
-        ['device', 'max_length', 'text', 'label', 'precision', 'split', 'seed', 'overwrite'],
+        ['device', 'max_length', 'text', 'label', 'precision', 'loss', 'split', 'seed', 'overwrite'],
         'fisher-nodes evaluate DIR --data mnli=glue:mnli sst2=glue:sst2\n'
         '  fisher-nodes evaluate MODEL --data glue:sst2'),
     finetune=(run_finetune, [*RUNNING, 'out', 'overwrite'],

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from ..core.places import count_nodes
 from ..engine.fingerprints import hash_weights
-from ..engine.batches import is_dataset, is_raw, sample_rows
+from ..engine.batches import sample_rows
+from ..engine.rows import is_dataset, is_raw
 from ..engine.models import load_model, load_tokenizer
 from ..tasks.evaluation import default_task, evaluate
 from ..core.fisher import MaskFisher
@@ -58,6 +59,7 @@ def head_shares(
     check_fishers(fishers, same=True)
     λ = torch.tensor([*_weights(fishers, weights or {}).values()], dtype=torch.float64)
     kind = get_scheme(scheme).get('query', 'one')
+    if kind not in ('head', *WHOLE): raise ValueError(f'`scheme` has {kind} for the query of heads')
     def weights_of(f, i): return f.heads[i].double() if kind=='head' else WHOLE[kind](f, i)
     def layer(i): return node_shares(torch.stack([weights_of(f, i) for f in fishers.values()]), λ)[0]
     heads = [len(o) for o in next(iter(fishers.values())).heads]

@@ -60,6 +60,7 @@ class Family:
     fold:bool=False # whether the tokens of one example may follow each other along the first axis
     towers:bool=False # whether a loss may leave whole stacks out
     skips_padding:bool=False # position numbers start at `pad_token_id+1` instead of 0
+    by_place:bool=False # positions are counted from the first column, where padding may be
     care:str='' # what a merge of such models should be told
 
 # %% ../../nbs/core/00_families.ipynb #c2556a99
@@ -110,9 +111,10 @@ def _decoder(path:str='layers.{}', attention:str=_QKVO, ffn:Sequence[str]=_GATED
     "A layer of attention and, below `mlp`, of neurons."
     return Family((_attention(f'{path}.self_attn', attention), FFN(f'{path}.mlp', *ffn)), **more)
 
-def _gpt(path:str, qkv:str, output:str, up:str, down:str, order:str='blocks')->Family:
+def _gpt(path:str, qkv:str, output:str, up:str, down:str, order:str='blocks', **more)->Family:
     "A layer with one matrix for query, key and value."
-    return Family((_fused(path, qkv, output, order=order), FFN(f'{path.rpartition(".")[0]}.mlp', up, down)))
+    ffn = FFN(f'{path.rpartition(".")[0]}.mlp', up, down)
+    return Family((_fused(path, qkv, output, order=order), ffn), **more)
 
 _NEOX = ('query_key_value','dense','dense_h_to_4h','dense_4h_to_h')
 _OVER_HEADS = 'a norm over all heads mixes their queries and keys, whose weights by head are approximate'
@@ -127,10 +129,10 @@ DECODERS |= {
     'starcoder2': _decoder(ffn=('c_fc','c_proj')),
     'phi3': _decoder(attention='qkv_proj qkv_proj qkv_proj o_proj',
                      ffn=('gate_up_proj','down_proj','gate_up_proj')),
-    'gpt2': _gpt('h.{}.attn', 'c_attn', 'c_proj', 'c_fc', 'c_proj'),
-    'gpt_bigcode': _gpt('h.{}.attn', 'c_attn', 'c_proj', 'c_fc', 'c_proj', order='groups'),
+    'gpt2': _gpt('h.{}.attn', 'c_attn', 'c_proj', 'c_fc', 'c_proj', by_place=True),
+    'gpt_bigcode': _gpt('h.{}.attn', 'c_attn', 'c_proj', 'c_fc', 'c_proj', order='groups', by_place=True),
     'gpt_neo': Family((_attention('h.{}.attn.attention', 'q_proj k_proj v_proj out_proj'),
-                       FFN('h.{}.mlp', 'c_fc', 'c_proj'))),
+                       FFN('h.{}.mlp', 'c_fc', 'c_proj')), by_place=True),
     'gptj': Family((_attention('h.{}.attn', 'q_proj k_proj v_proj out_proj'),
                     FFN('h.{}.mlp', 'fc_in', 'fc_out'))),
     'gpt_neox': _gpt('layers.{}.attention', *_NEOX, 'groups'),
@@ -241,20 +243,30 @@ _GENERATIVE = ('ForCausalLM', 'LMHeadModel', 'ForConditionalGeneration', 'ForMas
 
 def _is_whole(model:PreTrainedModel)->bool:
     "Whether all of a model is shared."
-    family = FAMILIES.get(model.config.model_type)
-    return type(model).__name__.endswith(_GENERATIVE) or bool(family and family.body=='.')
+    family,names = FAMILIES.get(model.config.model_type),[o.__name__ for o in type(model).__mro__]
+    if any(o.endswith(_GENERATIVE) for o in names): return True
+    return bool(family and family.body=='.') and not any(o.endswith('Classification') for o in names)
+
+def _body_name(model:PreTrainedModel)->str:
+    "What a model calls its body; empty where all is shared."
+    if _is_whole(model): return ''
+    if model.base_model is not model: return model.base_model_prefix
+    bodies = [n for n,m in model.named_children() if isinstance(m, PreTrainedModel)]
+    return bodies[0] if len(bodies)==1 and 'Classification' in type(model).__name__ else ''
 
 def body_of(
     model:PreTrainedModel, # with or without a task head
 )->PreTrainedModel:
     "What a model shares with those of other tasks."
-    return model if _is_whole(model) else model.base_model
+    name = _body_name(model)
+    return model.get_submodule(name) if name else model
 
 def body_prefix(
     model:PreTrainedModel, # with or without a task head
 )->str: # with its dot; empty where all is shared
     "What the names of a body's parameters begin with in a model with a head."
-    return '' if _is_whole(model) else f'{model.base_model_prefix}.'
+    if _is_whole(model): return ''
+    return f'{_body_name(model) or model.base_model_prefix}.'
 
 def body_state(
     model:PreTrainedModel, # with or without a task head

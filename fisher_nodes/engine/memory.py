@@ -15,6 +15,7 @@ from ..core.places import find_nodes
 from ..core.schemes import BY_NODE
 from .batches import BATCH_TOKENS, Batch
 from .processes import exchange
+from .rows import INPUTS
 
 # %% ../../nbs/engine/07_memory.ipynb #9aaba7da
 def token_bytes(
@@ -71,8 +72,8 @@ def padded_tokens(
     batch:Batch,
 )->int: # examples times the length of the longest
     "Tokens of a batch, with padding."
-    ids = batch.inputs.get('input_ids', batch.inputs.get('inputs_embeds'))
-    return ids.shape[0]*ids.shape[1]
+    main = next(batch.inputs[k] for k in (*INPUTS, 'inputs_embeds') if k in batch.inputs)
+    return main[...,0].numel() if main.is_floating_point() else main.numel()
 
 # %% ../../nbs/engine/07_memory.ipynb #62288119
 def _attempt(run:Callable, batch:Batch, divide:bool)->Any:

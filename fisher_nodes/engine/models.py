@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'OLD_NAMES', 'MODEL_ID', 'DTYPE', 'HOW', 'Source', 'FILES', 'model_name', 'hub_commit', 'find_file',
-           'check_config', 'check_index', 'plain_name', 'check_weights', 'check_source', 'model_errors',
-           'check_wrapped', 'check_single', 'load_model', 'load_tokenizer', 'resolve_model', 'ModelReference',
-           'as_reference', 'fetch_model', 'note_commit', 'head_tensors', 'load_reference']
+           'check_config', 'check_index', 'plain_name', 'check_weights', 'check_source', 'model_class', 'empty_model',
+           'model_errors', 'check_wrapped', 'check_single', 'load_model', 'load_tokenizer', 'resolve_model',
+           'ModelReference', 'as_reference', 'fetch_model', 'note_commit', 'head_tensors', 'load_reference']
 
 # %% ../../nbs/engine/05_models.ipynb #5eabcda1
 import os
@@ -22,9 +22,11 @@ from huggingface_hub.utils import EntryNotFoundError
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 import torch
 from torch import Tensor
+import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from ..core.families import body_of
+from ..core.heads import find_head
 from .files import RECIPE, is_merged
 from .fingerprints import check_hash, hash_tensors, hash_weights
 from .reading import (
@@ -266,11 +268,29 @@ def _loading_hint(model:PreTrainedModel|str|Path, said:str)->str:
             return f'it has no model.safetensors: {words.format(one_line(found[0]))}. '
     return hint if any(folder.iterdir()) else 'the folder is empty. '
 
+def model_class(
+    config:PretrainedConfig, # of a model that was saved
+)->type: # a class of transformers
+    "The class that a configuration names, if it has a head that is known or none; else that of a classifier."
+    name = next(iter(config.architectures or []), '')
+    found = getattr(transformers, name, None) if find_head(name) or name.endswith('Model') else None
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    fits = is_model and isinstance(config, found.config_class or ())
+    return found if fits else AutoModelForSequenceClassification
+
+def empty_model(
+    config:PretrainedConfig,
+    cls:type|None=None, # None is the class that it names
+)->PreTrainedModel: # without numbers
+    "A model on the meta device."
+    cls = cls or model_class(config)
+    with torch.device('meta'):
+        if issubclass(cls, PreTrainedModel): return cls._from_config(config).eval()
+        return cls.from_config(config, trust_remote_code=False).eval()
+
 def _misfit(folder:Path)->str:
     "The first tensor of another shape than the configuration says."
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device('meta'):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    model = empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     prefix = f'{model.base_model_prefix}.'
     want = {n.removeprefix(prefix): list(t.shape) for n,t in model.state_dict().items()}
     tables = [read_header(folder/f)[1] for f in check_index(folder)]
@@ -328,15 +348,15 @@ def check_single(
 def load_model(
     model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id
 )->PreTrainedModel: # the same object, or the loaded model
-    "A model with its task head; `ValueError` for a checkpoint without one."
+    "A model with its task head, or a body alone; `ValueError` for a checkpoint that lacks weights."
     if isinstance(model, PreTrainedModel): return model
     if isinstance(model, Mapping):
         raise ValueError(f'{type(model).__name__} holds models of {list(model)}; give one of them')
     check_wrapped(model)
     check_single(model)
     with model_errors(model):
-        found,info = AutoModelForSequenceClassification.from_pretrained(
-            str(model), **HOW, output_loading_info=True)
+        cls = model_class(AutoConfig.from_pretrained(str(model), trust_remote_code=False))
+        found,info = cls.from_pretrained(str(model), **HOW, output_loading_info=True)
         cached = None if Path(model).is_dir() else find_file(found.config, 'config.json')
         if cached: check_weights(cached.parent) # of the Hub
     missing = sorted(info['missing_keys'])

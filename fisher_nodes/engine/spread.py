@@ -40,15 +40,15 @@ def _add_up(sums:MutableMapping, key:Any, shape:tuple, dtype:torch.dtype):
     total = sum_processes(zeros if own is None else own.to('cpu', torch.float64).contiguous())
     sums[key] = total.to('cpu' if own is None else own.device, dtype)
 
-def _meet(n:int, seen:str, sums:MutableMapping)->int:
-    "Add up what all processes have; the number of examples of all."
+def _meet(n:tuple[int,...], seen:str, sums:MutableMapping)->tuple[int,...]:
+    "Add up what all processes have; the counts of all."
     notes = exchange((n, seen, {k: (tuple(v.shape), v.dtype) for k,v in sums.items()}))
     if len({o[1] for o in notes})>1:
         raise ValueError('the processes saw different batches; '
                          'give all the same ones in the same order, by a seed for instance')
     found = {k: v for *_,o in notes for k,v in o.items()}
     for k in sorted(found, key=str): _add_up(sums, k, *found[k])
-    return sum(o[0] for o in notes)
+    return tuple(map(sum, zip(*(o[0] for o in notes if o[0]))))
 
 # %% ../../nbs/engine/08_spread.ipynb #40c2a2c0
 def _show(own:Iterable[Batch], num_batches:int|None, what:str, progress:bool)->tqdm:
@@ -58,18 +58,18 @@ def _show(own:Iterable[Batch], num_batches:int|None, what:str, progress:bool)->t
     return tqdm(own, total=total, desc=what, unit='batch', delay=2, disable=not (progress and rank==0))
 
 def spread(
-    work:Callable[[Iterable[Batch]], int], # goes through batches, adds to `sums`, counts the examples
+    work:Callable[[Iterable[Batch]], tuple[int,...]], # goes through batches, adds to `sums`; counts, examples first
     batches:Batches, # the same in all processes
     sums:MutableMapping[Any,Tensor], # what `work` adds to; afterwards the sums of all processes
     what:str, # for the progress bar
     progress:bool=True, # show one when it takes more than two seconds
-)->int: # examples in all processes
+)->tuple[int,...]: # what `work` counts, in all processes
     "Go through all batches, divided among the processes."
     place = find_rank()
     own = _Share(batches.batches, place)
     every = iter(own)
     first = list(islice(every, 1)) # a process may have no batch
-    n = work(_show(chain(first, every), batches.num_batches, what, progress)) if first else 0
+    n = work(_show(chain(first, every), batches.num_batches, what, progress)) if first else ()
     if place.count>1: n = _meet(n, own.seen, sums)
-    if n==0: raise ValueError('`data` is empty: no examples')
+    if not any(n): raise ValueError('`data` is empty: no examples')
     return n

@@ -30,13 +30,12 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from ..core.places import find_nodes
-from ..core.fisher import per_example_loss
+from ..core.heads import head_of
 from ..engine.batches import Batch, collate, plan_lengths
 from ..engine.devices import find_device, precision_context, to_device
 from ..engine.files import write_record
 from ..engine.fingerprints import hash_weights
 from ..engine.guard import frozen_eval
-from ..engine.losses import model_logits
 from ..engine.measure import (
     describe_run, linear_grams, mask_fisher, parameter_fisher, statistic_batches)
 from ..engine.memory import batch_budget, padded_tokens
@@ -64,12 +63,11 @@ def bare_pass(
     precision:str|None=None, # as in `mask_fisher`
 ):
     "Run every batch forward, and backward to the first masked tensor."
-    context = precision_context(precision, model, model.device)
+    context,head = precision_context(precision, model, model.device),head_of(model)
     with frozen_eval(model, compiled=True), context, first_leaf(model) as leaves:
         for batch in batches:
-            labels = batch.inputs['labels']
-            logits = model_logits(model, batch.features)
-            torch.autograd.grad(per_example_loss(model, logits, labels).sum(), leaves)
+            logits,labels = head.logits(model, batch.inputs),head.labels(batch.inputs)
+            torch.autograd.grad(head.loss(logits, labels).sum(), leaves)
 
 # %% ../../nbs/experiment/05_bench.ipynb #33be1f10
 def layer_sizes(

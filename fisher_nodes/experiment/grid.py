@@ -149,7 +149,8 @@ def plan_cells(
     "All cells of a grid; `ValueError` for an unknown name or numbers that do not fit."
     entries = {o: find_entry(o) for o in names}
     if not (names and samples and seeds and group_sizes):
-        raise ValueError(f'nothing to do: {names=}, {samples=}, {seeds=}, {group_sizes=}')
+        given = dict(methods=names, samples=samples, seeds=seeds, group_sizes=group_sizes)
+        raise ValueError(f'nothing to do: `{next(k for k,v in given.items() if not v)}` is empty')
     drawn,none = _sample_seeds(samples, seeds),[(None, None)]
     alone = [(None, s) for s in range(max(seeds))]
     def of(e): return drawn if e.statistic else alone if e.is_random else none

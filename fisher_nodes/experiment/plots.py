@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..core.fisher import MaskFisher
+from ..methods.method import quoted
 from ..core.averaging import check_fisher
 from .intervals import per_seed
 from .results import SCORES, check_table, choose, distinct, setting_label
@@ -62,7 +63,7 @@ def check_fishers(
     if not fishers: raise ValueError('`fishers` is empty')
     for task,o in fishers.items():
         if not isinstance(o, MaskFisher):
-            raise TypeError(f'Fisher of {task!r} must be a MaskFisher, got {type(o).__name__}')
+            raise TypeError(f'Fisher of {quoted(task)} must be a MaskFisher, got {type(o).__name__}')
         if not all(map(len, o.kinds.values())): raise ValueError(f'Fisher of {task!r} has no layers')
         like = next(iter(fishers.values())) if same else o
         check_fisher(task, o, {k: [len(layer) for layer in v] for k,v in like.kinds.items()})

@@ -24,7 +24,7 @@ from ..engine.models import find_file
 from ..engine.reading import parse_yaml, load_json, read_text
 from .recipe import unnamed
 from .request import check_names
-from ..methods.method import WRITTEN, explain, one_line
+from ..methods.method import WRITTEN, explain, one_line, quoted
 
 # %% ../../nbs/merging/03_card.ipynb #6516739d
 LICENSE = ('license', 'license_name', 'license_link')
@@ -112,12 +112,12 @@ def check_scores(
 )->dict[str,dict[str,float]]:
     "The scores as plain numbers; `ValueError` for anything else."
     if not isinstance(scores, Mapping) or not scores:
-        raise ValueError(f'`scores` must be a mapping from task to metrics, got {scores!r}')
+        raise ValueError(f'`scores` must be a mapping from task to metrics, got {quoted(scores)}')
     for t,o in scores.items():
         if t not in tasks:
             raise ValueError(f'`scores` has {t!r}, which is not among the tasks {list(tasks)}')
         if not _all_finite(o):
-            raise ValueError(f'`scores` of {t!r} must be a finite number for each metric, got {o!r}')
+            raise ValueError(f'`scores` of {t!r} must be a finite number for each metric, got {quoted(o)}')
     return {t: {str(k): float(v) for k,v in o.items()} for t,o in scores.items()}
 
 # %% ../../nbs/merging/03_card.ipynb #9d8d904a
@@ -373,7 +373,13 @@ def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool)->str:
 _SAME = 'All sources state the same licence.'
 _UNLIKE = 'The sources do not all state the same licence. Look at each before using this model.'
 _PIPELINES = dict( # class of transformers -> what the Hub calls its use
-    AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction')
+    AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction',
+    AutoModelForTokenClassification='token-classification', AutoModelForQuestionAnswering='question-answering',
+    AutoModelForMultipleChoice='multiple-choice', AutoModelForMaskedLM='fill-mask',
+    AutoModelForCausalLM='text-generation', AutoModelForSeq2SeqLM='text2text-generation',
+    AutoModelForSpeechSeq2Seq='automatic-speech-recognition',
+    AutoModelForImageClassification='image-classification',
+    AutoModelForAudioClassification='audio-classification')
 
 def _tables(report:Mapping[str,Any])->dict[str,str]:
     "The tables of a card, by their places in the text."

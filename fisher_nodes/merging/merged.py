@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
+from ..core.heads import find_head
 from ..engine.batches import own_batches
 from ..methods.method import PathName, checked
 from ..engine.files import (
@@ -302,16 +303,16 @@ def _save_modules(report:Mapping, folder:Path):
         (folder/name).parent.mkdir(exist_ok=True)
         (folder/name).write_text(json.dumps(content, indent=1))
 
-def _auto_class(merged:Merged, classes:set[str])->str:
+def _auto_class(merged:Merged)->str:
     "The class of transformers that loads every task."
-    name = 'ForSequenceClassification'
-    if all(o.endswith(name) for o in classes): return f'AutoModel{name}'
-    return 'AutoModel' if any(m is merged.body for m in merged.values()) else sorted(classes)[0]
+    heads = [find_head(type(m).__name__) for m in merged.values()]
+    found = {o.auto if o else 'AutoModel' for o in heads}
+    return found.pop() if len(found)==1 else 'AutoModel'
 
 def _save_words(merged:Merged, files:Mapping, folder:Path, place:Path, repo_id:str|None, changed:bool):
     "Write report, recipe and model card; the report has what is known of files, by name."
     recipe = merged.recipe and public_recipe(merged.recipe, None if repo_id else place)
-    auto = _auto_class(merged, {type(m).__name__ for m in merged.values()})
+    auto = _auto_class(merged)
     with_tokenizer = all(o is not None for o in merged.tokenizers.values())
     if recipe: (folder/RECIPE).write_text(sign(recipe_text(recipe, changed)), encoding='utf-8')
     (folder/MERGED).write_text(json.dumps(merged.report | dict(files=files), indent=1))

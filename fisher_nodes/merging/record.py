@@ -138,6 +138,7 @@ def _measuring(request:MergeRequest, lengths:Mapping[str,int])->dict[str,Any]:
     "How the statistics were measured."
     found = {t: n for t,n in lengths.items() if n}
     how = {k: getattr(request, k) for k in ('num_samples', 'labels', 'precision')}
+    if request.reduction!='sum': how['reduction'] = request.reduction
     columns = {k: getattr(request, k) for k in ('text', 'label') if getattr(request, k) is not None}
     return how | ({'max_length': found} if found else {}) | columns
 
@@ -160,5 +161,6 @@ def merge_recipe(
     if request.data: out |= _measuring(request, lengths)
     options = {k: v for k,v in request.options.items() if k not in ('variant', 'scheme')}
     if options: out['options'] = options
-    out |= {k: None for k in ('loss', 'tokenizer') if getattr(request, k) is not None}
+    if request.loss is not None: out['loss'] = request.loss if isinstance(request.loss, str) else None
+    if request.tokenizer is not None: out['tokenizer'] = None
     return out | dict(versions=versions())

@@ -34,6 +34,7 @@ from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
 from ..engine.guard import keep_rng, turn
+from ..engine.losses import make_objective
 from ..engine.measure import check_saved, measure, read_about, statistic_batches
 from ..engine.models import (
     HOW, ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
@@ -169,11 +170,15 @@ def _check_base(
     try: _check_configs('base', given, model_name(model), model)
     except ValueError as e: raise ValueError(f'`base` does not fit: {e}') from None
 
-def _load_body(reference:ModelReference)->tuple[PreTrainedModel,list[str]]:
-    "A model without a head, and the parameters that its files lack."
+def _body_class(model:PreTrainedModel)->type:
+    "The class that loads what a model's body was before it was fine-tuned."
+    return type(model) if body_of(model) is model else AutoModel
+
+def _load_body(reference:ModelReference, cls:type)->tuple[PreTrainedModel,list[str]]:
+    "A model as its base, and the parameters that its files lack."
     with model_errors(reference.name), keep_rng():
         place = fetch_model(reference)
-        body,info = AutoModel.from_pretrained(place, **HOW, output_loading_info=True)
+        body,info = cls.from_pretrained(place, **HOW, output_loading_info=True)
     return body, info['missing_keys']
 
 def load_base(
@@ -182,7 +187,7 @@ def load_base(
 )->Mapping[str,Tensor]: # the floating-point part of its body's state, without what its files lack
     "The base as task vectors need it; `ValueError` unless it fits."
     reference = as_reference(base)
-    body,missing = (base, ()) if reference is None else _load_body(reference)
+    body,missing = (base, ()) if reference is None else _load_body(reference, _body_class(model))
     if not isinstance(body, (PreTrainedModel, Mapping)):
         raise TypeError(f'`base` must be a model, a folder, a Hub id or a state, got {type(base).__name__}')
     if isinstance(body, PreTrainedModel) and body_of(model) is not model: body = body.base_model
@@ -226,7 +231,7 @@ def _for_task(given:Any, task:str)->Any:
 def _load_spec(request:MergeRequest, task:str, model:PreTrainedModel)->tuple[Any,Any]:
     "Rows, and what is known of their task; `ValueError` naming it."
     columns = {k: _for_task(getattr(request, k), task) for k in ('text', 'label')}
-    try: return load_rows(request.data[task], model, **columns)
+    try: return load_rows(request.data[task], model, **columns, loss=request.loss if isinstance(request.loss, str) else None)
     except (ValueError, FileNotFoundError) as e: raise ValueError(f'data of {task!r}: {e}') from None
 
 def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[str,Any]]:
@@ -238,7 +243,11 @@ def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[st
         raise ValueError(f'`label` of {task!r} is about a file; rows have `label` or `labels`')
     if not is_spec: return rows, how
     rows,about = _load_spec(request, task, inputs.models[task])
-    return rows, how | dict(text=about.text, max_length=how['max_length'] or about.max_length)
+    return rows, how | dict(text=about.text or None, max_length=how['max_length'] or about.max_length)
+
+def _objective(model:PreTrainedModel, asked:Mapping[str,Any])->Any:
+    "What is squared, if labels are read at all."
+    return make_objective(model, **asked) if asked else None
 
 def measure_all(
     request:MergeRequest, # with data
@@ -250,14 +259,16 @@ def measure_all(
     read = {t: _read_data(request, inputs, t) for t in inputs.models}
     inputs.lengths = {t: how['max_length'] for t,(_,how) in read.items()}
     what = dict(num_samples=request.num_samples, seed=request.seed)
-    what |= {k: getattr(request, k) for k in ('variant', 'labels', 'loss') if k in about.takes}
+    asked = {k: getattr(request, k) for k in ('labels', 'loss', 'reduction') if 'labels' in about.takes}
+    if 'variant' in about.takes: what['variant'] = request.variant
     for t,(rows,how) in read.items():
-        try: statistic_batches(about, inputs.models[t], rows, **how, **what)
+        model = inputs.models[t]
+        try: statistic_batches(about, model, rows, objective=_objective(model, asked), **how, **what)
         except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
     quiet = not run['progress'] or len(read)<3
     bar = tqdm(read.items(), desc='measure', unit='model', delay=2, disable=quiet)
     run['precision'] = request.precision
-    inputs.statistics = {t: measure(request.statistic, inputs.models[t], rows, **how, **what, **run)
+    inputs.statistics = {t: measure(request.statistic, inputs.models[t], rows, **how, **what, **asked, **run)
                          for t,(rows,how) in bar}
 
 # %% ../../nbs/merging/07_run.ipynb #f38abda7
@@ -471,14 +482,15 @@ def merge(
     label:str|Mapping[str,str]|None=None, # column of labels of files, or one for each task
     labels:str='empirical', # whose labels, if Fishers are measured, as in `mask_fisher`
     precision:str|None=None, # as in `mask_fisher`
-    loss:Callable|None=None, # as in `mask_fisher`
+    loss:Callable|str|None=None, # as in `mask_fisher`
+    reduction:str='sum', # as in `mask_fisher`
     device:str|torch.device|None=None, # where Fishers are measured; None is where each model is
     progress:bool=True, # show progress bars
     **kwargs, # of the method, see `METHODS`
 )->Merged:
     "Merge fine-tuned models (Equation 5); the given models stay as they are. `ValueError` for bad input."
     how = dict(num_samples=num_samples, max_length=max_length, text=text, label=label, labels=labels)
-    how |= dict(precision=precision, loss=loss)
+    how |= dict(precision=precision, loss=loss, reduction=reduction)
     request = ask(models, fishers=fishers, data=data, **how, **kwargs)
     return merge_loaded(request, device, progress)
 
@@ -544,7 +556,7 @@ def open_base(
 )->Blocks: # what `load_base` gives
     "The base, by rows; `ValueError` unless it fits."
     if (reference := as_reference(base)) is None: return Blocks(load_base(base, model))
-    found = open_model(reference, AutoModel)
+    found = open_model(reference, _body_class(model))
     state = {n: o for n,o in found.body.tensors.items() if o.dtype.is_floating_point}
     _check_base(state, found.model, model)
     return Blocks(state)
@@ -672,7 +684,7 @@ def merge_stored(
 # %% ../../nbs/merging/07_run.ipynb #896f0a1f
 def _check_no_measuring(given:Mapping[str,Any]):
     "`ValueError` for what only `merge` takes, since measuring runs models."
-    only = ('data', 'num_samples', 'labels', 'precision', 'loss', *READING, 'result', 'versions')
+    only = ('data', 'num_samples', 'labels', 'precision', 'loss', 'reduction', *READING, 'result', 'versions')
     odd = [k for k in only if k in given]
     if odd: raise ValueError(f'`merge_files` measures nothing; it takes no {odd}')
 

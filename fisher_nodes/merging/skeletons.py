@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
 from ..core.blocks import Blocks
 from ..engine.fingerprints import check_hash, hash_tensors
 from ..engine.models import (
-    DTYPE, FILES, HOW, OLD_NAMES, ModelReference, as_reference, check_single, check_weights, fetch_model,
-    head_tensors, model_errors, note_commit)
+    DTYPE, FILES, HOW, OLD_NAMES, ModelReference, as_reference, check_single, check_weights, empty_model,
+    fetch_model, head_tensors, model_class, model_errors, note_commit)
 from .store import TensorSlot, find_slot, folder_slots
 
 # %% ../../nbs/merging/06_skeletons.ipynb #fd9ce14f
@@ -44,12 +44,13 @@ def _fill_head(model:PreTrainedModel, slots:Mapping[str,TensorSlot]):
 
 def open_skeleton(
     reference:ModelReference,
-    Auto:type, # class of transformers that knows the model
+    cls:type|None=None, # of transformers, that knows the model; None is what its configuration names
 )->Skeleton:
     "A model in files, and what they lack."
     place = fetch_model(reference)
     with model_errors(place):
-        found,info = Auto.from_pretrained(place, **HOW, output_loading_info=True, device_map='meta')
+        cls = cls or model_class(AutoConfig.from_pretrained(place, trust_remote_code=False))
+        found,info = cls.from_pretrained(place, **HOW, output_loading_info=True, device_map='meta')
         note_commit(found.config, reference, place)
         slots = folder_slots(_folder(place, found.config))
     prefix,missing = body_prefix(found),set(info['missing_keys'])
@@ -96,7 +97,7 @@ def _exact(
 
 def open_plain(
     reference:ModelReference,
-    Auto:type, # class of transformers that knows the model
+    cls:type|None=None, # of transformers, that knows the model; None is what its configuration names
 )->Skeleton|None: # None where transformers must look
     "A model in files whose tensors have the model's own names."
     place = fetch_model(reference)
@@ -104,7 +105,7 @@ def open_plain(
     try:
         note_commit(config, reference, place)
         slots = folder_slots(_folder(place, config))
-        with torch.device('meta'): model = Auto.from_config(config, trust_remote_code=False).eval()
+        model = empty_model(config, cls)
     except Exception: return None # transformers will say why
     if not isinstance(dtype := _dtype_of(config, slots), torch.dtype): return None
     found = _exact(model.to(dtype), slots)
@@ -118,10 +119,10 @@ def open_plain(
 # %% ../../nbs/merging/06_skeletons.ipynb #70bd88f4
 def open_model(
     reference:ModelReference,
-    Auto:type, # class of transformers that knows the model
+    cls:type|None=None, # of transformers, that knows the model; None is what its configuration names
 )->Skeleton:
     "A model in files, and what they lack."
-    return open_plain(reference, Auto) or open_skeleton(reference, Auto)
+    return open_plain(reference, cls) or open_skeleton(reference, cls)
 
 def open_stored(
     task:str, # for messages
@@ -130,7 +131,7 @@ def open_stored(
     "A fine-tuned model in files, as `load_reference` would load it."
     _check_stored(task, model)
     reference = as_reference(model)
-    found = open_model(reference, AutoModelForSequenceClassification)
+    found = open_model(reference)
     _check_skeleton(task, found, reference)
     return found
 

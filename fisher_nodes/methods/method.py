@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CALL', 'WRITTEN', 'LONGEST', 'MOST_TOLD', 'SHELL', 'Count', 'Seed', 'Positive', 'PathName', 'METHODS', 'STATISTICS',
-           'Job', 'Rule', 'one_line', 'quoted', 'explain', 'in_shell', 'plain_value', 'MergeMethod', 'expected',
-           'can_name', 'checked', 'merge_method', 'Collector', 'ParameterStatistic', 'widen', 'mean_of_sums',
-           'Statistic', 'statistic', 'check_shapes', 'check_numbers', 'check_statistic', 'load_methods']
+           'Job', 'Rule', 'one_line', 'quoted', 'check_known', 'explain', 'in_shell', 'plain_value', 'MergeMethod',
+           'expected', 'can_name', 'checked', 'merge_method', 'Collector', 'ParameterStatistic', 'widen',
+           'mean_of_sums', 'Statistic', 'statistic', 'check_shapes', 'check_numbers', 'check_statistic', 'load_methods']
 
 # %% ../../nbs/methods/00_method.ipynb #a0eb49f0
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, wraps
 from importlib import import_module
@@ -90,13 +90,18 @@ WRITTEN = '`{name}`{of} must be {expected}, got {got}' # and what stands in a fi
 LONGEST = 300 # characters that a message takes from elsewhere
 MOST_TOLD = 2000 # characters of a message
 
+def _shown(c:str)->str:
+    "A character as a message shows it."
+    if c.isprintable(): return c
+    return ' ' if c.isspace() or ord(c)<160 else c.encode('unicode_escape').decode()
+
 def one_line(
     text:Any, # words of a library, a name, a value
     most:int=LONGEST, # characters
 )->str:
     "What a message can show: one line of bounded length, without control characters."
     start = str(text)[:20*most]
-    line = ' '.join(''.join(c if c.isprintable() else ' ' for c in start).split())
+    line = ' '.join(''.join(map(_shown, start)).split())
     return line if len(line)<=most else f'{line[:most]} …'
 
 def quoted(
@@ -105,6 +110,17 @@ def quoted(
     "A value as a message shows it; Python prints no number of thousands of digits."
     try: return one_line(repr(o))
     except ValueError: return f'{type(o).__name__} of thousands of digits'
+
+def check_known(
+    name:str, # of the argument, for the message
+    value:Any, # what was given
+    known:Iterable, # what exists
+    shown:Iterable|None=None, # what the message lists; None is all
+):
+    "`ValueError` listing what exists."
+    listed = list(known if shown is None else shown)
+    if any(type(o) is type(value) and o==value for o in known): return
+    raise ValueError(f'`{name}` is {quoted(value)}; expected one of {listed}')
 
 def explain(
     error:ValidationError,
@@ -123,7 +139,7 @@ SHELL = { # words of Python -> words of the shell
     'data': '--data', 'fishers': '--fisher', 'weights': '--weights', 'base': '--base', 'method': '--method',
     'options': '--options', 'num_samples': '--num-samples', 'max_length': '--max-length', 'seed': '--seed',
     'precision': '--precision', 'variant': '--variant', 'scheme': '--scheme', 'device': '--device',
-    'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
+    'loss': '--loss', 'reduction': '--reduction', 'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
     'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
 _OVERWRITE = 'pass overwrite=True (--overwrite)'
 
@@ -250,7 +266,7 @@ def checked(
 METHODS:dict[str,MergeMethod] = {}
 
 _FIELDS = ('models', 'fishers', 'data', 'base', 'weights', 'seed', 'num_samples',
-           'labels', 'loss', 'device', 'progress')
+           'labels', 'loss', 'reduction', 'device', 'progress')
 
 def _check_rule(f:Callable[...,Rule]):
     "`ValueError` unless a function can be a method."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['gather', 'run_model', 'predict', 'class_order', 'data_order', 'as_task_counts', 'default_task', 'task_text',
-           'evaluate']
+           'gather_choices', 'evaluate']
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #cdb33008
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,50 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..engine.devices import precision_context, running_device
-from ..core.fisher import is_regression
-from ..engine.batches import Batches, dataset_classes, is_dataset, is_made, is_raw, make_batches
+from ..core.heads import Head, head_of
+from ..engine.batches import Batches, make_batches
 from ..engine.classes import are_bare, head_names, match_classes
 from ..engine.guard import frozen_eval
 from ..engine.losses import batch_logits
 from ..engine.memory import batch_budget
 from ..engine.models import load_model, load_tokenizer
 from ..engine.processes import is_main
+from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw
 from ..methods.method import Count, checked
+from .scores import CHOICE_SCORES, Answered, answered, score_choices
 from .tasks import Task, as_task, check_task, score_predictions
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #f3535b4e
+def _bar(batches:Batches, progress:bool)->tqdm:
+    return tqdm(batches.batches, total=batches.num_batches, desc='evaluate', unit='batch',
+                delay=2, disable=not (progress and is_main()))
+
+def _in_order(rows:Sequence[int], found:Sequence)->list:
+    "What was found for each row, in the order of the rows."
+    if not rows: raise ValueError('`data` gave no examples')
+    return [found[i] for i in sorted(range(len(rows)), key=lambda i: rows[i])]
+
+def _own_places(batch:Any, logits:Tensor)->list[Tensor]:
+    "The logits of each row, without those of padding behind it."
+    mask = batch.inputs.get('attention_mask')
+    aligned = logits.ndim==3 and mask is not None and mask.ndim==2 and 0<=mask.shape[1]-logits.shape[1]<=1
+    if not aligned: return list(logits)
+    ends = mask.cpu().cumsum(1).argmax(1)+1
+    return [o[:n] for o,n in zip(logits, ends.tolist())]
+
 def gather(
     model:PreTrainedModel, # with a task head, in evaluation mode
     batches:Batches, # each row exactly once
     progress:bool=False, # show a progress bar when it takes more than two seconds
-)->tuple[Tensor,Tensor|None]: # logits `(N, num_labels)` and labels `(N,)`, in row order
+    head:Head|None=None, # None is that of the model
+)->tuple[list[Tensor],list[Tensor]]: # logits and labels of each row, in row order; no labels if there are none
     "Run all batches and put their logits and labels in the order of the rows."
-    rows, logits, labels = [], [], []
-    bar = tqdm(batches.batches, total=batches.num_batches, desc='evaluate', unit='batch',
-        delay=2, disable=not (progress and is_main()))
-    for batch in bar:
+    head,rows,logits,labels = head or head_of(model),[],[],[]
+    for batch in _bar(batches, progress):
         rows += batch.rows
-        logits.append(batch_logits(model, batch))
-        if 'labels' in batch.inputs: labels.append(batch.inputs['labels'].cpu())
-    if not rows: raise ValueError('`data` gave no examples')
-    def ordered(parts):
-        flat = torch.cat(parts)
-        return torch.empty_like(flat).index_copy_(0, torch.tensor(rows), flat)
-    return ordered(logits), ordered(labels) if labels else None
+        logits += _own_places(batch, batch_logits(model, batch, head))
+        if 'labels' in batch.inputs: labels += list(batch.inputs['labels'].cpu())
+    return _in_order(rows, logits), _in_order(rows, labels) if labels else []
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #4779796c
 def run_model(
@@ -57,15 +71,17 @@ def run_model(
     precision:str|None=None, # see `precision_context`
     progress:bool=True, # show a progress bar when it takes more than two seconds
     batch_tokens:int|None=None, # most tokens in a batch; None suits the device
+    collect:Callable=gather, # what becomes of the batches
+    head:Head|None=None, # None is that of the model
     **kwargs, # `tokenizer`, `max_length` and `text` of `make_batches`
-)->tuple[Tensor,Tensor]: # logits and labels of `gather`
-    "Logits and labels of all rows, in the data's own order; the model comes back as it was."
+)->Any: # what `collect` gives
+    "Run all rows, in any order; the model comes back as it was."
     context = precision_context(precision, model, running_device(model, device))
-    as_it_was = frozen_eval(model, device, compiled=True)
+    as_it_was,head = frozen_eval(model, device, compiled=True),head or head_of(model)
     with torch.inference_mode(False), torch.no_grad(), as_it_was, context:
         budget = batch_tokens or batch_budget(model)
-        batches = make_batches(model, data, need_labels=need_labels, batch_tokens=budget, **kwargs)
-        return gather(model, batches, progress)
+        batches = make_batches(model, data, need_labels=need_labels, batch_tokens=budget, head=head, **kwargs)
+        return collect(model, batches, progress, head)
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #21393606
 @checked
@@ -80,11 +96,14 @@ def predict(
     device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # `fp32`, `tf32`, `bf16`, or None for the model as it is
     progress:bool=True, # show a progress bar when it takes more than two seconds
-)->Tensor: # logits in the data's own order, shape `(N, num_labels)`, on the CPU
-    "Logits of every row."
+)->Tensor|list[Tensor]: # `(N, num_labels)`, or of many choices `(P, classes)` for each row; on the CPU
+    "Logits of every row, in the data's own order."
     model, tokenizer = load_model(model), load_tokenizer(model, tokenizer, needed=is_raw(data))
-    return run_model(model, data, False, device, precision, progress,
-        tokenizer=tokenizer, max_length=max_length, text=text, batch_tokens=batch_tokens)[0]
+    found,_ = run_model(model, data, False, device, precision, progress,
+        tokenizer=tokenizer, max_length=max_length, text=text, batch_tokens=batch_tokens)
+    head = head_of(model)
+    if head.many and head.choices(model) is None or len({o.shape for o in found})>1: return found
+    return torch.stack(found).squeeze(1) if head.chooses and not head.many else torch.stack(found)
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #4d83f239
 def _is_named(data:Any)->bool:
@@ -130,9 +149,10 @@ def default_task(
     task:Task|str|None=None, # a `Task`, a name in `GLUE`, or None
 )->Task: # the task given, or accuracy or correlation over the model's own labels
     "The task to score, checked against the model's head."
-    if task is None and is_regression(model): task = Task('regression', (), (), ('pearson',))
-    if task is None: task = Task('classification', (), tuple(model.config.id2label.values()))
-    check_task(model, as_task(task))
+    head = head_of(model)
+    if task is None and not head.chooses: task = Task('regression', (), (), ('pearson',), head=head.name)
+    if task is None: task = Task('classification', (), tuple(model.config.id2label.values()), head=head.name)
+    check_task(model, as_task(task), head)
     return as_task(task)
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #5d0375c2
@@ -144,13 +164,38 @@ def task_text(
     there = is_raw(data) and not is_made(data) and bool(task.text) and set(task.text)<=set(data.column_names)
     return task.text if there else None
 
+def gather_choices(
+    model:PreTrainedModel, # in evaluation mode
+    batches:Batches, # each row exactly once, with labels
+    progress:bool=False, # show a progress bar when it takes more than two seconds
+    head:Head|None=None, # None is that of the model
+)->list[Answered]: # one a row, in row order
+    "Run all batches and keep what was chosen."
+    head,rows,found = head or head_of(model),[],[]
+    for batch in _bar(batches, progress):
+        rows += batch.rows
+        found += answered(head, batch, batch_logits(model, batch, head))
+    return _in_order(rows, found)
+
+def _evaluate_classes(model:PreTrainedModel, data:Any, task:Task|str|None, text, **how)->dict[str,float]:
+    "Score one choice, or one number, a row."
+    task = default_task(model, task)
+    order = class_order(model, task, _is_named(data))
+    logits,labels = map(torch.stack, run_model(model, data, True, text=text or task_text(task, data), **how))
+    if not task.labels: return score_predictions(task, logits.flatten(1).squeeze(-1).numpy(), labels.numpy())
+    answers,labels = as_task_counts(logits[:,0].argmax(-1), order),as_task_counts(labels, order)
+    meant = data_order(model, task, data)
+    if meant is not None: labels = torch.tensor(meant)[labels]
+    return score_predictions(task, answers.numpy(), labels.numpy())
+
 @checked
 def evaluate(
     model:PreTrainedModel|str|Path, # a model with a head, a folder or a Hub id
-    data:Any, # a `datasets.Dataset` (tokenised, or raw text), or batches, with labels
+    data:Any, # a `datasets.Dataset` (tokenised, or raw), or batches, with labels
     task:Task|str|None=None, # or a name in `GLUE`; None is accuracy, or pearson of numbers
     *,
-    tokenizer:Any=None, # for raw text; a folder or Hub id brings its own
+    loss:str|None=None, # 'bce' for a reranker with one output; None is the head's own
+    tokenizer:Any=None, # for raw rows; a folder or Hub id brings its own
     max_length:Count|None=None, # tokens kept of a raw row; None is the task's or model's limit
     text:str|Sequence[str]|None=None, # columns of raw text; None goes by task, record and names
     batch_tokens:Count|None=None, # most tokens in a batch; None suits the device
@@ -160,13 +205,10 @@ def evaluate(
 )->dict[str,float]: # metric name to a float
     "Score a model on labelled rows."
     model, tokenizer = load_model(model), load_tokenizer(model, tokenizer, needed=is_raw(data))
-    limit = max_length or (as_task(task).max_length if task is not None else None)
-    task = default_task(model, task)
-    order = class_order(model, task, _is_named(data))
-    logits, labels = run_model(model, data, True, device, precision, progress, tokenizer=tokenizer,
-        max_length=limit, text=text or task_text(task, data), batch_tokens=batch_tokens)
-    if not task.labels: return score_predictions(task, logits.squeeze(-1).numpy(), labels.numpy())
-    answers,labels = as_task_counts(logits.argmax(-1), order),as_task_counts(labels, order)
-    meant = data_order(model, task, data)
-    if meant is not None: labels = torch.tensor(meant)[labels]
-    return score_predictions(task, answers.numpy(), labels.numpy())
+    limit,head = max_length or (as_task(task).max_length if task is not None else None),head_of(model, loss)
+    how = dict(device=device, precision=precision, progress=progress, tokenizer=tokenizer, max_length=limit,
+               batch_tokens=batch_tokens, head=head)
+    if head.name not in CHOICE_SCORES: return _evaluate_classes(model, data, task, text, **how)
+    if task is not None: check_task(model, as_task(task), head)
+    found = run_model(model, data, True, text=text, collect=gather_choices, **how)
+    return score_choices(head, found, head_names(model.config))

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import (
     AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed)
 from ..core.places import find_places
+from ..engine.answers import one_label
 from ..engine.batches import (
-    collate, dataset_batches, dataset_classes, is_dataset, is_made, is_raw, make_batches, one_label,
-    read_columns, row_lengths, sample_rows)
+    collate, dataset_batches, make_batches, read_columns, row_lengths, sample_rows)
 from ..engine.devices import find_device, precision_context
 from ..engine.files import (
     TOKENIZER, TRAINED, WEIGHTS, check_apart, check_folder, check_free, replaced, versions, whole_folder)
@@ -34,6 +34,7 @@ from ..engine.fingerprints import hash_weights
 from ..engine.guard import keep_rng
 from ..engine.measure import describe_data
 from ..engine.models import HOW, load_tokenizer, model_errors, model_name
+from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw
 from ..engine.text import check_text, text_columns
 from ..methods.method import Count, PathName, Positive, Seed, checked
 from .evaluation import evaluate, task_text

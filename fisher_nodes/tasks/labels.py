@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from ..core.families import body_of
-from ..core.fisher import is_regression
-from ..engine.batches import is_dataset, is_raw, sample_rows
+from ..core.heads import is_regression
+from ..engine.batches import sample_rows
+from ..engine.rows import is_dataset, is_raw
 from ..engine.classes import are_bare, head_names
 from ..engine.models import load_model, load_tokenizer, model_name
 from .evaluation import run_model
@@ -125,7 +126,8 @@ def check_alignment(
     logits, labels = run_model(model, data, True, device, progress=progress,
         num_samples=None if is_dataset(data) else num_samples,
         tokenizer=tokenizer, max_length=max_length or task.max_length)
-    found = judge_order(labels.numpy(), logits.argmax(-1).numpy(), model.config.num_labels)
+    answers = torch.stack(logits)[:,0].argmax(-1)
+    found = judge_order(torch.stack(labels).numpy(), answers.numpy(), model.config.num_labels)
     _check_finding(model, task, found)
     return found
 

@@ -219,11 +219,11 @@ def test_bad_num_samples(family, n):
 
 def broken_at(value, row):
     "A loss that is `value` for the example of number `row`."
-    seen = []
+    seen = {}
+    def number(ids, mask): return seen.setdefault(tuple(ids[mask.bool()].tolist()), len(seen))
     def loss(model, batch):
         out = task_loss(model, batch)
-        bad = torch.tensor([len(seen)+i == row for i in range(len(out))])
-        seen.extend(out.tolist())
+        bad = torch.tensor([number(*o) == row for o in zip(batch['input_ids'], batch['attention_mask'])])
         return torch.where(bad, out*value, out)
     return loss
 

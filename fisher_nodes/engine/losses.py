@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.fisher import ESTIMATORS
-from ..core.heads import IGNORED, PAIRS, REDUCTIONS, Head, head_of
+from ..core.heads import IGNORED, LOSSES, PAIRS, REDUCTIONS, Head, head_of
 from .batches import Batch
 from .devices import to_device
 from .memory import part
@@ -91,6 +91,10 @@ class Objective:
         if self.head is None or not self.head.many: return len(batch.rows)
         return int((self.head.labels(batch.inputs)!=IGNORED).sum())
 
+def _own_head(model:PreTrainedModel, loss:str|None)->Head:
+    if loss is not None: check_known('loss', loss, LOSSES)
+    return head_of(model, loss)
+
 def make_objective(
     model:PreTrainedModel,
     labels:str='empirical', # a name in `ESTIMATORS`
@@ -102,7 +106,7 @@ def make_objective(
     check_known('labels', labels, ESTIMATORS)
     check_known('reduction', reduction, REDUCTIONS)
     if callable(loss): head,own = None,loss
-    else: head,own = head_of(model, loss),None
+    else: head,own = _own_head(model, loss),None
     if labels!='empirical' and not (head and head.chooses):
         raise ValueError(f'{labels=} needs the built-in loss of a head that chooses among classes')
     if labels=='exact' and head.many:
@@ -137,7 +141,13 @@ def weighted_losses(
 # %% ../../nbs/engine/08a_losses.ipynb #9a11acae
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3} # relative; of half precision 5%
 
-def _ends(o:Any, width:int)->bool: return isinstance(o, Tensor) and o.ndim==2 and o.shape[1]==width
+def _without_end(inputs:dict[str,Any], mask:str)->dict[str,Any]:
+    "Inputs without the columns at the end that a mask of one example leaves out."
+    given = inputs.get(mask)
+    if not isinstance(given, Tensor) or given.ndim!=2: return inputs
+    n,(_,width),second = int(given[0].nonzero().max())+1,given.shape,mask.endswith('_2')
+    def beside(k, o): return isinstance(o, Tensor) and o.ndim==2 and o.shape[1]==width and k.endswith('_2')==second
+    return {k: v[:,:n] if beside(k, v) else v for k,v in inputs.items()}
 
 def alone(
     batch:Batch,
@@ -145,10 +155,7 @@ def alone(
 )->Batch: # without what pads it at its end
     "One example by itself."
     one = part(batch, slice(i, i+1))
-    mask = one.inputs.get('attention_mask')
-    if not isinstance(mask, Tensor) or mask.ndim!=2: return one
-    n,width = int(mask[0].nonzero().max())+1,mask.shape[1]
-    return one._replace(inputs={k: v[:,:n] if _ends(v, width) else v for k,v in one.inputs.items()})
+    return one._replace(inputs=_without_end(_without_end(one.inputs, 'attention_mask'), 'attention_mask_2'))
 
 def _most_padded(batch:Batch)->int:
     "The example with the most padding."

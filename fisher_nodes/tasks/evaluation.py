@@ -43,9 +43,9 @@ def _in_order(rows:Sequence[int], found:Sequence)->list:
 def _own_places(batch:Any, logits:Tensor)->list[Tensor]:
     "The logits of each row, without those of padding behind it."
     mask = batch.inputs.get('attention_mask')
-    aligned = logits.ndim==3 and mask is not None and mask.ndim==2 and 0<=mask.shape[1]-logits.shape[1]<=1
-    if not aligned: return list(logits)
-    ends = mask.cpu().cumsum(1).argmax(1)+1
+    shift = mask.shape[1]-logits.shape[1] if mask is not None and mask.ndim==2 else -1
+    if logits.ndim<3 or shift not in (0,1) or logits.shape[1]==1: return list(logits)
+    ends = mask.cpu().cumsum(1).argmax(1)+1-shift
     return [o[:n] for o,n in zip(logits, ends.tolist())]
 
 def gather(

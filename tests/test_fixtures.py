@@ -22,7 +22,7 @@ MADE = json.loads((OLD/'grid.json').read_text())
 SAME = (MADE['torch'], MADE['cpu']) == (torch.__version__, torch.backends.cpu.get_cpu_capability())
 FILES = [f'{f}-{make.name(d)}' for f, dtypes in make.FAMILIES.items() for d in dtypes]
 
-ELSEWHERE = {torch.float32: dict(rtol=5e-4, atol=1e-11), torch.float64: dict(rtol=1e-9, atol=1e-25)} # less is rounding: keys' biases have no gradient
+ELSEWHERE = {torch.float32: dict(rtol=2e-3, atol=1e-11), torch.float64: dict(rtol=1e-9, atol=1e-25)} # less is rounding: keys' biases have no gradient
 
 def equal(name, got, want):
     "Bit for bit where the fixtures' torch and kind of CPU are at hand; elsewhere the last bits are the CPU's."

@@ -397,3 +397,41 @@ def test_losses_that_need_other_rows_are_refused():
     def by_chance(model, batch): return model(**{k: v for k, v in batch.items() if k != 'labels'}).logits.square().sum(1)*(1+torch.rand(()))
     for loss in (contrast, by_chance):
         with pytest.raises(ValueError, match=r'the loss of row \d changes with the other rows, or by chance'): mask_fisher(model, rows, loss=loss, **QUIET)
+
+
+# --- a body of which some models have more --------------------------------------------------
+
+def test_a_classifier_and_a_tagger_of_one_body(tmp_path):
+    "The tagger has no pooler: that is averaged over the two that have one; in memory, from files, saved and loaded."
+    models = {'tags': build('tags', 0, torch.float32), 'several': build('several', 1, torch.float32), 'bce': build('bce', 2, torch.float32)}
+    for t, m in models.items(): m.save_pretrained(tmp_path/t)
+    data = {'tags': Dataset.from_list(rows_of('tags')), 'several': Dataset.from_list(rows_of('several')), 'bce': Dataset.from_list([{**r, 'labels': float(r['labels'])} for r in rows_of('bce')])}
+    fishers = {t: mask_fisher(m, data[t], **QUIET) for t, m in models.items()}
+    λ = dict(tags=1., several=3., bce=1.)
+    merged = merge(models, fishers, weights=λ, **QUIET)
+    merge_files({t: tmp_path/t for t in models}, fishers, weights=λ, out=tmp_path/'files', **QUIET)
+    merged.save_pretrained(tmp_path/'merged')
+    assert merged.report['not_in_all'] == {n: ['several', 'bce'] for n in ('pooler.dense.weight', 'pooler.dense.bias')}
+    assert 'Not every model has' in (tmp_path/'merged'/'README.md').read_text()
+    a, b = [models[t].bert.pooler.dense.weight.double() for t in ('several', 'bce')]
+    assert_close(merged['several'].bert.pooler.dense.weight.double(), .75*a+.25*b, rtol=1e-6, atol=1e-8)
+    value = sum(w/5*models[t].bert.encoder.layer[1].attention.self.value.weight.double() for t, w in λ.items())
+    assert_close(merged['tags'].bert.encoder.layer[1].attention.self.value.weight.double(), value, rtol=1e-6, atol=1e-8)
+    for other in (Merged.from_pretrained(tmp_path/'merged'), Merged.from_pretrained(tmp_path/'files')):
+        for t, m in merged.items():
+            assert type(other[t]) is type(models[t]) and other[t].bert is other.body
+            for n, p in m.named_parameters(): assert torch.equal(p, other[t].get_parameter(n)), (t, n)
+            assert evaluate(other[t], data[t], **QUIET) == evaluate(m, data[t], **QUIET)
+
+def test_a_layer_that_one_model_lacks_is_refused():
+    with pytest.raises(ValueError, match='models cannot be merged: num_hidden_layers is 2'):
+        short = BertForSequenceClassification(BertConfig(**SIZE | dict(num_hidden_layers=1))).double()
+        merge(dict(a=build('tags'), b=short), method='average')
+
+@pytest.mark.parametrize('method', ['average', 'task-arithmetic', 'ties', 'dare', 'fisher', 'regmean'])
+def test_every_method_leaves_the_pooler_to_those_that_have_it(method):
+    models = {'tags': build('tags'), 'several': build('several', 1)}
+    how = dict(base=build('tags', 5).bert) if method in ('task-arithmetic', 'ties', 'dare') else {}
+    if method in ('fisher', 'regmean'): how['data'] = {t: Dataset.from_list(rows_of(t)) for t in models}
+    merged = merge(models, method=method, **how, **QUIET)
+    assert torch.equal(merged.body.pooler.dense.weight, models['several'].bert.pooler.dense.weight)

@@ -343,6 +343,8 @@ def _notes(report:Mapping[str,Any])->str:
     out = []
     if any(zero.values()):
         out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
+    if lacking := report.get('not_in_all'):
+        out.append(f'Not every model has {", ".join(map(escaped, lacking))}; averaged over those that do.')
     if st.get('files'): out.append('The body also loads with `SentenceTransformer`.')
     if st.get('why'): out.append(f'The files of sentence-transformers were not kept: {escaped(st["why"])}.')
     return '\n'.join(out)

@@ -83,6 +83,11 @@ def _widen(head:Mapping[str,Tensor], dtype:torch.dtype):
     for p in head.values():
         if torch.promote_types(p.dtype, dtype)==dtype: p.data = p.data.to(dtype)
 
+def _same_places(old:Iterable[tuple[str,Any]], new:Iterable[tuple[str,Any]])->list[tuple[Any,Any]]:
+    "What has one name in two bodies; the new one has every name of the old."
+    there = dict(new)
+    return [(o, there[n]) for n,o in old]
+
 def with_body(
     model:PreTrainedModel, # its head and config are copied
     body:PreTrainedModel, # takes the place of its body
@@ -90,7 +95,8 @@ def with_body(
     "A copy of `model` on another body, which is shared and not copied."
     old = body_of(model)
     if old is model: return body
-    pairs = [*zip(old.modules(), body.modules()), *zip(old.parameters(), body.parameters())]
+    pairs = [*_same_places(old.named_modules(), body.named_modules()),
+             *_same_places(old.named_parameters(), body.named_parameters())]
     new = new_copy(model, {id(a): b for a,b in pairs})
     _widen(_own_floats(new), body.dtype)
     return new
@@ -451,7 +457,7 @@ def _load(cls:type[Merged], path:PathName, revision:str|None, token:str|bool|Non
     check_stored(path, report['tasks'])
     report.pop('files', None)
     models = {t: _exact_head(_load_any(path/t), path/t) for t in report['tasks']}
-    body = body_of(next(iter(models.values())))
+    body = max(map(body_of, models.values()), key=lambda o: len(body_state(o))) # one may have no pooler
     recipe = load_recipe(path/RECIPE) if (path/RECIPE).is_file() else None
     shared = {t: with_body(m, body) for t,m in models.items()}
     return cls(body, shared, report, _load_tokenizers(path, list(models)), recipe)

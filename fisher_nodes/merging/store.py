@@ -230,13 +230,13 @@ class MemoryStore:
 
     def sizes(self)->dict[str,int]: # in the order of the state
         "Bytes of every parameter."
-        return {n: t.numel()*t.element_size() for n,t in next(iter(self.bodies.values())).items()}
+        return {n: t.numel()*t.element_size() for n,t in max(self.bodies.values(), key=len).items()}
 
     def blocks(self, name:str, whole:bool)->list[Block]: return [Block(name)]
     def read(self, task:str, block:Block)->Tensor: return self.bodies[task][block]
     def write(self, block:Block, rows:Tensor):
         "A parameter of the result, which shares no memory with a source."
-        given = {o[block].data_ptr() for o in self.bodies.values()}
+        given = {o[block].data_ptr() for o in self.bodies.values() if block in o}
         self.result[str(block)] = rows.clone() if rows.data_ptr() in given else rows
 
     def close(self): pass

@@ -126,7 +126,8 @@ def _vocabulary(model:PreTrainedModel)->int: return model.get_output_embeddings(
 def _two(model)->int: return 2
 def _length(model)->None: return None
 
-_TOKENS = Head('token classifier', _logits, _row, 'AutoModelForTokenClassification', many=True, of_tokens=True)
+_TOKENS = Head('token classifier', _logits, _row, 'AutoModelForTokenClassification', many=True,
+               of_tokens=True)
 _WORDS = dict(many=True, size=_vocabulary, whole=True)
 _DECODER = Head('language model', _next, _shifted, 'AutoModelForCausalLM', of_tokens=True, own_labels=True,
                 **_WORDS)
@@ -136,13 +137,17 @@ _SENSES = dict(text=False, by_problem=True)
 
 HEADS = { # end of a class's name -> head
     'ForSequenceClassification': _CLASSES,
-    'ForImageClassification': Head('image classifier', _one, _column, 'AutoModelForImageClassification', **_SENSES),
-    'ForAudioClassification': Head('audio classifier', _one, _column, 'AutoModelForAudioClassification', **_SENSES),
+    'ForImageClassification':
+        Head('image classifier', _one, _column, 'AutoModelForImageClassification', **_SENSES),
+    'ForAudioClassification':
+        Head('audio classifier', _one, _column, 'AutoModelForAudioClassification', **_SENSES),
     'ForTokenClassification': _TOKENS,
-    'ForQuestionAnswering': Head('reader of questions', _ends, _both_ends, 'AutoModelForQuestionAnswering', many=True,
-                                 size=_length, columns=('start_positions','end_positions')),
+    'ForQuestionAnswering':
+        Head('reader of questions', _ends, _both_ends, 'AutoModelForQuestionAnswering', many=True, size=_length,
+             columns=('start_positions','end_positions')),
     'ForMultipleChoice': Head('multiple choice', _one, _column, 'AutoModelForMultipleChoice', size=_length),
-    'ForMaskedLM': Head('masked language model', _logits, _row, 'AutoModelForMaskedLM', of_tokens=True, **_WORDS),
+    'ForMaskedLM':
+        Head('masked language model', _logits, _row, 'AutoModelForMaskedLM', of_tokens=True, **_WORDS),
     'ForCausalLM': _DECODER, 'LMHeadModel': _DECODER,
     'ForConditionalGeneration': _READER, 'ForSpeechSeq2Seq': _READER}
 
@@ -192,12 +197,12 @@ def head_of(
     loss:str|None=None, # a key of `LOSSES`, where it is not the usual one
 )->Head: # `ValueError` for a model without a loss that is known
     "What a model answers."
-    name,kinds = type(model).__name__,[find_head(o.__name__) for o in type(model).__mro__] # also a class of the user's
-    found = next((o for o in kinds if o), None)
+    name,kinds = type(model).__name__,[find_head(o.__name__) for o in type(model).__mro__]
+    found = next((o for o in kinds if o), None) # also of a class of the user's
     if found is None and model.base_model is model and model.main_input_name=='input_ids': found = PAIRS
     if found is None: raise ValueError(f'{name} has no loss that is known; give your own `loss=`')
     if found and found.feeds and getattr(model.config, 'decoder_start_token_id', None) is None:
-        raise ValueError(f'the configuration of {name} has no `decoder_start_token_id`, which its answers begin with')
+        raise ValueError(f'the configuration of {name} has no `decoder_start_token_id`, with which answers begin')
     if model.main_input_name in ('input_values', 'input_features') and found.name in _HEARD:
         found = replace(found, **_HEARD[found.name])
     if loss: return _with_loss(model, found, loss)

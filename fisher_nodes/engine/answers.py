@@ -52,7 +52,8 @@ def _row_labels(labels:Any, row:int)->Tensor:
 def _check_many(model:PreTrainedModel, head:Head, labels:Any, row:int):
     "`ValueError` unless the labels of one row are what its choices can be."
     found,n,want = _row_labels(labels, row),head.size(model),head.choices(model)
-    if want and len(found)!=want: raise ValueError(f'row {row} has {len(found)} labels; expected {want}, the outputs')
+    if want and len(found)!=want:
+        raise ValueError(f'row {row} has {len(found)} labels; expected {want}, the outputs')
     made = head.labels(dict(labels=found[None]))[0]
     made = made[made!=IGNORED]
     if not len(made): raise ValueError(f'row {row} predicts nothing: it has no label but {IGNORED}')

@@ -113,10 +113,11 @@ def collate(
     "Pad some rows to tensors."
     width,ids = max(lengths[i] for i in rows),columns.get('input_ids', ())
     def stack(k, values):
-        if k=='labels' and head and head.many: return _padded_labels(values, width if head.of_tokens else None)
+        if k=='labels' and head and head.many:
+            return _padded_labels(values, width if head.of_tokens else None)
         own = columns[k.replace(k.removesuffix('_2'), 'input_ids')] if k.endswith('_2') else ids
-        tokens = k!='labels' and all(_is_row(o) and len(own) and len(o)==len(own[i]) for i,o in zip(rows, values))
-        if not tokens: return _stacked(values)
+        def spans(i, o): return _is_row(o) and len(own) and len(o)==len(own[i])
+        if k=='labels' or not all(map(spans, rows, values)): return _stacked(values)
         pad = _padded_choices if _is_row(values[0][0]) else _padded
         return pad(values, width, fill.get(k, 0))
     return {k: stack(k, [c[i] for i in rows]) for k,c in columns.items()}
@@ -156,7 +157,7 @@ def table_sizes(
 def _check_ids(sizes:Mapping[str,int], columns:Mapping[str,Sequence[np.ndarray]], rows:Sequence[int]):
     "`ValueError` naming the first row with a number that a table of embeddings lacks."
     for k in (k for k in sizes if k in columns and len(columns[k])):
-        if columns[k][0].ndim!=1: raise ValueError(f'`{k}` of row {rows[0]} is {columns[k][0].ndim+1}-dimensional')
+        if columns[k][0].ndim!=1: raise ValueError(f'`{k}` of row {rows[0]} is not a list of numbers')
         flat,ends = np.concatenate(columns[k]),np.cumsum([len(o) for o in columns[k]])
         wrong = (flat<0)|(flat>=sizes[k])
         if not wrong.any(): continue
@@ -324,10 +325,12 @@ def _planned(plan:Callable, lengths:Sequence[int], shapes:Sequence)->list[list[i
     return [[of[j] for j in p] for of in groups.values() for p in plan([lengths[i] for i in of])]
 
 # %% ../../nbs/engine/06_batches.ipynb #e69ea0ed
-def _labelled(model, head:Head|None, found:Columns, rows:Sequence[int], wanted:bool, every:bool)->dict[str,list]:
+def _labelled(model, head:Head|None, found:Columns, rows:Sequence[int], wanted:bool,
+              every:bool)->dict[str,list]:
     "The columns with labels as the model means them, or without labels."
     columns,names = dict(found.columns),found.names
-    if wanted and head.columns==('labels',): columns['labels'] = dataset_labels(model, head, columns, rows, names)
+    if wanted and head.columns==('labels',):
+        columns['labels'] = dataset_labels(model, head, columns, rows, names)
     elif every and 'labels' in columns: columns['labels'] = own_loss_labels(model, columns['labels'], names)
     elif not (wanted or every): columns = {k: v for k,v in columns.items() if k not in _answers(head)}
     return columns
@@ -337,7 +340,8 @@ def _answers(head:Head|None)->set[str]: return {'labels', *(head.columns if head
 def _check_answers(model, head:Head, columns:dict[str,list], lengths:Sequence[int], rows:Sequence[int]):
     "`ValueError` naming a row whose labels do not fit its tokens."
     gone = [k for k in head.columns if k not in columns]
-    if gone: raise ValueError(f'the data set has no {gone[0]!r}, of which a {head.name} learns, only {list(columns)}')
+    if gone:
+        raise ValueError(f'the data set has no {gone[0]!r}, of which a {head.name} learns, only {list(columns)}')
     if head.columns!=('labels',): return check_spans(*(columns[k] for k in head.columns), lengths, rows)
     if head.of_tokens: _check_aligned(columns['labels'], columns['input_ids'], rows)
     if head.size(model) is not None: return
@@ -435,8 +439,9 @@ def _check_tokens(model:PreTrainedModel, batch:Mapping, rows:Sequence[int]):
     ids = batch.get('input_ids')
     if ids is None: return
     odd = next((k for k in TOKEN_COLUMNS if k in batch and not _fits(k, batch[k], ids)), None)
-    if odd: raise ValueError(f'`{odd}` at example {rows[0]} is {_shape(batch[odd])}; expected whole numbers of '
-                             f'shape {tuple(ids.shape)}')
+    if odd:
+        raise ValueError(f'`{odd}` at example {rows[0]} is {_shape(batch[odd])}; '
+                         f'expected whole numbers of shape {tuple(ids.shape)}')
     given = {k: _as_numpy(v) for k,v in batch.items() if k in (*TOKEN_COLUMNS, 'position_ids')}
     mask,width,limit = given.get('attention_mask'),ids.shape[1],max_positions(model)
     counts = _token_counts(mask, ids)
@@ -458,7 +463,8 @@ def _check_batch_labels(model:PreTrainedModel, head:Head, batch:Mapping, n:int, 
     if head.columns!=('labels',):
         return check_spans(*(batch[k].tolist() for k in head.columns), [ids.shape[1]]*n, rows)
     if head.of_tokens: _check_aligned(labels, ids, rows)
-    check_labels(model, labels.cpu() if head.many else labels, rows, head, ids.shape[1] if head.size(model) is None else None)
+    size = ids.shape[1] if head.size(model) is None else None # as many classes as there are texts
+    check_labels(model, labels.cpu() if head.many else labels, rows, head, size)
 
 def _counted(model:PreTrainedModel, inputs:dict[str,Any])->dict[str,Any]:
     "Inputs with positions, where padding on the left would move them."

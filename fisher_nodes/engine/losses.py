@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_logits', 'moved_inputs', 'batch_logits', 'run_forward', 'check_losses', 'Objective', 'make_objective',
-           'weighted_losses', 'alone', 'check_alone']
+           'weighted_losses', 'by_itself', 'check_alone']
 
 # %% ../../nbs/engine/08a_losses.ipynb #a633ec41
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +110,8 @@ def make_objective(
     if labels!='empirical' and not (head and head.chooses):
         raise ValueError(f'{labels=} needs the built-in loss of a head that chooses among classes')
     if labels=='exact' and head.many:
-        raise ValueError(f"labels='exact' goes through the classes of one choice, but a {head.name} makes many; "
+        raise ValueError("labels='exact' goes through the classes of one choice, "
+                         f'but a {head.name} makes many; '
                          "draw them with labels='sampled'")
     if reduction!='sum' and not (head and head.many):
         raise ValueError(f'{reduction=} is over the choices of an example, of which this loss has one')
@@ -146,10 +147,12 @@ def _without_end(inputs:dict[str,Any], mask:str)->dict[str,Any]:
     given = inputs.get(mask)
     if not isinstance(given, Tensor) or given.ndim!=2: return inputs
     n,(_,width),second = int(given[0].nonzero().max())+1,given.shape,mask.endswith('_2')
-    def beside(k, o): return isinstance(o, Tensor) and o.ndim==2 and o.shape[1]==width and k.endswith('_2')==second
+    def beside(k, o):
+        is_text = isinstance(o, Tensor) and o.ndim==2 and o.shape[1]==width
+        return is_text and k.endswith('_2')==second
     return {k: v[:,:n] if beside(k, v) else v for k,v in inputs.items()}
 
-def alone(
+def by_itself(
     batch:Batch,
     i:int, # an example
 )->Batch: # without what pads it at its end
@@ -171,10 +174,12 @@ def check_alone(
 ):
     "`ValueError` for a loss that changes with the other rows of a batch."
     i = _most_padded(batch)
-    begin(one := alone(batch, i))
+    begin(one := by_itself(batch, i))
     a,b = losses[i].item(),next(iter(weighted_losses(model, one, objective)))[1].item()
     loose = torch.is_autocast_enabled(model.device.type) or model.device.type=='cuda'
-    allowed = (.05 if loose else _TOLERANCE.get(model.dtype, .05))*max(1e-2, losses.abs().max().item(), abs(b))
+    scale = max(1e-2, losses.abs().max().item(), abs(b))
+    allowed = scale*(.05 if loose else _TOLERANCE.get(model.dtype, .05))
     if abs(a-b)<=allowed: return
     raise ValueError(f'the loss of row {batch.rows[i]} changes with the other rows, or by chance: '
-                     f'{a:.6g} in its batch of {len(batch.rows)}, {b:.6g} by itself; each example needs its own')
+                     f'{a:.6g} in its batch of {len(batch.rows)}, {b:.6g} by itself; '
+                     'each example needs its own')

@@ -77,7 +77,8 @@ def _check_first(model, collector:Collector, objective:Objective, batch:Batch, l
         there = batch._replace(inputs=moved_inputs(model, batch))
         check_alone(model, there, losses, objective, partial(_begin, collector))
 
-def _accumulate(model, collector:Collector, objective:Objective|None, batches:Iterable[Batch])->tuple[int,int]:
+def _accumulate(model, collector:Collector, objective:Objective|None,
+                batches:Iterable[Batch])->tuple[int,int]:
     "Go through the batches; returns the number of examples, and of their choices."
     n,choices,seen,rows,checked = 0,0,[],[],False
     run = partial(_measure_batch, model, collector, objective)
@@ -244,8 +245,9 @@ def measure(
     "Measure a statistic of a model on data; `ValueError` for bad input, before long work."
     about,run = STATISTICS[name],run_options(**kwargs)
     model,run['tokenizer'] = resolve_model(model, run['tokenizer'])
-    if 'labels' in about.takes: objective = check_choices(model, variant, labels, matrices, loss, run['seed'], reduction)
-    else: objective,_ = None,find_family(model)
+    find_family(model)
+    asked = dict(variant=variant, labels=labels, matrices=matrices, loss=loss, reduction=reduction)
+    objective = check_choices(model, seed=run['seed'], **asked) if 'labels' in about.takes else None
     check_placed(model, run['device'])
     choices = dict(variant=variant, objective=objective, matrices=matrices, one_at_a_time=one_at_a_time)
     return _measure(about, model, data, choices, run)
@@ -259,7 +261,7 @@ def mask_fisher(
     *,
     variant:str='paper', # 'paper', or 'released' to reproduce the authors' code
     labels:str='empirical', # true labels; 'exact' or 'sampled' for the model's own
-    loss:Callable|str|None=None, # your own `loss(model, batch)->(B,)`, or 'bce' of a reranker; None is the task's
+    loss:Callable|str|None=None, # your own `loss(model, batch)->(B,)`, or 'bce'; None is the head's
     reduction:str='sum', # of an example with many choices, such as tokens; 'mean', or 'per-token'
     matrices:str|None=None, # also Equation 3 within a layer, of 'heads' or of 'all'
     **kwargs,

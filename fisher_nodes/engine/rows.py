@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'PAIR_SCORES', 'READS', 'is_dataset', 'is_made', 'shown', 'is_raw', 'Rows', 'Columns', 'class_names',
-           'read_text', 'dataset_classes', 'read_pairs', 'read_words', 'read_questions', 'read_choices', 'hide_tokens',
+           'read_texts', 'dataset_classes', 'read_pairs', 'read_words', 'read_questions', 'read_choices', 'hide_tokens',
            'read_masked', 'read_next', 'read_answered', 'read_images', 'read_sounds', 'made_columns', 'read_rows']
 
 # %% ../../nbs/engine/05e_rows.ipynb #92e8127a
@@ -89,7 +89,7 @@ def class_names(
     return list(names) if names else None
 
 # %% ../../nbs/engine/05e_rows.ipynb #67d9aa92
-def read_text(rows:Rows)->Columns:
+def read_texts(rows:Rows)->Columns:
     "Text, and a label."
     names = text_columns(rows.whole, rows.asked, rows.model)
     given = rows.data.with_format(None)[:]
@@ -253,7 +253,7 @@ def _check_unlabelled(rows:Rows, what:str):
 def read_masked(rows:Rows)->Columns:
     "Text in which words are hidden."
     _check_unlabelled(rows, 'masked language model')
-    found = read_text(rows).columns
+    found = read_texts(rows).columns
     return Columns(found | _hidden(rows, found['input_ids']))
 
 def _continued(rows:Rows, prompts:Sequence[list[int]], whole:Sequence[list[int]])->Columns:
@@ -294,7 +294,7 @@ def read_next(rows:Rows)->Columns:
     if {'prompt', 'completion'}<=there: return _completed(rows)
     if 'messages' in there: return _spoken(rows)
     _check_unlabelled(rows, 'language model')
-    found = read_text(rows).columns
+    found = read_texts(rows).columns
     return Columns(found | dict(labels=[list(o) for o in found['input_ids']]))
 
 _ANSWERED = (('source', 'target'), ('input', 'target'), ('inputs', 'targets'), ('document', 'summary'),
@@ -374,5 +374,5 @@ def read_rows(
                          'tokenise it or give `tokenizer=`')
     some = _some_rows(dataset, numbers)
     whole = some if is_made(dataset) else dataset
-    reader = READS.get(head.name if head else '', read_text)
+    reader = READS.get(head.name if head else '', read_texts)
     return reader(Rows(some, whole, numbers, model, tokenizer, text_limit(model, max_length), text))

@@ -58,7 +58,7 @@ def _show(own:Iterable[Batch], num_batches:int|None, what:str, progress:bool)->t
     return tqdm(own, total=total, desc=what, unit='batch', delay=2, disable=not (progress and rank==0))
 
 def spread(
-    work:Callable[[Iterable[Batch]], tuple[int,...]], # goes through batches, adds to `sums`; counts, examples first
+    work:Callable[[Iterable[Batch]], tuple[int,...]], # goes through batches, adds to `sums`, counts
     batches:Batches, # the same in all processes
     sums:MutableMapping[Any,Tensor], # what `work` adds to; afterwards the sums of all processes
     what:str, # for the progress bar

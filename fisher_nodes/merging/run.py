@@ -267,7 +267,8 @@ def _for_task(given:Any, task:str)->Any:
 def _load_spec(request:MergeRequest, task:str, model:PreTrainedModel)->tuple[Any,Any]:
     "Rows, and what is known of their task; `ValueError` naming it."
     columns = {k: _for_task(getattr(request, k), task) for k in ('text', 'label')}
-    try: return load_rows(request.data[task], model, **columns, loss=request.loss if isinstance(request.loss, str) else None)
+    loss = request.loss if isinstance(request.loss, str) else None
+    try: return load_rows(request.data[task], model, **columns, loss=loss)
     except (ValueError, FileNotFoundError) as e: raise ValueError(f'data of {task!r}: {e}') from None
 
 def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[str,Any]]:

@@ -53,7 +53,7 @@ def gather(
     batches:Batches, # each row exactly once
     progress:bool=False, # show a progress bar when it takes more than two seconds
     head:Head|None=None, # None is that of the model
-)->tuple[list[Tensor],list[Tensor]]: # logits and labels of each row, in row order; no labels if there are none
+)->tuple[list[Tensor],list[Tensor]]: # logits and labels of each row; no labels if there are none
     "Run all batches and put their logits and labels in the order of the rows."
     head,rows,logits,labels = head or head_of(model),[],[],[]
     for batch in _bar(batches, progress):

@@ -26,8 +26,10 @@ def best_span(
     logits:Tensor, # of start and end, shape `(2, T)`
 )->list[int]: # start and end
     "The likeliest answer that does not end before it starts."
-    both = (logits[0][:,None]+logits[1]).masked_fill(~torch.ones(2*(logits.shape[1],)).triu().bool(), -torch.inf)
-    return list(divmod(int(both.argmax()), logits.shape[1]))
+    n = logits.shape[1]
+    before = torch.ones(n, n).tril(-1).bool()
+    both = (logits[0][:,None]+logits[1]).masked_fill(before, -torch.inf)
+    return list(divmod(int(both.argmax()), n))
 
 def answered(
     head:Head,

@@ -280,9 +280,11 @@ def _own_rows(spec:str, split:str, text:Any, label:str|None, head:str)->tuple[An
     if label and label not in rows.column_names:
         raise ValueError(f'{name}: no column {label!r} among {rows.column_names}')
     if label and label!='labels':
-        rows = rows.remove_columns([c for c in ('labels',) if c in rows.column_names]).rename_column(label, 'labels')
+        kept = [c for c in rows.column_names if c!='labels']
+        rows = rows.select_columns(kept).rename_column(label, 'labels')
     metrics = tuple(CHOICE_SCORES.get(head, ('accuracy',)))
-    return rows, Task(split_suffix(name)[0], tuple(check_text(text)), metrics=metrics, max_length=None, head=head)
+    stem = split_suffix(name)[0]
+    return rows, Task(stem, tuple(check_text(text)), metrics=metrics, max_length=None, head=head)
 
 # %% ../../nbs/tasks/00_tasks.ipynb #9e7805dd
 SplitName = Annotated[str, StringConstraints(pattern=r'^\w+(\.\w+)*$')]
@@ -295,7 +297,7 @@ def load_task(
     text:str|Sequence[str]|None=None, # columns of text of a file; None goes by their names
     label:str|None=None, # column of labels of a file; None is `label` or `labels`
     recorded:Sequence[str]=(), # columns of text that a model was fine-tuned on
-    head:str='classifier', # what answers them, the name of a `Head`; others than classifiers read their own columns
+    head:str='classifier', # what answers them, the name of a `Head`
 )->tuple[Any,Task]: # a `datasets.Dataset` and its `Task`
     "Rows and task of a data spec."
     spec = str(spec)

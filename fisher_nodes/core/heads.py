@@ -143,8 +143,8 @@ HEADS = { # end of a class's name -> head
         Head('audio classifier', _one, _column, 'AutoModelForAudioClassification', **_SENSES),
     'ForTokenClassification': _TOKENS,
     'ForQuestionAnswering':
-        Head('reader of questions', _ends, _both_ends, 'AutoModelForQuestionAnswering', many=True, size=_length,
-             columns=('start_positions','end_positions')),
+        Head('reader of questions', _ends, _both_ends, 'AutoModelForQuestionAnswering', many=True,
+             size=_length,              columns=('start_positions','end_positions')),
     'ForMultipleChoice': Head('multiple choice', _one, _column, 'AutoModelForMultipleChoice', size=_length),
     'ForMaskedLM':
         Head('masked language model', _logits, _row, 'AutoModelForMaskedLM', of_tokens=True, **_WORDS),
@@ -202,7 +202,8 @@ def head_of(
     if found is None and model.base_model is model and model.main_input_name=='input_ids': found = PAIRS
     if found is None: raise ValueError(f'{name} has no loss that is known; give your own `loss=`')
     if found and found.feeds and getattr(model.config, 'decoder_start_token_id', None) is None:
-        raise ValueError(f'the configuration of {name} has no `decoder_start_token_id`, with which answers begin')
+        raise ValueError(f'the configuration of {name} has no `decoder_start_token_id`, '
+                         'with which answers begin')
     if model.main_input_name in ('input_values', 'input_features') and found.name in _HEARD:
         found = replace(found, **_HEARD[found.name])
     if loss: return _with_loss(model, found, loss)

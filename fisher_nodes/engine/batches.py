@@ -341,7 +341,8 @@ def _check_answers(model, head:Head, columns:dict[str,list], lengths:Sequence[in
     "`ValueError` naming a row whose labels do not fit its tokens."
     gone = [k for k in head.columns if k not in columns]
     if gone:
-        raise ValueError(f'the data set has no {gone[0]!r}, of which a {head.name} learns, only {list(columns)}')
+        raise ValueError(f'the data set has no {gone[0]!r}, of which a {head.name} learns, '
+                         f'only {list(columns)}')
     if head.columns!=('labels',): return check_spans(*(columns[k] for k in head.columns), lengths, rows)
     if head.of_tokens: _check_aligned(columns['labels'], columns['input_ids'], rows)
     if head.size(model) is not None: return

@@ -376,7 +376,8 @@ _SAME = 'All sources state the same licence.'
 _UNLIKE = 'The sources do not all state the same licence. Look at each before using this model.'
 _PIPELINES = dict( # class of transformers -> what the Hub calls its use
     AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction',
-    AutoModelForTokenClassification='token-classification', AutoModelForQuestionAnswering='question-answering',
+    AutoModelForTokenClassification='token-classification',
+    AutoModelForQuestionAnswering='question-answering',
     AutoModelForMultipleChoice='multiple-choice', AutoModelForMaskedLM='fill-mask',
     AutoModelForCausalLM='text-generation', AutoModelForSeq2SeqLM='text2text-generation',
     AutoModelForSpeechSeq2Seq='automatic-speech-recognition',

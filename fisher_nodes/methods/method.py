@@ -139,7 +139,8 @@ SHELL = { # words of Python -> words of the shell
     'data': '--data', 'fishers': '--fisher', 'weights': '--weights', 'base': '--base', 'method': '--method',
     'options': '--options', 'num_samples': '--num-samples', 'max_length': '--max-length', 'seed': '--seed',
     'precision': '--precision', 'variant': '--variant', 'scheme': '--scheme', 'device': '--device',
-    'loss': '--loss', 'reduction': '--reduction', 'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
+    'loss': '--loss', 'reduction': '--reduction', 'max_shard_size': '--max-shard-size',
+    'models': 'TASK=MODEL',
     'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
 _OVERWRITE = 'pass overwrite=True (--overwrite)'
 

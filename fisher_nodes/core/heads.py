@@ -144,7 +144,7 @@ HEADS = { # end of a class's name -> head
     'ForTokenClassification': _TOKENS,
     'ForQuestionAnswering':
         Head('reader of questions', _ends, _both_ends, 'AutoModelForQuestionAnswering', many=True,
-             size=_length,              columns=('start_positions','end_positions')),
+             size=_length, columns=('start_positions','end_positions')),
     'ForMultipleChoice': Head('multiple choice', _one, _column, 'AutoModelForMultipleChoice', size=_length),
     'ForMaskedLM':
         Head('masked language model', _logits, _row, 'AutoModelForMaskedLM', of_tokens=True, **_WORDS),

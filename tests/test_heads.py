@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from torch.testing import assert_close
 from transformers import (
     ASTConfig, ASTForAudioClassification, BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM, BertForMultipleChoice, BertForQuestionAnswering,
-    BertForSequenceClassification, BertForTokenClassification, BertModel, CLIPConfig, CLIPForImageClassification, DistilBertConfig, DistilBertForTokenClassification,
+    BertForSequenceClassification, BertForTokenClassification, BertModel, CLIPConfig, CLIPForImageClassification, CLIPModel, DistilBertConfig, DistilBertForTokenClassification,
     GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM, T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification,
     Wav2Vec2Config, Wav2Vec2ForSequenceClassification)
 
@@ -435,3 +435,86 @@ def test_every_method_leaves_the_pooler_to_those_that_have_it(method):
     if method in ('fisher', 'regmean'): how['data'] = {t: Dataset.from_list(rows_of(t)) for t in models}
     merged = merge(models, method=method, **how, **QUIET)
     assert torch.equal(merged.body.pooler.dense.weight, models['several'].bert.pooler.dense.weight)
+
+
+# --- implementations of attention -----------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['tags', 'tags-distilbert', 'writer-gpt2', 'writer-llama', 'answers-bart', 'images', 'sounds'])
+def test_eager_and_sdpa_agree(name):
+    model, data = build(name), Dataset.from_list(rows_of(name))
+    model.set_attn_implementation('sdpa')
+    sdpa = mask_fisher(model, data, **QUIET)
+    model.set_attn_implementation('eager')
+    eager = mask_fisher(model, data, **QUIET)
+    for k, layers in sdpa.kinds.items():
+        for a, b in zip(layers, eager.kinds[k]): assert_close(a, b, rtol=1e-5, atol=1e-8*b.max().item()) # some take their softmax in float32
+
+
+# --- losses of one's own ----------------------------------------------------------------------
+
+def own_fisher(model, batches, loss):
+    "Literal masks, one example alone, of the caller's loss."
+    found = {}
+    for block in find_nodes(model):
+        site, total = block.site, 0
+        bias = site.module.bias if site.side == 'output' and site.module.bias is not None else 0
+        for b in batches:
+            masks = torch.ones(site.nodes, dtype=torch.float64, requires_grad=True)
+            def masked(x, m=masks): return (x-bias)*m.repeat_interleave(block.size)+bias
+            before, after = site.module.register_forward_pre_hook, site.module.register_forward_hook
+            handle = before(lambda m, args: (masked(args[0]), *args[1:])) if site.side == 'input' else after(lambda m, args, z: masked(z))
+            try: total = total+torch.autograd.grad(loss(model, b)[0], masks)[0]**2
+            finally: handle.remove()
+        found[block.name] = total/len(batches)
+    return found
+
+def test_contrast_with_a_bank_that_is_constant():
+    "Other rows' embeddings are constants, worked out beforehand; as negatives with a gradient they are refused, see above."
+    model, rows = build('pairs'), rows_of('pairs', 5)
+    bank = torch.randn(7, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    def loss(model, batch):
+        mask = batch.get('attention_mask', torch.ones_like(batch['input_ids']))
+        states = model(input_ids=batch['input_ids'], attention_mask=mask).last_hidden_state
+        z = (states*mask[:, :, None]).sum(1)/mask.sum(1, keepdim=True)
+        return torch.nn.functional.cross_entropy(z@bank.T, batch['labels'].long(), reduction='none')
+    rows = [dict(input_ids=r['input_ids'], labels=i) for i, r in enumerate(rows)]
+    found = mask_fisher(model, Dataset.from_list(rows), loss=loss, **QUIET)
+    same('pairs', model, found, own_fisher(model, [alone(r) for r in rows], loss))
+
+def test_image_tower_against_texts_of_the_classes():
+    "CLIP as the merging literature uses it: the texts of the classes are embedded once, and are constants."
+    config = CLIPConfig(text_config=SIZE | DECODER, vision_config=VISION, projection_dim=8)
+    torch.manual_seed(0)
+    model = CLIPModel(config).double().eval()
+    with torch.no_grad(): texts = model.get_text_features(input_ids=torch.tensor([[5, 6, 2], [7, 8, 2], [9, 4, 2]]), attention_mask=torch.ones(3, 3).long())
+    texts = getattr(texts, 'pooler_output', texts)
+    def loss(model, batch):
+        z = model.visual_projection(model.vision_model(pixel_values=batch['pixel_values']).pooler_output)
+        return torch.nn.functional.cross_entropy(z@texts.T, batch['labels'], reduction='none')
+    rows = [alone(r) for r in rows_of('images-clip', 4)]
+    whole = {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
+    got = by_block(model, mask_fisher(model, [whole], loss=loss, **QUIET))
+    vision = [o for o in find_nodes(model) if o.name.startswith('vision_model')]
+    assert all((v == 0).all() for k, v in got.items() if k.startswith('text_model')) and len(vision) == 4
+    for block in vision:
+        masks = torch.ones(block.site.nodes, dtype=torch.float64, requires_grad=True)
+        bias = block.site.module.bias if block.site.side == 'output' else 0
+        def masked(x): return (x-bias)*masks.repeat_interleave(block.size)+bias
+        before, after = block.site.module.register_forward_pre_hook, block.site.module.register_forward_hook
+        handle = before(lambda m, args: (masked(args[0]), *args[1:])) if block.site.side == 'input' else after(lambda m, args, z: masked(z))
+        try: want = sum(torch.autograd.grad(loss(model, r)[0], masks)[0]**2 for r in rows)/len(rows)
+        finally: handle.remove()
+        assert_close(got[block.name], want, rtol=1e-9, atol=1e-15)
+
+def test_ctc_of_each_row():
+    from transformers import Wav2Vec2ForCTC
+    torch.manual_seed(0)
+    model = Wav2Vec2ForCTC(type(CASES['sounds'][0]).from_dict(CASES['sounds'][0].to_dict() | dict(vocab_size=12, pad_token_id=0))).double().eval()
+    def loss(model, batch):
+        z = torch.log_softmax(model(input_values=batch['input_values']).logits, -1).transpose(0, 1)
+        lengths, wanted = torch.full((z.shape[1],), len(z)), (batch['labels'] != IGNORED).sum(1)
+        return torch.nn.functional.ctc_loss(z, batch['labels'].clamp(min=0), lengths, wanted, reduction='none')
+    gen = torch.Generator().manual_seed(2)
+    rows = [dict(input_values=torch.randn(1, 600, generator=gen, dtype=torch.float64), labels=torch.randint(1, 12, (1, 3), generator=gen)) for _ in range(3)]
+    with pytest.raises(ValueError, match='Wav2Vec2ForCTC has no loss that is known; give your own `loss=`'): mask_fisher(model, rows, **QUIET)
+    same('ctc', model, mask_fisher(model, [{k: torch.cat([r[k] for r in rows]) for k in rows[0]}], loss=loss, **QUIET), own_fisher(model, rows, loss))

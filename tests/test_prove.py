@@ -63,7 +63,18 @@ WRONG = { # name -> case, how its row is made wrong, tests that see it, and how 
     'longformer without globals': ('longformer', block(0, also=()), {'completeness', 'identities'}),
     'half the heads, bert': ('bert', block(0), {'partition'}, 2),
     'half the heads, llama': ('llama-grouped', block(0), {'partition'}, 2),
-    'twice the heads, bert': ('bert', block(0), {'ownership'}, .5)}
+    'twice the heads, bert': ('bert', block(0), {'ownership'}, .5),
+    'bigcode as blocks': ('gpt_bigcode-heads', block(0, order='blocks'), BOTH),
+    'distilbert key is value': ('distilbert', swapped(0, 'key', 'value'), {'partition', 'identities'}),
+    'bart query is value': ('bart', swapped(0, 'query', 'value'), {'partition', 'identities'}),
+    'bart crossing key is value': ('bart', swapped(3, 'key', 'value'), {'partition', 'identities'}),
+    'bart crosses nothing': ('bart', block(3, path='decoder.layers.{}.self_attn'), {'completeness'}),
+    't5 gate is up': ('t5-gated', gates, {'identities'}),
+    'qwen3 gate is up': ('qwen3', gates, {'identities'}),
+    'half the heads, vit': ('vit', block(0), {'partition'}, 2),
+    'twice the heads, gpt2': ('gpt2', block(0), {'ownership'}, .5),
+    'deberta without biases': ('deberta', block(0, raw=()), {'identities'}),
+    'vit query is value': ('vit', swapped(0, 'query', 'value'), {'partition', 'identities'})}
 
 def catches(model):
     "The tests that complain."

@@ -81,9 +81,9 @@ def test_other_weights(name, says, here):
 
 def test_an_adapter(here):
     (here/'b'/'adapter_config.json').write_text('{}')
-    assert 'is an adapter of PEFT; merge it into its model first (`merge_and_unload`)' in both(here)
+    assert 'b has an adapter of PEFT beside model.safetensors; which is meant? Move one away' in both(here)
     for o in ('config.json', 'model.safetensors'): (here/'b'/o).unlink()
-    assert 'is an adapter of PEFT' in both(here)
+    assert 'b is an adapter of PEFT; pass merge_adapters=True (--merge-adapters) to merge it into its base' in both(here)
 
 def test_checkpoints_of_a_training(here):
     (here/'runs').mkdir()

@@ -87,10 +87,10 @@ def _picked(args:argparse.Namespace, names:Sequence[str])->dict[str,Any]:
     "Options by name."
     return {k: getattr(args, k) for k in names}
 
-def _load(name:str):
+def _load(name:str, merge_adapters:bool):
     "A model with its task head, and its tokenizer."
     from fisher_nodes.engine.models import load_model, load_tokenizer
-    return load_model(name), load_tokenizer(name)
+    return load_model(name, merge_adapters), load_tokenizer(name)
 
 def two_words(value:str)->list[str]:
     "The names of one column or two, between commas."
@@ -111,7 +111,7 @@ def _columns(args:argparse.Namespace, task:str|None=None)->dict[str,Any]:
 def _load_both(args:argparse.Namespace)->tuple[Any,Any,dict[str,Any]]:
     "A model, its rows, and how they are read."
     from fisher_nodes.tasks.tasks import load_rows
-    model,tokenizer = _load(args.model)
+    model,tokenizer = _load(args.model, args.merge_adapters)
     data,task = load_rows(args.data, model, **_columns(args, ''), loss=args.loss)
     length = either(args.max_length, task.max_length)
     return model, data, dict(tokenizer=tokenizer, text=task.text or None, max_length=length)
@@ -202,17 +202,17 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
     return models
 
 def _merge_models(args:argparse.Namespace):
-    "Merge the models that are named, and save; from file to file where nothing is measured."
+    "Merge the models that are named, and save; from file to file where none must be loaded."
     from fisher_nodes.merging.request import ask
     from fisher_nodes.merging.run import merge_loaded, merge_stored
     models = _named_models(args)
     request = ask(models, **_asked(args, models))
     write = dict(overwrite=args.overwrite, max_shard_size=args.max_shard_size)
-    if request.data is None: merge_stored(request, args.out, device=either(args.device, 'cpu'), **write)
+    if not request.in_memory: merge_stored(request, args.out, device=either(args.device, 'cpu'), **write)
     else: merge_loaded(request, args.device).save_pretrained(args.out, **write)
 
 # %% ../../nbs/app/02_cli.ipynb #b8031b25
-def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
+def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[dict,dict,Any,dict]:
     "Models, data specs, tokenizers and origin of a merged model (by task), or of one model (by data spec)."
     from fisher_nodes.engine.files import is_merged
     from fisher_nodes.engine.models import model_name
@@ -222,7 +222,7 @@ def _models_to_score(name:str, specs:Sequence[str])->tuple[dict,dict,Any,dict]:
         return dict(merged), for_tasks(specs, merged, '--data'), merged.tokenizers, merged.report
     if len(specs)!=1:
         raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
-    model,tokenizer = _load(name)
+    model,tokenizer = _load(name, merge_adapters)
     key = specs[0] if specs[0].startswith('glue:') else Path(specs[0]).name
     return {key: model}, {key: specs[0]}, {key: tokenizer}, dict(model=model_name(model))
 
@@ -241,7 +241,7 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     from fisher_nodes.tasks.evaluation import evaluate
     read = (args.model, *(o.rpartition('=')[2] for o in args.data))
     out = check_file(args.out, args.overwrite, *read) if args.out else None
-    models,specs,tokenizers,source = _models_to_score(args.model, args.data)
+    models,specs,tokenizers,source = _models_to_score(args.model, args.data, args.merge_adapters)
     loaded,split = _rows_to_score(args, models, specs),either(args.split, 'validation')
     how = _picked(args, ('max_length', 'device', 'precision', 'loss'))
     scores = {k: evaluate(models[k], data, task, tokenizer=tokenizers[k], **how)
@@ -421,7 +421,7 @@ class Parser(argparse.ArgumentParser):
 def _option(*names, **kwargs): return names,kwargs
 
 ASKED = ('method', 'base', 'variant', 'scheme', 'seed', 'num_samples', 'labels', 'precision',
-         'loss', 'reduction', 'max_length', 'text', 'label') # fields of a request
+         'loss', 'reduction', 'max_length', 'text', 'label', 'merge_adapters') # fields of a request
 
 def _words_of(name:str)->list[str]|None:
     "The words that an option may be, where they are registered somewhere."
@@ -457,7 +457,8 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
     reduction=dict(default='sum'),
     scheme={},
     method=dict(default='mask-fisher'),
-    base=dict(metavar='MODEL'))
+    base=dict(metavar='MODEL'),
+    merge_adapters=dict(action='store_true'))
 
 OPTIONS = dict(
     data=_option('--data', required=True, metavar='SPEC',
@@ -472,7 +473,7 @@ OPTIONS = dict(
 
 # %% ../../nbs/app/02_cli.ipynb #466e6390
 MEASURING = ['num_samples', 'seed', 'device', 'max_length', 'text', 'label', 'precision', 'variant', 'labels',
-             'loss', 'reduction']
+             'loss', 'reduction', 'merge_adapters']
 RUNNING = ['num_samples', 'seed', 'device', 'precision', 'max_length', 'text', 'label']
 
 COMMANDS = dict(
@@ -487,7 +488,8 @@ COMMANDS = dict(
         '  fisher-nodes merge a=DIR b=DIR --method average --out DIR\n'
         '  fisher-nodes merge DIR/recipe.yml --out AGAIN'),
     evaluate=(run_evaluate,
-        ['device', 'max_length', 'text', 'label', 'precision', 'loss', 'split', 'seed', 'overwrite'],
+        ['device', 'max_length', 'text', 'label', 'precision', 'loss', 'merge_adapters', 'split', 'seed',
+         'overwrite'],
         'fisher-nodes evaluate DIR --data mnli=glue:mnli sst2=glue:sst2\n'
         '  fisher-nodes evaluate MODEL --data glue:sst2'),
     finetune=(run_finetune, [*RUNNING, 'out', 'overwrite'],
@@ -498,7 +500,7 @@ COMMANDS = dict(
         '--samples 128,2048 --seeds 5,3 --out results\n'
         '  fisher-nodes reproduce --checkpoints bert-base --methods average,mask-fisher,fisher-exact '
         '--samples 128 --out results'),
-    bench=(run_bench, ['data', *RUNNING, 'out', 'overwrite'],
+    bench=(run_bench, ['data', *RUNNING, 'merge_adapters', 'out', 'overwrite'],
         'fisher-nodes bench MODEL --data glue:mrpc --out cost.json'),
     describe=(run_describe, [], 'fisher-nodes describe MODEL --check'),
     report=(run_report, ['overwrite'], 'fisher-nodes report results --out summary'))

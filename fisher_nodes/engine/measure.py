@@ -32,7 +32,7 @@ from .guard import frozen_eval
 from .losses import (
     Objective, check_alone, check_losses, make_objective, moved_inputs, run_forward, weighted_losses)
 from .memory import part, run_batches, shared_budget
-from .models import model_name, resolve_model
+from .models import adapter_origin, model_name, resolve_model
 from .processes import is_main, together
 from .rows import is_dataset
 from .spread import spread
@@ -119,6 +119,8 @@ def describe_run(
     **kwargs, # the choices that were made
 )->dict[str,Any]:
     "Where a measurement comes from: model, weights, data, versions and choices."
+    adapted = adapter_origin(model)
+    if adapted: kwargs['adapter'] = dict(base=adapted.base, weight_hash=adapted.weight_hash)
     return dict(model=model_name(model), revision=getattr(model.config, '_commit_hash', None),
                 weight_hash=weight_hash, data=describe_data(data), dtype=str(model.dtype),
                 versions=versions(), **kwargs)
@@ -175,6 +177,7 @@ def run_options(
     text:str|Sequence[str]|None=None, # columns of raw text; None goes by record and names
     batch_tokens:Count|None=None, # most tokens in a batch of a data set; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
+    merge_adapters:bool=False, # whether LoRA adapters are merged into their base first, in a copy
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->dict[str,Any]:
     "How something is measured, whatever it is."
@@ -244,7 +247,7 @@ def measure(
 )->Any: # of the statistic's own class
     "Measure a statistic of a model on data; `ValueError` for bad input, before long work."
     about,run = STATISTICS[name],run_options(**kwargs)
-    model,run['tokenizer'] = resolve_model(model, run['tokenizer'])
+    model,run['tokenizer'] = resolve_model(model, run['tokenizer'], run.pop('merge_adapters'))
     find_family(model)
     asked = dict(variant=variant, labels=labels, matrices=matrices, loss=loss, reduction=reduction)
     objective = check_choices(model, seed=run['seed'], **asked) if 'labels' in about.takes else None

@@ -147,8 +147,11 @@ class _Base(_Told):
     revision:str|None=None
     card:dict[str,_Words]|None=None
 
+class _Adapter(_Base): base:str
+
 class _Task(_Base):
     model:str
+    adapter:_Adapter|None=None
     weight:float
     fisher:dict[str,Any]|None=None
 
@@ -212,8 +215,10 @@ def origins(
     report:Mapping[str,Any],
 )->list[Origin]:
     "Everything that the weights come from."
-    base = report.get('base_source')
-    found = report['tasks'] | ({'base': dict(base, model=report['base'])} if base else {})
+    base,found = report.get('base_source'),dict(report['tasks'])
+    adapted = {t: o['adapter'] for t,o in found.items() if o.get('adapter')}
+    found |= {f'base of {t}': dict(o, model=o['base']) for t,o in adapted.items()}
+    found |= {'base': dict(base, model=report['base'])} if base else {}
     return [Origin(t, o['model'], bool(o.get('hub')), o.get('card')) for t,o in found.items()]
 
 # %% ../../nbs/merging/03_card.ipynb #c767a1d9
@@ -340,7 +345,8 @@ def _settings(report:Mapping[str,Any])->list[tuple[str,Any]]:
 def _notes(report:Mapping[str,Any])->str:
     "What else a user should know."
     zero,st = report['zero_fisher'],report.get('sentence_transformers') or {}
-    out = []
+    adapted = {t: o['adapter'] for t,o in report['tasks'].items() if o.get('adapter')}
+    out = [f'The model of {t} is an adapter, merged into {escaped(o["base"])}.' for t,o in adapted.items()]
     if any(zero.values()):
         out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
     if lacking := report.get('not_in_all'):

@@ -31,6 +31,7 @@ from ..core.families import body_of, body_prefix, body_state
 from ..core.heads import find_head
 from ..engine.batches import own_batches
 from ..methods.method import PathName, checked
+from ..engine.adapters import adapter_base
 from ..engine.files import (
     MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged,
     read_list, replaced, sign, whole_folder)
@@ -285,6 +286,8 @@ def check_inputs(
     data:Mapping[str,Any]|None=None, # task -> data spec
 ):
     "`OutputExistsError` naming what is read, and would be changed by writing to a folder."
+    bases = {f'the base of {t}': adapter_base(o) for t,o in models.items() if o}
+    models = dict(models) | {t: o for t,o in bases.items() if o}
     for what,names in dict(model=models, Fisher=fishers, data=data).items():
         check_apart(path, names or {}, what)
 

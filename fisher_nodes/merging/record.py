@@ -21,8 +21,9 @@ from ..core.schemes import weight_of
 from ..engine.files import versions
 from ..engine.fingerprints import hash_tensors
 from ..engine.measure import saved_hash
-from ..engine.models import (
-    as_reference, fetch_model, head_tensors, hub_commit, model_errors, model_name, note_commit)
+from fisher_nodes.engine.models import (
+    adapter_origin, as_reference, fetch_model, head_tensors, hub_commit, model_errors, model_name,
+    note_commit)
 from .card import agreed_modules, read_card
 from .request import MergeRequest
 from ..methods.method import Job, Rule
@@ -77,12 +78,17 @@ def describe_base(base:Any)->dict[str,Any]:
     note_commit(config, reference, place)
     return dict(base=model_name(reference.name), base_source=_origin(config))
 
+def _adapted(model:PreTrainedModel)->dict[str,Any]:
+    "Which base an adapter was merged into; empty for a model that had none."
+    if (o := adapter_origin(model)) is None: return {}
+    return dict(adapter=dict(base=o.base, weight_hash=o.weight_hash, **_origin(o.config)))
+
 def _sources(job:Job, models:Mapping[str,PreTrainedModel])->dict[str,dict]:
     "For each task: its model, λ, what was measured, and origin."
     out = {}
     for (t,m),weight in zip(models.items(), job.weights.tolist()):
         measured = job.statistics[t].meta if t in job.statistics else None
-        out[t] = dict(model=model_name(m), weight=weight, fisher=measured, **_origin(m.config))
+        out[t] = dict(model=model_name(m), weight=weight, fisher=measured, **_origin(m.config), **_adapted(m))
     return out
 
 # %% ../../nbs/merging/05_record.ipynb #133da344
@@ -152,6 +158,7 @@ def merge_recipe(
 )->dict[str,Any]:
     "What was asked of `merge`, in names; None stands for what has no name."
     out = dict(models={t: _model_entry(o, models[t], hashes[t]) for t,o in request.models.items()})
+    if request.merge_adapters: out['merge_adapters'] = True
     if request.base is not None: out['base'] = _base_entry(request.base, hashes[None], origin)
     out |= dict(method=request.method, weights=dict(zip(models, request.lambdas.tolist())), seed=request.seed)
     named = ('variant', 'scheme') if 'variant' in request.options else ()

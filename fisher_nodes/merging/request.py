@@ -271,6 +271,8 @@ class MergeRequest(BaseModel):
     "All that is asked of a merge. Its fields are the keys of a recipe and the options of the command line."
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
     models:dict[str,ModelLike]=Field(min_length=1, description='task -> model')
+    merge_adapters:bool=Field(False,
+        description='merge LoRA adapters into the base that they name, in a copy; else they are refused')
     base:ModelLike=Field(None,
         description='the model that all were fine-tuned from, for methods with task vectors')
     method:MethodName=Field('mask-fisher', description='how to merge')
@@ -321,6 +323,11 @@ class MergeRequest(BaseModel):
         "λ of every task."
         given = self.weights or dict.fromkeys(self.models, 1.)
         return torch.tensor([float(given[t]) for t in self.models], dtype=torch.float64)
+
+    @property
+    def in_memory(self)->bool:
+        "Whether models must be loaded whole: something is measured, or adapters are merged."
+        return self.data is not None or self.merge_adapters
 
     @property
     def statistic(self)->str|None: return METHODS[self.method].statistic

@@ -29,6 +29,7 @@ from ..core.blocks import Block, Blocks, cut, rows_meant
 from ..core.families import body_of, body_prefix, body_state, find_family
 from ..core.places import find_places
 from ..core.schemes import check_roles
+from ..engine.adapters import adapter_base
 from ..engine.batches import no_collection
 from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
@@ -343,7 +344,7 @@ def load_inputs(
 )->Inputs:
     "All that a request names, in memory; `ValueError` unless it fits together."
     statistics = {t: _read_statistic(request, o) for t,o in (request.fishers or {}).items()}
-    models = {t: load_reference(t, o) for t,o in request.models.items()}
+    models = {t: load_reference(t, o, request.merge_adapters) for t,o in request.models.items()}
     check_models(models)
     for t,m in models.items(): _check_present(f'model of {t!r}', dict(m.named_parameters()))
     bodies = {t: body_state(m) for t,m in models.items()}
@@ -484,8 +485,9 @@ def _record(merged:Merged, request:MergeRequest, inputs:Inputs, done:tuple[Job,R
 
 def _stamps(request:MergeRequest)->dict[Path,tuple]:
     "The files of weights in folders that are named; what is loaded from there is mapped, not copied."
-    named = [as_reference(o) for o in (*request.models.values(), request.base)]
-    folders = [Path(o.name) for o in named if o is not None]
+    given = [as_reference(o) for o in (*request.models.values(), request.base)]
+    named = [o.name for o in given if o is not None]
+    folders = [Path(o) for o in (*named, *map(adapter_base, named)) if o]
     return {f: file_stamp(f) for o in folders if o.is_dir() for f in o.glob('*.safetensors')}
 
 def merge_loaded(
@@ -536,12 +538,13 @@ def merge(
     loss:Callable|str|None=None, # as in `mask_fisher`
     reduction:str='sum', # as in `mask_fisher`
     device:str|torch.device|None=None, # where Fishers are measured; None is where each model is
+    merge_adapters:bool=False, # whether LoRA adapters are merged into their base first, in a copy
     progress:bool=True, # show progress bars
     **kwargs, # of the method, see `METHODS`
 )->Merged:
     "Merge fine-tuned models (Equation 5); the given models stay as they are. `ValueError` for bad input."
     how = dict(num_samples=num_samples, max_length=max_length, text=text, label=label, labels=labels)
-    how |= dict(precision=precision, loss=loss, reduction=reduction)
+    how |= dict(precision=precision, loss=loss, reduction=reduction, merge_adapters=merge_adapters)
     request = ask(models, fishers=fishers, data=data, **how, **kwargs)
     return merge_loaded(request, device, progress)
 
@@ -738,6 +741,9 @@ def _check_no_measuring(given:Mapping[str,Any]):
     only = ('data', 'num_samples', 'labels', 'precision', 'loss', 'reduction', *READING, 'result', 'versions')
     odd = [k for k in only if k in given]
     if odd: raise ValueError(f'`merge_files` measures nothing; it takes no {odd}')
+    if given.get('merge_adapters'):
+        raise ValueError('`merge_files` loads no model, so it merges no adapters; '
+                         'use `merge(…, merge_adapters=True).save_pretrained(out)`')
 
 @delegates(merge_options, keep=True)
 @checked
@@ -781,7 +787,7 @@ def run_recipe(
     from_main(lambda: check_room(Path(out), request.tasks))
     if not accept_changes: check_pinned(path)
     asked = without_pins(request) if accept_changes else request
-    if request.data: merge_loaded(asked, device, progress).save_pretrained(out, overwrite=overwrite)
+    if request.in_memory: merge_loaded(asked, device, progress).save_pretrained(out, overwrite=overwrite)
     else: merge_stored(asked, out, overwrite=overwrite, device=device or 'cpu', progress=progress)
     made = from_main(lambda: load_recipe(Path(out)/RECIPE))
     if not accept_changes and request.result and request.result!=made['result']:

@@ -17,8 +17,8 @@ from ..core.families import body_of, body_prefix, body_state
 from ..core.blocks import Blocks
 from ..engine.fingerprints import check_hash, hash_tensors
 from ..engine.models import (
-    DTYPE, FILES, HOW, OLD_NAMES, ModelReference, as_reference, check_single, check_weights, empty_model,
-    fetch_model, head_tensors, model_class, model_errors, note_commit)
+    DTYPE, FILES, HOW, OLD_NAMES, ModelReference, as_reference, check_no_adapter, check_single,
+    check_weights, empty_model, fetch_model, head_tensors, model_class, model_errors, note_commit)
 from .store import TensorSlot, find_slot, folder_slots
 
 # %% ../../nbs/merging/06_skeletons.ipynb #fd9ce14f
@@ -62,7 +62,9 @@ def open_skeleton(
 # %% ../../nbs/merging/06_skeletons.ipynb #4f5a639c
 def _check_stored(task:str, model:Any):
     "An error for what is not one model in files."
-    if (reference := as_reference(model)) is not None: return check_single(reference.name)
+    if (reference := as_reference(model)) is not None:
+        check_single(reference.name)
+        return check_no_adapter(reference.name)
     raise TypeError(f'the model of {task!r} is in memory ({type(model).__name__}); '
                     'give its folder or Hub id, or use `merge`')
 

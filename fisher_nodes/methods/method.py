@@ -139,16 +139,16 @@ SHELL = { # words of Python -> words of the shell
     'data': '--data', 'fishers': '--fisher', 'weights': '--weights', 'base': '--base', 'method': '--method',
     'options': '--options', 'num_samples': '--num-samples', 'max_length': '--max-length', 'seed': '--seed',
     'precision': '--precision', 'variant': '--variant', 'scheme': '--scheme', 'device': '--device',
-    'loss': '--loss', 'reduction': '--reduction', 'max_shard_size': '--max-shard-size',
-    'models': 'TASK=MODEL',
+    'loss': '--loss', 'reduction': '--reduction', 'merge_adapters': '--merge-adapters',
+    'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
     'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
-_OVERWRITE = 'pass overwrite=True (--overwrite)'
+_SWITCH = re.compile(r'pass (\w+)=True \((--[\w-]+)\)')
 
 def in_shell(
     message:str, # which puts words of Python between backticks
 )->str:
     "The message in words of the shell."
-    message = message.replace(_OVERWRITE, 'give --overwrite')
+    message = _SWITCH.sub(r'give \2', message)
     if re.match(r'[^`]*\.(yml|json)\b', message): return message # it speaks of what stands in that file
     return re.sub(r'`(\w+)=?`', lambda o: SHELL.get(o[1], o[0]), message)
 

@@ -95,10 +95,12 @@ def predict(
     batch_tokens:Count|None=None, # most tokens in a batch; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # `fp32`, `tf32`, `bf16`, or None for the model as it is
+    merge_adapters:bool=False, # whether LoRA adapters are merged into their base first, in a copy
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->Tensor|list[Tensor]: # `(N, num_labels)`, or of many choices `(P, classes)` for each row; on the CPU
     "Logits of every row, in the data's own order."
-    model, tokenizer = load_model(model), load_tokenizer(model, tokenizer, needed=is_raw(data))
+    name, model = model, load_model(model, merge_adapters)
+    tokenizer = load_tokenizer(name, tokenizer, needed=is_raw(data))
     found,_ = run_model(model, data, False, device, precision, progress,
         tokenizer=tokenizer, max_length=max_length, text=text, batch_tokens=batch_tokens)
     head = head_of(model)
@@ -201,10 +203,12 @@ def evaluate(
     batch_tokens:Count|None=None, # most tokens in a batch; None suits the device
     device:str|torch.device|None=None, # where to run; None is where the model is
     precision:str|None=None, # `fp32`, `tf32`, `bf16`, or None for the model as it is
+    merge_adapters:bool=False, # whether LoRA adapters are merged into their base first, in a copy
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->dict[str,float]: # metric name to a float
     "Score a model on labelled rows."
-    model, tokenizer = load_model(model), load_tokenizer(model, tokenizer, needed=is_raw(data))
+    name, model = model, load_model(model, merge_adapters)
+    tokenizer = load_tokenizer(name, tokenizer, needed=is_raw(data))
     limit,head = max_length or (as_task(task).max_length if task is not None else None),head_of(model, loss)
     how = dict(device=device, precision=precision, progress=progress, tokenizer=tokenizer, max_length=limit,
                batch_tokens=batch_tokens, head=head)

@@ -70,7 +70,7 @@ def test_a_configuration_of_today_is_still_read(here):
 # --- what lies there instead ----------------------------------------------------------------
 
 INSTEAD = dict(
-    pickle=('pytorch_model.bin', 'pytorch_model.bin is a pickle, which can run code and is not read; save it as safetensors first'), onnx=('model.onnx', 'of ONNX'), gguf=('model.gguf', 'of GGUF'),
+    pickle=('pytorch_model.bin', 'pytorch_model.bin is a pickle, which can run code and is not read; `fisher-nodes convert '), onnx=('model.onnx', 'of ONNX'), gguf=('model.gguf', 'of GGUF'),
     tf=('tf_model.h5', 'of TensorFlow'), flax=('flax_model.msgpack', 'of Flax'), renamed=('consolidated.safetensors', 'is not named model.safetensors'))
 
 @pytest.mark.parametrize('name,says', INSTEAD.values(), ids=INSTEAD)

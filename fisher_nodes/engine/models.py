@@ -121,6 +121,9 @@ class _Config(BaseModel):
         if said.get('quantization_config') or said.get('compression_config'):
             raise ValueError('the model is quantised, and its numbers cannot be averaged; '
                              'give the one before that')
+        if said.get('transformers_weights'):
+            got = one_line(repr(said['transformers_weights']))
+            raise ValueError(f'`transformers_weights` is {got}; weights are read from model.safetensors only')
         code = [k for k,v in said.items() if k.endswith('_implementation') and '/' in str(v)]
         if code: raise ValueError(f'`{code[0]}` names code on the Hub, which is not run')
         if names is not None and {*names}!={str(i) for i in range(len(names))}:

@@ -226,7 +226,7 @@ def test_every_parameter_and_gram(name):
     top = max(t.max() for t in total.values()).item()
     for n, t in total.items(): assert_close(found.values[n].double(), t, rtol=1e-5 if name in FLOAT32 else 1e-8, atol=1e-13*top)
     grams = linear_grams(model, Dataset.from_list(rows), **QUIET)
-    assert len(grams.values) >= 12 and all((o.diagonal() >= 0).all() for o in grams.values.values())
+    assert len(grams.values) >= 8 and all((o.diagonal() >= 0).all() for o in grams.values.values())
 
 
 # --- scored ---------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class Family:
     towers:bool=False # whether a loss may leave whole stacks out
     skips_padding:bool=False # position numbers start at `pad_token_id+1` instead of 0
     by_place:bool=False # positions are counted from the first column, where padding may be
+    batched:bool=False # whether all modules see one example a row: each of its tokens, or one vector
     care:str='' # what a merge of such models should be told
 
 # %% ../../nbs/core/00_families.ipynb #c2556a99
@@ -78,7 +79,8 @@ def _encoder(names:str='self.query self.key self.value', **more)->tuple[Attentio
     "BERT's layer, its query, key and value given."
     return _attention(f'{_LAYER}.attention', f'{names} output.dense', norm=_NORM, **more), _FFN
 
-_BERT,_ROBERTA = Family(_encoder(), _OUTSIDE),Family(_encoder(), _OUTSIDE, skips_padding=True)
+_BERT = Family(_encoder(), _OUTSIDE, batched=True)
+_ROBERTA = replace(_BERT, skips_padding=True)
 _GLOBAL = tuple((f'self.{o}_global', o) for o in ('query','key','value'))
 _POSITIONS = (('self.pos_proj','key'), ('self.pos_q_proj','query'))
 _BETWEEN_HEADS = r'.*\.head_(logits|weights)_proj\.weight' # "talking heads"
@@ -86,14 +88,15 @@ _SHARED = 'encoder.albert_layer_groups.{}.albert_layers.{}'
 
 ENCODERS = dict.fromkeys(['bert', 'electra', 'ernie', 'rembert'], _BERT)
 ENCODERS |= dict.fromkeys(['roberta', 'xlm-roberta', 'camembert', 'xlm-roberta-xl', 'roberta-prelayernorm',
-                           'data2vec-text', 'layoutlmv3', 'esm'], _ROBERTA)
+                           'data2vec-text', 'esm'], _ROBERTA)
 ENCODERS |= {
+    'layoutlmv3': replace(_ROBERTA, batched=False), # its images are further tokens
     'big_bird': replace(_BERT, care='its attention must be `original_full`; sparse attention was not tried'),
     'distilbert': Family((_attention('transformer.layer.{}.attention', 'q_lin k_lin v_lin out_lin'),
-                          FFN('transformer.layer.{}.ffn', 'lin1', 'lin2'))),
+                          FFN('transformer.layer.{}.ffn', 'lin1', 'lin2')), batched=True),
     'mpnet': Family((_attention(f'{_LAYER}.attention.attn', 'q k v o'), _FFN), _OUTSIDE, skips_padding=True),
     'albert': Family((_attention(f'{_SHARED}.attention', 'query key value dense'),
-                      FFN(_SHARED, 'ffn', 'ffn_output'))),
+                      FFN(_SHARED, 'ffn', 'ffn_output')), batched=True),
     'deberta': Family(_encoder('self.in_proj self.in_proj self.in_proj', order='groups', also=_POSITIONS,
                                raw=(('self.q_bias','query'), ('self.v_bias','value'))),
                       _OUTSIDE, plain=_BETWEEN_HEADS),
@@ -101,7 +104,7 @@ ENCODERS |= {
         ('self.pos_key_proj','key'), ('self.pos_query_proj','query'))), _OUTSIDE),
     'longformer': Family(_encoder(also=_GLOBAL), _OUTSIDE, skips_padding=True),
     'modernbert': Family((_fused('layers.{}.attn', 'Wqkv', 'Wo'),
-                          FFN('layers.{}.mlp', 'Wi', 'Wo', gate='Wi')), _OUTSIDE)}
+                          FFN('layers.{}.mlp', 'Wi', 'Wo', gate='Wi')), _OUTSIDE, batched=True)}
 
 # %% ../../nbs/core/00_families.ipynb #fam10003
 _QKVO = 'q_proj k_proj v_proj o_proj'
@@ -109,12 +112,13 @@ _GATED = ('up_proj','down_proj','gate_proj')
 
 def _decoder(path:str='layers.{}', attention:str=_QKVO, ffn:Sequence[str]=_GATED, **more)->Family:
     "A layer of attention and, below `mlp`, of neurons."
-    return Family((_attention(f'{path}.self_attn', attention), FFN(f'{path}.mlp', *ffn)), **more)
+    blocks = _attention(f'{path}.self_attn', attention), FFN(f'{path}.mlp', *ffn)
+    return Family(blocks, batched=True, **more)
 
 def _gpt(path:str, qkv:str, output:str, up:str, down:str, order:str='blocks', **more)->Family:
     "A layer with one matrix for query, key and value."
     ffn = FFN(f'{path.rpartition(".")[0]}.mlp', up, down)
-    return Family((_fused(path, qkv, output, order=order), ffn), **more)
+    return Family((_fused(path, qkv, output, order=order), ffn), batched=True, **more)
 
 _NEOX = ('query_key_value','dense','dense_h_to_4h','dense_4h_to_h')
 _OVER_HEADS = 'a norm over all heads mixes their queries and keys, whose weights by head are approximate'
@@ -132,9 +136,9 @@ DECODERS |= {
     'gpt2': _gpt('h.{}.attn', 'c_attn', 'c_proj', 'c_fc', 'c_proj', by_place=True),
     'gpt_bigcode': _gpt('h.{}.attn', 'c_attn', 'c_proj', 'c_fc', 'c_proj', order='groups', by_place=True),
     'gpt_neo': Family((_attention('h.{}.attn.attention', 'q_proj k_proj v_proj out_proj'),
-                       FFN('h.{}.mlp', 'c_fc', 'c_proj')), by_place=True),
+                       FFN('h.{}.mlp', 'c_fc', 'c_proj')), by_place=True, batched=True),
     'gptj': Family((_attention('h.{}.attn', 'q_proj k_proj v_proj out_proj'),
-                    FFN('h.{}.mlp', 'fc_in', 'fc_out'))),
+                    FFN('h.{}.mlp', 'fc_in', 'fc_out')), batched=True),
     'gpt_neox': _gpt('layers.{}.attention', *_NEOX, 'groups'),
     'opt': Family((_attention('decoder.layers.{}.self_attn', 'q_proj k_proj v_proj out_proj'),
                    FFN('decoder.layers.{}', 'fc1', 'fc2')), fold=True)}

@@ -149,7 +149,8 @@ def table_sizes(
     model:PreTrainedModel,
 )->dict[str,int]: # input -> numbers that it may hold, from 0 on
     "How far the tables of embeddings go."
-    found = dict(input_ids=model.get_input_embeddings().weight.shape[0])
+    try: found = dict(input_ids=model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError: found = dict(input_ids=model.config.get_text_config().vocab_size) # two towers
     for k,name in dict(token_type_ids='type_vocab_size', position_ids='max_position_embeddings').items():
         if size := getattr(model.config, name, None): found[k] = size
     return found
@@ -168,9 +169,8 @@ def _check_ids(sizes:Mapping[str,int], columns:Mapping[str,Sequence[np.ndarray]]
 
 def _padding(model:PreTrainedModel)->int|None:
     "The id that is padding and nothing else."
-    cfg = model.config
-    ends = np.atleast_1d(getattr(cfg, 'eos_token_id', None) or -1)
-    return None if cfg.pad_token_id in ends else cfg.pad_token_id
+    ends,pad = [getattr(model.config, k, None) for k in ('eos_token_id', 'pad_token_id')]
+    return None if pad in np.atleast_1d(ends or -1) else pad
 
 def _check_padding(model:PreTrainedModel, ids:Sequence, masks:Sequence|None, rows:Sequence[int]):
     "`ValueError` naming a row that is padded and has no mask; a warning where the mask reads padding."
@@ -485,7 +485,8 @@ def own_batches(
 )->Iterator[Batch]:
     "Check and number batches given by the caller; `ValueError` naming the example that is wrong."
     head,start = own_head(model, head, need_labels),0
-    left,wanted = torch.inf if num_samples is None else num_samples,need_labels or bool(head and head.feeds)
+    left = torch.inf if num_samples is None else num_samples
+    wanted = need_labels or bool(head and head.feeds and not every) # a loss of one's own reads what it likes
     for batch in data:
         if left<=0: return
         size = _batch_size(model, batch, start)

@@ -303,6 +303,7 @@ class Collector:
     sums:dict[Any,Tensor] # what the sums of several processes are added up by
     backward:bool=True # whether it needs losses; else `add` is not called
     alone:bool=False # whether it wants every example in a batch of its own
+    unpadded:bool=False # whether it wants these without padding
     divide:bool=False # whether a batch that does not fit into memory may be cut in two and tried again
     budget:int=1 # by which the tokens of a batch are divided
 

@@ -7,6 +7,7 @@ __all__ = ['token_positions', 'gram', 'Grams', 'linear_modules', 'gram_shapes', 
            'regression_mean', 'regmean_rule']
 
 # %% ../../nbs/methods/04_regmean.ipynb #fc16d948
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Annotated, Any
@@ -14,11 +15,12 @@ import torch
 from annotated_types import Ge, Le
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from ..core.averaging import plain_shares, weighted_mean
 from ..core.families import body_of, find_family
-from ..core.places import sizes
+from ..core.places import find_places, sizes
 from .method import (
     Collector, Job, ParameterStatistic, Rule, mean_of_sums, merge_method, statistic, widen)
 
@@ -45,19 +47,28 @@ def gram(
 class Grams(ParameterStatistic):
     "Gram matrices of the inputs of every linear layer of a model's body, and their origin."
 
+def _multiplies(name:str, p:Tensor, owners:list[nn.Module])->bool:
+    "Whether a parameter is the weight of linear layers, and of nothing else."
+    linear = all(isinstance(m, (nn.Linear, Conv1D)) for m in owners)
+    called = not any(isinstance(m, NonDynamicallyQuantizableLinear) for m in owners)
+    return linear and called and p.ndim==2 and name.endswith('weight')
+
 def linear_modules(
     model:PreTrainedModel, # with or without a task head
-)->dict[str,nn.Module]: # name within the body -> `nn.Linear`, or the `Conv1D` of GPT-2
+)->dict[str,list[nn.Module]]: # name of a weight within the body -> the layers that have it, one or more
     "The linear layers of a body; `ValueError` if it has none, since then there is nothing to fit."
     find_family(model)
-    found = {n: m for n,m in body_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    owners = defaultdict(list)
+    for m in model.modules():
+        for p in m.parameters(recurse=False): owners[p].append(m)
+    found = {n: owners[p] for n,p in body_of(model).named_parameters() if _multiplies(n, p, owners[p])}
     if found: return found
     body = type(body_of(model)).__name__
     raise ValueError(f'{body} has no linear layer, so that RegMean would be the plain average')
 
 def gram_shapes(model:PreTrainedModel)->dict[str,tuple]: # name of a weight within the body -> shape
     "What the `Grams` of a model must have."
-    return {f'{n}.weight': (sizes(m)[0],)*2 for n,m in linear_modules(model).items()}
+    return {n: (sizes(m[0])[0],)*2 for n,m in linear_modules(model).items()}
 
 @statistic('grams', kind=Grams, what='Gram matrices', shapes=gram_shapes, squares=Tensor.diagonal)
 class InputGrams(Collector):
@@ -68,11 +79,15 @@ class InputGrams(Collector):
         model:PreTrainedModel, # of a supported family
     ):
         self.modules = linear_modules(model)
-        self.sums,self.handles = {},[]
+        self.alone = self.unpadded = not find_family(model).batched
+        self.window = getattr(body_of(model).config, 'attention_window', None)
+        self.handles = []
+        def zeros(m): return torch.zeros((sizes(m)[0],)*2, dtype=torch.float64, device=m.weight.device)
+        self.sums = {n: zeros(m[0]) for n,m in self.modules.items()}
 
     def __enter__(self):
-        hook = lambda name,m: m.register_forward_pre_hook(partial(self._watch, f'{name}.weight'))
-        self.handles = [hook(name, m) for name,m in self.modules.items()]
+        hook = lambda name,m: m.register_forward_pre_hook(partial(self._watch, name))
+        self.handles = [hook(name, o) for name,m in self.modules.items() for o in m]
         return self
 
     def __exit__(self, *_):
@@ -88,7 +103,11 @@ class InputGrams(Collector):
         self.tokens = None if mask is None else mask.shape[1]
 
     def fields(self, n:int, dtype:torch.dtype)->dict[str,Any]:
-        "The mean over examples."
+        "The mean over examples; `ValueError` if there is nothing, or what is no number."
+        sizes = {name: v.diagonal().sum() for name,v in self.sums.items()}
+        if not any(sizes.values()): raise ValueError('no linear layer of the body was called')
+        odd = next((name for name,v in sizes.items() if not torch.isfinite(v)), None)
+        if odd: raise ValueError(f'the inputs of {odd} are not finite')
         return dict(values=mean_of_sums(self.sums, n, dtype))
 
 # %% ../../nbs/methods/04_regmean.ipynb #06683efa
@@ -97,13 +116,20 @@ def _watch(self:InputGrams, name:str, module:nn.Module, args:tuple):
     "Add the Gram matrix of one layer's input."
     x = args[0]
     if self.last is None or self.last[0] is not x: self.last = x,self._product(name, x)
-    if name not in self.sums: self.sums[name] = torch.zeros_like(self.last[1], dtype=torch.float64)
     self.sums[name] += self.last[1]
+
+def _filled(n:int, window:int|list[int])->int:
+    "Tokens that `n` are filled up to by a model of windows."
+    width = window if isinstance(window, int) else max(window)
+    return -(-n//width)*width
 
 @patch
 def _product(self:InputGrams, name:str, x:Tensor)->Tensor:
-    "The Gram matrix of `x`; `ValueError` unless it has the batch's rows and tokens."
-    if len(x)!=self.size or (x.ndim==3 and self.tokens not in (None, x.shape[1])):
+    "The Gram matrix of `x`; in a batch `ValueError` unless it has the batch's rows and tokens."
+    if self.alone:
+        x = x.flatten(0, -2)
+        if self.window and self.tokens and len(x)==_filled(self.tokens, self.window): x = x[:self.tokens]
+    elif len(x)!=self.size or (x.ndim==3 and self.tokens not in (None, x.shape[1])):
         saw,want = tuple(x.shape),f'{self.size} examples of {self.tokens} tokens'
         raise ValueError(f'{name!r} saw an input of shape {saw} for {want}')
     with torch.autocast(x.device.type, enabled=False): return gram(x, self.kept)
@@ -157,7 +183,8 @@ def regmean_rule(
     off_diagonal:Annotated[float, Ge(0), Le(1)]=.9, # factor on the entries of the grams off the diagonal
 )->Rule:
     "RegMean for the weights of linear layers, the average for the rest."
-    grams,counts = [g.values for g in job.statistics.values()],dict(unused_inputs=0)
+    grams = [g.values for g in job.statistics.values()]
+    counts = dict(unused_inputs=0) | _experts(job)
     turned = _turned(job.model)
     kinds = {n: 'gram' if n in grams[0] else 'one' for n in job.names}
     def combine(name, tensors):
@@ -173,3 +200,9 @@ def _turned(model:PreTrainedModel|None)->set[str]:
     "The weights that have outputs in their columns."
     if model is None: return set()
     return {f'{n}.weight' for n,m in body_of(model).named_modules() if isinstance(m, Conv1D)}
+
+def _experts(job:Job)->dict[str,int]:
+    "How many parameters hold the matrices of experts, if any."
+    places = {} if job.model is None else find_places(job.model)
+    found = [n for n,o in places.items() if any(isinstance(s.axis, tuple) for s in o.slices)]
+    return dict(averaged_experts=sum(len(job.shape(n))==3 for n in found)) if found else {}

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from fisher_nodes import MaskFisher, Merged, ParameterFisher, evaluate, finetune, mask_fisher, merge
-from fisher_nodes.engine.batches import Batch, text_columns
+from fisher_nodes.engine.batches import Batch
+from fisher_nodes.engine.text import text_columns
 from fisher_nodes.core.averaging import node_shares
 from fisher_nodes.engine.memory import halves
 from fisher_nodes.merging.run import merge_files

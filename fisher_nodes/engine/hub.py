@@ -15,7 +15,7 @@ from .files import RECIPE
 from ..methods.method import one_line
 
 # %% ../../nbs/engine/04b_hub.ipynb #6a7df44b
-FILES = ['*.safetensors', '*.json', '*.txt', '*.model', RECIPE, 'README.md'] # what is fetched of a repository
+FILES = ['*.safetensors', '*.json', '*.txt', '*.model', '*.jinja', RECIPE, 'README.md'] # what is fetched
 MODEL_ID = re.compile(r'[\w.-]+(/[\w.-]+)?') # what the Hub can be asked for
 
 def hub_file(

@@ -176,7 +176,7 @@ def _unprefixed(name:str)->Iterator[str]:
     "A name, and what it is without its first part; and again while that repeats."
     first,_,rest = name.partition('.')
     yield name
-    while rest:
+    while rest and first!='embeddings': # which is a part of models, and wraps none
         yield rest
         again,_,rest = rest.partition('.')
         if again!=first: return

@@ -24,7 +24,7 @@ from ..engine.measure import saved_hash
 from fisher_nodes.engine.models import (
     adapter_origin, as_reference, fetch_model, head_tensors, hub_commit, model_errors, model_name,
     note_commit)
-from .card import agreed_modules, read_card
+from .card import agreed_modules, files_of_sources, read_card
 from .request import MergeRequest
 from ..methods.method import Job, Rule
 
@@ -103,12 +103,13 @@ def merge_report(
     copied = [n for n in body_state(job.model) if n not in rule.kinds]
     scheme = request.scheme_table
     options = request.options | ({} if scheme is None else dict(scheme=dict(scheme)))
+    beside = dict(beside=found) if (found := files_of_sources(models)) else {}
     return dict(
         method=request.method, **base, seed=job.seed, options=options, tasks=_sources(job, models),
         roles=roles_report(job.model, rule.kinds, scheme),
         zero_fisher=count_zeros(list(job.statistics.values())),
         averaged=dict(rule.counts), copied=copied, versions=versions(),
-        sentence_transformers=agreed_modules({t: m.config for t,m in models.items()}))
+        sentence_transformers=agreed_modules({t: m.config for t,m in models.items()}), **beside)
 
 # %% ../../nbs/merging/05_record.ipynb #101accec
 def _name(o:Any)->str|None:

@@ -12,7 +12,7 @@ __all__ = ['MUST_AGREE', 'all_finite', 'check_models', 'widest_body', 'narrowest
 # %% ../../nbs/merging/07_run.ipynb #8ec12d5c
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ from ..engine.text import same_tokens
 from .card import agreed_modules
 from .merged import (
     Merged, all_heads, check_inputs, check_room, check_shard_size, check_target, hash_merged, new_copy,
-    plan_files, save_rest, with_body)
+    plan_files, save_rest, whole_model, with_body)
 from .recipe import check_named, check_pinned, load_recipe, read_recipe, without_pins
 from .record import describe_base, merge_recipe, merge_report
 from .request import READING, MergeRequest, ask
@@ -84,9 +84,24 @@ def _check_shapes(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
         if x==y or 'missing' in (x,y) and name in outside: continue
         raise ValueError(f'models cannot be merged: {name} is {x} in {first!r} but {y} in {task!r}')
 
+def _ties(model:PreTrainedModel)->dict[str,str]: # name -> the first name of that tensor
+    "Every name of a body's parameters, of which several may be one tensor's."
+    named = [*body_of(model).named_parameters(remove_duplicate=False)]
+    first = {id(p): n for n,p in reversed(named)}
+    return {n: first[id(p)] for n,p in named}
+
+def _check_ties(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
+    "`ValueError` naming two parameters that are one tensor in only one of two models."
+    x,y = _ties(a),_ties(b)
+    for n in (n for n in x if n in y and x[n]!=y[n]):
+        tied,other,one = (first, task, x) if x[n]!=n else (task, first, y)
+        raise ValueError(f'models cannot be merged: {one[n]} and {n} are one tensor in {tied!r}, '
+                         f'but two in {other!r}')
+
 def _check_pair(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
     "`ValueError` naming what two models disagree in."
     _check_configs(first, a, task, b)
+    _check_ties(first, a, task, b)
     _check_shapes(first, a, task, b)
 
 # %% ../../nbs/merging/07_run.ipynb #d108f260
@@ -391,9 +406,23 @@ def _merge_lacking(job:Job, inputs:Inputs, tasks:Sequence[str], store:Any, block
     λ = torch.tensor([w for t,w in zip(job.states, job.weights.tolist()) if t in tasks], dtype=torch.float64)
     shares = λ/λ.sum() if λ.any() else torch.full_like(λ, 1/len(λ))
     tensors = [store.read(t, block) for t in tasks]
-    numbers = tensors[0].is_floating_point()
-    rows = weighted_mean(tensors, shares[:,None]) if numbers else tensors[0].clone()
+    merged = block in dict(body_of(widest_body(inputs.models)).named_parameters())
+    rows = weighted_mean(tensors, shares[:,None]) if merged else _agreed(tasks, block, tensors)
     store.write(block, rows)
+
+def _alike(a:Tensor, b:Tensor)->bool:
+    "Whether numbers are the same, to the digits that both have."
+    b = b.to(a.device)
+    if not a.is_floating_point(): return torch.equal(a, b)
+    rough = max(a.dtype, b.dtype, key=lambda t: torch.finfo(t).eps)
+    return torch.equal(a.to(rough), b.to(rough))
+
+def _agreed(tasks:Iterable[str], block:Block, tensors:Iterable[Tensor])->Tensor:
+    "A buffer, which is not merged; `ValueError` unless all models have the same."
+    (first,rows),*others = zip(tasks, tensors)
+    odd = next((t for t,o in others if not _alike(rows, o)), None)
+    if odd is None: return rows.clone()
+    raise ValueError(f'models cannot be merged: the buffer {block} is not the same in {first!r} and {odd!r}')
 
 def _merge_block(job:Job, inputs:Inputs, rule:Rule, store:Any, block:Block):
     "Merge some rows."
@@ -402,7 +431,7 @@ def _merge_block(job:Job, inputs:Inputs, rule:Rule, store:Any, block:Block):
     tensors = (store.read(t, block) for t in job.states)
     if not rule.once: tensors = list(tensors)
     merged = block in rule.kinds
-    rows = rule.combine(block, tensors) if merged else next(iter(tensors)).clone()
+    rows = rule.combine(block, tensors) if merged else _agreed(job.states, block, tensors)
     if merged: rows = _checked(job, block, rows)
     if merged and not all_finite(rows): _name_culprit(job, inputs, str(block))
     store.write(block, rows)
@@ -687,7 +716,7 @@ def _empty(inputs:Inputs)->Merged:
     return merged
 
 def make_files(
-    body:PreTrainedModel, # without numbers
+    body:PreTrainedModel, # without numbers; may have a head
     folder:Path,
     max_shard_size:int|str='5GB', # of one file
 )->tuple[dict[str,TensorSlot],dict[str,list[str]]]: # name -> where to write it; and file -> names
@@ -730,7 +759,7 @@ def merge_stored(
     stale = check_target(path, merged.body, merged.report, source_names(request), list(merged))
     if inputs.base is not None: inputs.hashes[None] = hash_base(request.base, inputs.base)
     with whole_folder(path, MERGED, overwrite, stale) as folder:
-        slots,files = make_files(merged.body, folder, max_shard_size)
+        slots,files = make_files(whole_model(merged), folder, max_shard_size)
         store = FileStore(inputs.bodies, slots, device, threads or min(4, os.cpu_count() or 1))
         _fill(merged, request, inputs, store, progress)
         save_rest(merged, files, store.hashes[None], folder, path)

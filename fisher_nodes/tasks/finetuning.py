@@ -34,7 +34,7 @@ from ..engine.fingerprints import hash_weights
 from ..engine.guard import keep_rng
 from ..engine.hub import with_safetensors
 from ..engine.measure import describe_data
-from ..engine.models import HOW, load_tokenizer, model_errors, model_name
+from ..engine.models import HOW, check_wrapped, load_tokenizer, model_errors, model_name
 from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw
 from ..engine.text import check_text, text_columns
 from ..methods.method import Count, PathName, Positive, Seed, checked
@@ -82,6 +82,7 @@ def load_body(
     model:PreTrainedModel|str|Path, # a model with or without a head, a folder or a Hub id
 )->PreTrainedModel: # the body; the caller's own object if one was given
     "The body of a model, from safetensors only when it is loaded."
+    check_wrapped(model)
     if isinstance(model, PreTrainedModel): return model.base_model
     with model_errors(model): return AutoModel.from_pretrained(with_safetensors(model), **HOW)
 

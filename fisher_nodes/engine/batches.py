@@ -434,9 +434,9 @@ def _token_counts(mask:np.ndarray|None, ids:Tensor)->np.ndarray:
 
 def _as_numpy(o:Tensor)->np.ndarray: return (o.float() if o.is_floating_point() else o).cpu().numpy()
 
-def _check_tokens(model:PreTrainedModel, batch:Mapping, rows:Sequence[int]):
+def _check_tokens(model:PreTrainedModel, head:Head|None, batch:Mapping, rows:Sequence[int]):
     "`ValueError` for ids that the model does not know, rows too long for it, or padding without a mask."
-    batch,rows = _flat_choices(batch, rows)
+    if head and head.size(model) is None: batch,rows = _flat_choices(batch, rows)
     ids = batch.get('input_ids')
     if ids is None: return
     odd = next((k for k in TOKEN_COLUMNS if k in batch and not _fits(k, batch[k], ids)), None)
@@ -470,7 +470,7 @@ def _check_batch_labels(model:PreTrainedModel, head:Head, batch:Mapping, n:int, 
 def _counted(model:PreTrainedModel, inputs:dict[str,Any])->dict[str,Any]:
     "Inputs with positions, where padding on the left would move them."
     family,mask = FAMILIES.get(model.config.model_type),inputs.get('attention_mask')
-    padded = isinstance(mask, Tensor) and mask.ndim==2 and not mask[:,0].all()
+    padded = isinstance(mask, Tensor) and mask.ndim==2 and not mask[:,:1].all()
     if not (family and family.by_place and padded) or 'position_ids' in inputs: return inputs
     return inputs | dict(position_ids=(mask.long().cumsum(1)-1).clamp(min=0))
 
@@ -492,7 +492,7 @@ def own_batches(
         size = _batch_size(model, batch, start)
         batch = _counted(model, one_label({k: v for k,v in batch.items() if v is not None}))
         if wanted: _check_batch_labels(model, head, batch, size, start)
-        _check_tokens(model, batch, range(start, start+size))
+        _check_tokens(model, head, batch, range(start, start+size))
         n = min(size, left)
         kept = batch if every else _for_model(model, batch, every)
         inputs = {k: v[:n] if isinstance(v, Tensor) else v for k,v in kept.items()}

@@ -422,19 +422,42 @@ def _read_tokenizer(model:str|Path)->Any: # None where there is none
         said = str(e).removeprefix(start)
         raise ValueError(f'the tokenizer of {model}, {broken[0]}, cannot be read: {said}') from None
 
+_PROCESSORS = dict(pixel_values='AutoImageProcessor', input_values='AutoFeatureExtractor',
+                   input_features='AutoFeatureExtractor') # what a model takes -> what makes it
+
+def _processor_class(model:str|Path)->str|None:
+    "The class that loads what reads images or sounds for a classifier, or its body; None for text."
+    try:
+        with model_errors(model): config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    except ValueError: return None # loading the model says why
+    cls = model_class(config)
+    head = find_head(cls.__name__)
+    return None if head and head.whole else _PROCESSORS.get(getattr(cls, 'main_input_name', None))
+
+def _read_processor(model:str|Path, auto:str)->Any: # None where there is none
+    "The processor beside a model of images or sounds; `ValueError` for one that cannot be read."
+    files = [Path(model)/o for o in ('preprocessor_config.json', 'processor_config.json')]
+    if Path(model).is_dir() and not any(o.exists() for o in files): return None
+    with model_errors(model):
+        return getattr(transformers, auto).from_pretrained(str(model), trust_remote_code=False)
+
+def _knows_words(tokenizer:Any)->bool: return bool(set(tokenizer.get_vocab())-set(tokenizer.all_special_tokens))
+
 def load_tokenizer(
     model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id
     tokenizer:Any=None, # returned as it is if given
     needed:bool=True, # whether a folder without one is an error
-)->Any: # a tokenizer, or None where there is none
-    "The tokenizer saved with a model."
+)->Any: # a tokenizer, or for images and sounds another processor; None where there is none
+    "The tokenizer, or other processor, saved with a model."
     if tokenizer is not None or not isinstance(model, (str, Path)): return tokenizer
-    tokenizer = _read_tokenizer(model)
-    known = set(tokenizer.get_vocab())-set(tokenizer.all_special_tokens) if tokenizer is not None else ()
-    if known: return tokenizer
+    auto = _processor_class(model)
+    found = _read_processor(model, auto) if auto else _read_tokenizer(model)
+    if found is not None and (auto or _knows_words(found)): return found
     if folder := adapter_folder(model):
         return load_tokenizer(fetch_model(_base_reference(read_adapter(folder))), needed=needed)
-    if needed: raise ValueError(f'{model} has no tokenizer; give `tokenizer=`')
+    if not needed: return None
+    raise ValueError(f'{model} has no processor; give it as `tokenizer=`' if auto else
+                     f'{model} has no tokenizer; give `tokenizer=`')
 
 def resolve_model(
     model:PreTrainedModel|str|Path, # a model, folder or Hub id

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.heads import IGNORED, Head
 from .classes import head_names
+from ..methods.method import one_line
 from .text import check_text, plain_word, text_columns, text_limit, tokenize
 
 # %% ../../nbs/engine/05e_rows.ipynb #85f62803
@@ -310,12 +311,22 @@ def read_answered(rows:Rows)->Columns:
     return Columns(dict(_encode(rows, texts), labels=[list(o) for o in labels]))
 
 # %% ../../nbs/engine/05e_rows.ipynb #6b434129
+def _pixels(rows:Rows, images:Sequence[Any])->list[Any]:
+    "Pictures as numbers; `ValueError` naming the first row whose picture cannot be read."
+    def read(o): return list(rows.tokenizer(images=o, return_tensors='np')['pixel_values'])
+    try: return read(images)
+    except Exception:
+        for r,o in zip(rows.numbers, images):
+            try: read([o])
+            except Exception as e:
+                raise ValueError(f'the image of row {r} cannot be read: {one_line(e)}') from None
+        raise
+
 def read_images(rows:Rows)->Columns:
     "Pictures, and a label."
     name = _have(rows, (('image',), ('img',), ('picture',)), 'image classifier')[0]
     given = rows.data.with_format(None)[:]
-    pixels = rows.tokenizer(images=given[name], return_tensors='np')['pixel_values']
-    return Columns(dict(pixel_values=list(pixels)) | _labels(rows), dataset_classes(rows.data))
+    return Columns(dict(pixel_values=_pixels(rows, given[name])) | _labels(rows), dataset_classes(rows.data))
 
 def _samples(row:int, o:Any)->tuple[Any,int|None]:
     "Samples, and how many a second."
@@ -370,8 +381,9 @@ def read_rows(
 )->Columns:
     "What a model takes of some rows; `ValueError` naming what is missing, or the first row that is wrong."
     if tokenizer is None:
-        raise ValueError(f'the data set has no `{model.main_input_name}`, only {dataset.column_names}; '
-                         'tokenise it or give `tokenizer=`')
+        hint = 'tokenise it or give `tokenizer=`'
+        if head and not head.text: hint = 'give what reads them, the processor of the model, as `tokenizer=`'
+        raise ValueError(f'the data set has no `{model.main_input_name}`, only {dataset.column_names}; {hint}')
     some = _some_rows(dataset, numbers)
     whole = some if is_made(dataset) else dataset
     reader = READS.get(head.name if head else '', read_texts)

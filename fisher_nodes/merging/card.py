@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
+from ..core.heads import HEADS
 from ..engine.files import RECIPE
 from ..engine.models import find_file
 from ..engine.reading import parse_yaml, load_json, read_text
@@ -365,8 +366,7 @@ One Transformer body for {n} tasks, merged with [fisher_nodes](https://github.co
 {load}
 ```
 
-`Merged.from_pretrained({where})` of fisher_nodes loads all tasks on one body; \
-`logits(**batch)` answers them in one pass.
+{together}
 
 ## What was merged
 
@@ -415,12 +415,17 @@ def _quoted(where:str)->str:
     "As a string of Python that ends no code of Markdown."
     return json.dumps(where, ensure_ascii=False).replace('`', '\\u0060')
 
+_PROCESSORS = dict( # what reads the rows of a class of transformers, where it is no tokenizer
+    AutoModelForImageClassification='AutoImageProcessor',
+    AutoModelForAudioClassification='AutoFeatureExtractor')
+
 def _loading(where:str, task:str, auto:str, tokenizer:bool)->str:
     "Three lines of Python."
-    place = _quoted(where)
-    lines = [f'from transformers import {auto}' + ', AutoTokenizer'*tokenizer,
+    place,reader = _quoted(where),_PROCESSORS.get(auto, 'AutoTokenizer')
+    name = 'tokenizer' if reader=='AutoTokenizer' else 'processor'
+    lines = [f'from transformers import {auto}' + f', {reader}'*tokenizer,
              f'model = {auto}.from_pretrained({place}, subfolder="{task}")']
-    if tokenizer: lines.append(f'tokenizer = AutoTokenizer.from_pretrained({place})')
+    if tokenizer: lines.append(f'{name} = {reader}.from_pretrained({place})')
     return '\n'.join(lines)
 
 # %% ../../nbs/merging/03_card.ipynb #a5ca5911
@@ -435,6 +440,9 @@ def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool)->str:
 # %% ../../nbs/merging/03_card.ipynb #d136b85d
 _SAME = 'All sources state the same licence.'
 _UNLIKE = 'The sources do not all state the same licence. Look at each before using this model.'
+_HEADS = ('`Merged.from_pretrained({where})` of fisher_nodes loads all tasks on one body; '
+          '`logits(**batch)` answers them in one pass.')
+_ONE = 'All tasks are answered by one model: this folder has the same weights as that of each task.'
 _PIPELINES = dict( # class of transformers -> what the Hub calls its use
     AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction',
     AutoModelForTokenClassification='token-classification',
@@ -469,6 +477,8 @@ def model_card(
         title=f'Merged: {", ".join(tasks)}', n=len(tasks), where=_quoted(where),
         load=_loading(where, tasks[0], auto, tokenizer), notes=_notes(report),
         licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME, repeat=_repeat_words(recipe, changed))
+    whole = any(o.whole and o.auto==auto for o in HEADS.values())
+    words['together'] = _ONE if whole else _HEADS.format(**words)
     data = card_data(report, recipe, where.split('/')[-1], _PIPELINES.get(auto))
     text = _CARD.format(**words, **_tables(report))
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}')

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
-from ..core.heads import find_head
+from ..core.heads import head_of
 from ..engine.batches import own_batches
 from ..methods.method import PathName, checked
 from ..engine.adapters import adapter_base
@@ -138,7 +138,9 @@ def logits(self:Merged,
 )->dict[str,Tensor]: # task -> logits
     "The logits of every task from one pass through the shared body."
     bare = [t for t,m in self.models.items() if m is self.body]
-    if bare: raise ValueError(f'the models of {bare} have no task head, so there are no logits')
+    if bare:
+        raise ValueError(f'the models of {bare} have no task head of their own; '
+                         f'ask one of them, as `merged[{bare[0]!r}](**inputs)`')
     list(own_batches(self.body, [inputs], need_labels=False)) # refuses what no model can read
     out,answers = self.body(**inputs),{}
     for task,model in self.models.items():
@@ -329,8 +331,10 @@ def _save_beside(report:Mapping, folder:Path):
 
 def _auto_class(merged:Merged)->str:
     "The class of transformers that loads every task."
-    heads = [find_head(type(m).__name__) for m in merged.values()]
-    found = {o.auto if o else 'AutoModel' for o in heads}
+    def auto(model):
+        try: return head_of(model).auto
+        except ValueError: return 'AutoModel' # no head that is known
+    found = {auto(m) for m in merged.values()}
     return found.pop() if len(found)==1 else 'AutoModel'
 
 def _save_words(merged:Merged, files:Mapping, folder:Path, place:Path, repo_id:str|None, changed:bool):

@@ -312,7 +312,7 @@ def to_hub(cache, name, folder):
 def cache(tmp_path_factory, base, glue):
     "Six tiny BERTs as the paper's bert-tiny: random ones, an SST-2 that learned its task, an MNLI that did so with other classes."
     root = tmp_path_factory.mktemp('hub')
-    learned = dict(epochs=24, batch_size=8, learning_rate=1e-2, progress=False)
+    learned = dict(epochs=32, batch_size=8, learning_rate=5e-3, progress=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('FISHER_NODES_GLUE', str(glue))
         trained = {task: finetune(base, load_task(f'glue:{task}')[0], task, out=root/task, **learned) for task in ('mnli', 'sst2')}

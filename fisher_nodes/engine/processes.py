@@ -11,6 +11,7 @@ import builtins
 import hashlib
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -204,6 +205,7 @@ def leave():
     "End the connection to the other processes, if there is one; a launched program does so last."
     if dist.is_available() and dist.is_initialized():
         _group.cache_clear()
+        time.sleep(.2) # gloo waits for its threads, and of torch 2.6 they may wait for this one
         dist.destroy_process_group()
 
 # %% ../../nbs/engine/00_processes.ipynb #0df732ab

@@ -187,7 +187,7 @@ def check_alone(
 ):
     "`ValueError` for a loss that changes with the other rows of a batch."
     i = _most_padded(batch)
-    begin(one := by_itself(batch, i))
+    begin(one := by_itself(batch, i) if objective.own is None else part(batch, slice(i, i+1)))
     a,b = losses[i].item(),next(iter(weighted_losses(model, one, objective)))[1].item()
     loose = torch.is_autocast_enabled(model.device.type) or model.device.type=='cuda'
     scale = max(1e-2, losses.abs().max().item(), abs(b))

@@ -469,7 +469,7 @@ WORDS = [o for o in hostile.WORDS if not o.startswith('9'*50)] + ['--epochs', '-
          '--label-order', '--rounds', '--partial', '--text', '--label', 'label', 'sentence', '1,2', '1,x', ',', 'a=1,0', 'mnli=2,0,1', 'inf', '--help', '--version', '9'*400, '0.5', '1e-5', 'rte', 'a=b', '\u202e', '\ud800', '--out=new', '--seed=-1']
 LINES = [*hostile.LINES, 'finetune a --data rows.csv --out new', 'finetune a --data rows.csv --validation rows.csv --epochs 1 --out new', 'finetune a --glue rte --out new', 'reproduce --checkpoints bert-tiny --out new',
          'reproduce --checkpoints a --methods average --samples 2 --seeds 1 --out new', 'report none', 'demo --out new', 'fisher a --data rows.jsonl --labels exact --out new.safetensors', 'merge a=a b=b --method average --json --out new',
-         'describe a', 'describe a --check --json']
+         'describe a', 'describe a --check --json', 'convert a --out new', 'convert a --out new --overwrite --json']
 
 @st.composite
 def word_lists(draw, command):

@@ -19,7 +19,8 @@ import make  # noqa: E402
 
 OLD = HERE/'v01'
 MADE = json.loads((OLD/'grid.json').read_text())
-SAME = (MADE['torch'], MADE['cpu']) == (torch.__version__, torch.backends.cpu.get_cpu_capability())
+PROCESSOR = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
+SAME = (MADE['torch'], MADE['cpu'], MADE.get('processor')) == (torch.__version__, torch.backends.cpu.get_cpu_capability(), PROCESSOR) # two processors of one capability can differ in the last bits
 FILES = [f'{f}-{make.name(d)}' for f, dtypes in make.FAMILIES.items() for d in dtypes]
 
 ELSEWHERE = {torch.float32: dict(rtol=2e-3, atol=1e-11), torch.float64: dict(rtol=1e-9, atol=1e-25)} # less is rounding: keys' biases have no gradient

@@ -142,7 +142,7 @@ def test_every_loader_is_told_to_run_no_code():
         for o in ast.walk(ast.parse(text)):
             if not (isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute) and o.func.attr in ('from_pretrained', 'from_config')): continue
             owner = ast.unparse(o.func.value)
-            if owner in ('Merged', 'BertForSequenceClassification', 'self') : continue
+            if owner in ('Merged', 'BertForSequenceClassification', 'self', 'GenerationConfig') : continue # the last is a table of numbers
             found += 1
             said = ast.unparse(o)
             assert 'trust_remote_code=False' in said or '**HOW' in said or '**how' in said, f'{path.name}: {said}'

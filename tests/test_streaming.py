@@ -292,7 +292,6 @@ def test_kth_smallest(few, k, numbers):
 # --- refusals ---------------------------------------------------------------------------------
 
 def truncate(folders, folder): os.truncate(folders['t1']/'model.safetensors', 5000)
-def drop_head(folders, folder): BertModel.from_pretrained(folders['t1']).save_pretrained(folders['t1'])
 def no_weights(folders, folder): (folders['t1']/'model.safetensors').unlink()
 def wider(folders, folder): tiny(**SIZE | dict(vocab=132), dtype=torch.float32).save_pretrained(folders['t1'])
 def not_finite(folders, folder):
@@ -303,7 +302,7 @@ def a_weight_less(folders, folder):
     save_file(old, folders['t1']/'model.safetensors', dict(format='pt'))
 def a_merge(folders, folder): merge(folders, method='average').save_pretrained(folder/'m'); folders['t1'] = folder/'m'
 
-BROKEN = {o.__name__: o for o in (truncate, drop_head, no_weights, wider, not_finite, a_weight_less, a_merge)}
+BROKEN = {o.__name__: o for o in (truncate, no_weights, wider, not_finite, a_weight_less, a_merge)}
 AVERAGE = dict(method='average')
 BAD = {'unknown-method': dict(method='mean'), 'unknown-option': AVERAGE | dict(density=1), 'no-fishers': {}, 'unknown-variant': dict(variant='x'),
        'needless-base': AVERAGE | dict(base='x'), 'no-base': dict(method='ties'), 'weights': AVERAGE | dict(weights=dict(t0=1)),

@@ -441,7 +441,8 @@ def _read_processor(model:str|Path, auto:str)->Any: # None where there is none
     with model_errors(model):
         return getattr(transformers, auto).from_pretrained(str(model), trust_remote_code=False)
 
-def _knows_words(tokenizer:Any)->bool: return bool(set(tokenizer.get_vocab())-set(tokenizer.all_special_tokens))
+def _knows_words(tokenizer:Any)->bool:
+    return bool(set(tokenizer.get_vocab())-set(tokenizer.all_special_tokens))
 
 def load_tokenizer(
     model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id

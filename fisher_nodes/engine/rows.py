@@ -383,7 +383,8 @@ def read_rows(
     if tokenizer is None:
         hint = 'tokenise it or give `tokenizer=`'
         if head and not head.text: hint = 'give what reads them, the processor of the model, as `tokenizer=`'
-        raise ValueError(f'the data set has no `{model.main_input_name}`, only {dataset.column_names}; {hint}')
+        raise ValueError(f'the data set has no `{model.main_input_name}`, only {dataset.column_names}; '
+                         f'{hint}')
     some = _some_rows(dataset, numbers)
     whole = some if is_made(dataset) else dataset
     reader = READS.get(head.name if head else '', read_texts)

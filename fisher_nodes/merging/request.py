@@ -131,7 +131,7 @@ def _loss(o:Any)->Any:
     raise expected(f'one of {list(LOSSES)}, or a function of model and batch; a recipe has none, so null')
 
 def _tokenizer(o:Any)->Any:
-    if o is None or hasattr(o, 'get_vocab') or hasattr(o, 'model_input_names'): return o # or another processor
+    if o is None or hasattr(o, 'get_vocab') or hasattr(o, 'model_input_names'): return o
     raise TypeError(f'`tokenizer` must be a tokenizer of transformers, got {type(o).__name__}')
 
 DataLike = Annotated[Any, BeforeValidator(_spec)]

@@ -39,7 +39,7 @@ from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_has
 from ..engine.models import DTYPE, FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
 from ..engine.reading import check_inside, load_json
-from ..engine.text import trained_record
+from ..engine.text import same_tokens, trained_record
 from .card import beside_files, check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
 from .request import TASK_NAME
@@ -464,8 +464,10 @@ def _exact_head(model:PreTrainedModel, folder:Path)->PreTrainedModel:
 
 def _load_tokenizers(path:Path, tasks:Sequence[str])->Any:
     "The tokenizer of all tasks, or, where there is none, that of each."
-    if (found := load_tokenizer(path, needed=False)) is not None: return found
     own = {t: load_tokenizer(path/t, needed=False) for t in tasks}
+    given = [o for o in own.values() if o is not None]
+    found = load_tokenizer(path, needed=False)
+    if found is not None and all(same_tokens(found, o) for o in given): return found
     return own if any(o is not None for o in own.values()) else None
 
 @checked

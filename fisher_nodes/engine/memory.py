@@ -72,8 +72,9 @@ def padded_tokens(
     batch:Batch,
 )->int: # examples times the length of the longest
     "Tokens of a batch, with padding."
-    main = next(batch.inputs[k] for k in (*INPUTS, 'inputs_embeds') if k in batch.inputs)
-    return main[...,0].numel() if main.is_floating_point() else main.numel()
+    name = next(k for k in (*INPUTS, 'inputs_embeds') if k in batch.inputs)
+    main = batch.inputs[name]
+    return main.numel() if name=='input_ids' else main[...,0].numel()
 
 # %% ../../nbs/engine/07_memory.ipynb #62288119
 def _attempt(run:Callable, batch:Batch, divide:bool)->Any:

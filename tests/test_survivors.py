@@ -376,7 +376,7 @@ def test_methods_and_statistics_say_what_they_need():
         'regmean': dict(off_diagonal=.9), 'task-arithmetic': dict(scale=.4), 'ties': dict(density=.2, scale=1.)}
     assert METHODS['ties'].evidence is None and METHODS['regmean'].evidence == 'grams'
     takes = {k: (o.takes, o.kind.__name__) for k, o in STATISTICS.items()}
-    assert takes == {'mask-fisher': (('variant', 'labels', 'loss', 'matrices'), 'MaskFisher'), 'grams': ((), 'Grams'),
+    assert takes == {'mask-fisher': (('variant', 'labels', 'loss', 'matrices', 'checkpointing'), 'MaskFisher'), 'grams': ((), 'Grams'),
                      'full-fisher': (('labels', 'loss', 'one_at_a_time'), 'ParameterFisher')}
     kinds = {k: (o.backward, o.alone, o.divide, o.budget) for k, o in dict(mask=MaskSquares, grams=InputGrams, full=SquaredGradients, one=SquaredAlone).items()}
     assert kinds == dict(mask=(True, False, False, 1), grams=(False, False, False, 1), full=(True, False, False, 4), one=(True, True, False, 1))
@@ -833,8 +833,8 @@ def test_a_request_takes_values_as_they_are():
 def test_merge_hands_on_all_that_it_is_given(monkeypatch):
     monkeypatch.setattr(run, 'merge_loaded', lambda *given: given)
     how = dict(num_samples=3, max_length=4, text='b', label='y', labels='exact', precision='fp32', loss=lambda model, batch: None)
-    request, device, progress = run.merge([tiny()], data=[ragged_batches()], device='cpu', progress=False, seed=5, **how)
-    assert {k: getattr(request, k) for k in how} == how and (request.seed, device, progress) == (5, 'cpu', False)
+    request, device, progress, checkpointing = run.merge([tiny()], data=[ragged_batches()], device='cpu', progress=False, checkpointing=True, seed=5, **how)
+    assert {k: getattr(request, k) for k in how} == how and (request.seed, device, progress, checkpointing) == (5, 'cpu', False, True)
 
 def test_a_statistic_in_files_is_checked_as_it_is_read():
     def blocks(**tensors): return CheckedBlocks(tensors, 'a', STATISTICS['full-fisher'])

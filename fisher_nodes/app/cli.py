@@ -122,7 +122,7 @@ def run_fisher(args:argparse.Namespace)->dict|None:
     out = check_file(args.out, args.overwrite, args.model, args.data)
     model,data,read = _load_both(args)
     how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'loss', 'reduction', 'precision',
-                         'device'))
+                         'device', 'checkpointing'))
     fisher = mask_fisher(model, data, **read, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(out)
@@ -168,13 +168,13 @@ def run_merge(args:argparse.Namespace)->dict|None:
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
     from fisher_nodes.merging.run import RecipeDiffers, run_recipe
-    kept = ('--out', '--overwrite', '--device', '--json', '--accept-changes', '--import')
+    kept = ('--out', '--overwrite', '--device', '--checkpointing', '--json', '--accept-changes', '--import')
     own = [o for o in args.given if o not in kept]
     if own: raise ValueError(f'{own[0]} is for the recipe to say; write it into {args.models[0]}')
     with warnings.catch_warnings():
         warnings.simplefilter('error', RecipeDiffers)
         run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device,
-            accept_changes=args.accept_changes)
+            checkpointing=args.checkpointing, accept_changes=args.accept_changes)
 
 def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
     "What the options ask of a merge: the fields of a request, and options of the method."
@@ -198,6 +198,8 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
     from_main(lambda: check_room(Path(args.out), list(models)))
     if args.data is None and args.num_samples:
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
+    if args.data is None and args.checkpointing:
+        raise ValueError('--checkpointing is for measuring, but without --data nothing is measured')
     check_shard_size(args.max_shard_size)
     return models
 
@@ -209,7 +211,9 @@ def _merge_models(args:argparse.Namespace):
     request = ask(models, **_asked(args, models))
     write = dict(overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if not request.in_memory: merge_stored(request, args.out, device=either(args.device, 'cpu'), **write)
-    else: merge_loaded(request, args.device).save_pretrained(args.out, **write)
+    else:
+        merged = merge_loaded(request, args.device, checkpointing=args.checkpointing)
+        merged.save_pretrained(args.out, **write)
 
 # %% ../../nbs/app/02_cli.ipynb #b8031b25
 def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[dict,dict,Any,dict]:
@@ -473,6 +477,8 @@ OPTIONS = dict(
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
     device=_option('--device', metavar='NAME', help='cpu, cuda, cuda:1, …; by default where the model loads'),
+    checkpointing=_option('--checkpointing', action='store_true',
+        help='run layers twice, to need less memory: for long rows and large models'),
     split=_option('--split', help='split of glue:TASK to score on (validation)'),
     imports=_option('--import', nargs='+', dest='imports', metavar='FILE',
         help='Python files or modules that register methods'),
@@ -480,7 +486,7 @@ OPTIONS = dict(
 
 # %% ../../nbs/app/02_cli.ipynb #466e6390
 MEASURING = ['num_samples', 'seed', 'device', 'max_length', 'text', 'label', 'precision', 'variant', 'labels',
-             'loss', 'reduction', 'merge_adapters']
+             'loss', 'reduction', 'merge_adapters', 'checkpointing']
 RUNNING = ['num_samples', 'seed', 'device', 'precision', 'max_length', 'text', 'label']
 
 COMMANDS = dict(

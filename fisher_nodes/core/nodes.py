@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
+from .checkpointing import checkpointed, kept
 from .experts import routed_sums, watched_experts
 from .places import Nodes, Site, find_nodes
 
@@ -69,8 +70,9 @@ class MaskGradients:
         model:PreTrainedModel, # with or without a task head, of a supported family
         ffn_mask:str='before', # 'before' bias and activation (Equation 2), or 'after' them
         sums:Callable=plain_sums, # sums over tokens, as in `node_gradients`
+        checkpointing:bool=False, # run layers again in the backward pass, to keep less meanwhile
     ):
-        self.blocks,self.sums = find_nodes(model),sums
+        self.blocks,self.sums,self.checkpointing = find_nodes(model),sums,checkpointing
         self.sites = mask_sites(self.blocks, ffn_mask)
         self.model,self.open = model,ExitStack()
         self.forget()
@@ -82,6 +84,7 @@ class MaskGradients:
             for k,site in enumerate(self.sites):
                 if not site.experts: stack.callback(self._attach(k, site).remove)
             if any(o.experts for o in self.sites): stack.enter_context(self._experts())
+            if self.checkpointing: stack.enter_context(checkpointed(self.model))
             self.open = stack.pop_all()
         return self
 
@@ -91,7 +94,7 @@ class MaskGradients:
 
     def forget(self):
         "Drop what an unfinished pass left behind."
-        self.leaves,self.grads,self.called,self.used = [],[],set(),False
+        self.leaves,self.grads,self.called,self.used,self.again = [],[],set(),False,False
 
     def _experts(self):
         found = {k: o for k,o in enumerate(self.sites) if o.experts}
@@ -112,15 +115,28 @@ _OVERWRITTEN = 'the model writes into what block {!r} masks, so its gradient wou
 _ONE_ROW = '{} losses for {} rows in the body; one example must be one row, or neighbouring rows'
 _PASSES = 'two passes through the body have {} and {} rows; one example must be one row'
 
+def _hold(x:Tensor)->Callable:
+    view = x.detach()
+    return lambda: view
+
+@patch
+def _refill(self:MaskGradients, x:Tensor)->Tensor:
+    "In a layer that runs again, what `_watch` did to `x`, without another hook."
+    if not x.requires_grad: x = x.detach().requires_grad_()
+    if self.checkpointing: kept(x)
+    return x
+
 @patch
 def _watch(self:MaskGradients, k:int, x:Tensor, bias:Tensor|None=None, routed:tuple=())->Tensor:
     "Ask for the gradient of `x` at site `k`; the first, and one below which nothing asks, becomes a leaf."
+    if self.again: return self._refill(x)
     if self.used: self.forget()
     if not self.leaves or not x.requires_grad:
         x = x.detach().requires_grad_()
         self.leaves.append(x)
     self.called.add(k)
-    x.register_hook(partial(self._add, k, x.detach(), x._version, bias, routed))
+    get = kept(x) if self.checkpointing else _hold(x)
+    x.register_hook(partial(self._add, k, get, x._version, bias, routed))
     return x
 
 def _by_example(site:Site, x:Tensor, n:int)->Tensor: # shape `(B, T, width)`
@@ -138,8 +154,9 @@ def _add_routed(self:MaskGradients, k:int, x:Tensor, grad:Tensor, expert:int, to
     self.grads[k].unflatten(1, (site.experts,-1))[:,expert] += routed_sums(x, grad, token, total//n, n)
 
 @patch
-def _add(self:MaskGradients, k:int, x:Tensor, version:int, bias:Tensor|None, routed:tuple, grad:Tensor):
+def _add(self:MaskGradients, k:int, get:Callable, version:int, bias:Tensor|None, routed:tuple, grad:Tensor):
     "Add the mask gradients of site `k` to those of the same backward pass."
+    x = get()
     if x._version!=version: raise ValueError(_OVERWRITTEN.format(self.blocks[k].name))
     if routed: return self._add_routed(k, x, grad, *routed)
     site,old = self.sites[k],self.grads[k]
@@ -161,8 +178,9 @@ def per_example(self:MaskGradients,
     if not losses.requires_grad:
         raise ValueError('the losses do not depend on the masked layers of the model')
     self.grads,self.examples = [None]*len(self.sites),len(losses)
-    torch.autograd.grad(losses.sum(), self.leaves, retain_graph=retain_graph, allow_unused=True)
-    self.used = True
+    self.again = True
+    try: torch.autograd.grad(losses.sum(), self.leaves, retain_graph=retain_graph, allow_unused=True)
+    finally: self.used,self.again = True,False
     return self._by_kind(len(losses))
 
 # %% ../../nbs/core/01_nodes.ipynb #881045f6

@@ -84,4 +84,5 @@ def check_placed(
     away = [n for n,p in model.named_parameters() if p.is_meta]
     if away:
         raise ValueError(f'the weights of {away[0]!r} are offloaded, and gradients need all of them at once; '
-                         'give a `device_map` of devices that hold the model')
+                         'give a `device_map` of devices that hold the model, or load it on the CPU, '
+                         'where its files are mapped and need not fit')

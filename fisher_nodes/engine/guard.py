@@ -54,20 +54,31 @@ def _uncompiled(model:nn.Module)->Iterator[None]:
         for m,call in compiled: m._compiled_call_impl = call
 
 @contextmanager
+def _without_cache(model:nn.Module)->Iterator[None]:
+    "Inside, no part keeps keys and values; outside, configurations are as before."
+    found = [m.config for m in model.modules() if hasattr(getattr(m, 'config', None), '__dict__')]
+    every = {id(o): o for o in found}.values()
+    said = [dict(vars(o)) for o in every] # losses of transformers write there too
+    try:
+        for o in every:
+            if hasattr(o, 'use_cache'): o.use_cache = False
+        yield
+    finally:
+        for o,before in zip(every, said):
+            vars(o).clear()
+            vars(o).update(before)
+
+@contextmanager
 def _frozen(model:nn.Module)->Iterator[None]:
-    "Inside, evaluation mode and weights without gradients; outside, also the config is as before."
+    "Inside, evaluation mode and weights without gradients."
     modes = [(m, m.training) for m in model.modules()]
     weights = [(p, p.requires_grad) for p in model.parameters()]
-    config = vars(model.config) if hasattr(model, 'config') else {} # losses of transformers write there
-    said = dict(config)
     try:
         model.eval().requires_grad_(False)
         yield
     finally:
         for m,training in modes: m.training = training
         for p,requires_grad in weights: p.requires_grad_(requires_grad)
-        config.clear()
-        config.update(said)
 
 @contextmanager
 def _moved(model:nn.Module, device:str|torch.device)->Iterator[None]:
@@ -98,4 +109,4 @@ def frozen_eval(
     _check_measurable(model, compiled)
     calls = nullcontext() if compiled else _uncompiled(model)
     place = nullcontext() if device is None else _moved(model, device)
-    with turn(model), keep_rng(), calls, _frozen(model), place: yield
+    with turn(model), keep_rng(), calls, _frozen(model), _without_cache(model), place: yield

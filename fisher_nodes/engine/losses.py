@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from ..core.fisher import ESTIMATORS
-from ..core.heads import IGNORED, LOSSES, PAIRS, REDUCTIONS, Head, head_of
+from ..core.heads import (
+    IGNORED, LOSSES, PAIRS, REDUCTIONS, Head, head_of, piece_losses, where_asked)
 from .batches import Batch
 from .devices import to_device
 from .memory import part
@@ -35,7 +36,8 @@ def moved_inputs(
     model:PreTrainedModel,
     batch:Batch,
 )->dict[str,Any]: # its inputs
-    "What a model reads, where it is."
+    "What a model reads, where it is; where it is put away, Accelerate's hooks move it."
+    if model.device.type=='meta': return dict(batch.inputs)
     return {k: to_device(v, model.device) for k,v in batch.inputs.items()}
 
 def batch_logits(
@@ -80,11 +82,15 @@ class Objective:
     own:Callable|None=None # `loss(model, batch)->(B,)`
     seed:int=0 # of drawn labels
     reduction:str='sum' # over the choices of an example, one of `REDUCTIONS`
+    pieces:bool=False # whether a decoder answers a piece at a time, and again in the backward pass
+
+    def reduced(self, losses:Tensor, labels:Tensor)->Tensor:
+        "The sums, or means, over the choices of an example."
+        return losses/(labels!=IGNORED).sum(1) if self.reduction=='mean' and self.head.many else losses
 
     def loss(self, logits:Tensor, labels:Tensor)->Tensor:
         "One number an example."
-        losses = self.head.loss(logits, labels)
-        return losses/(labels!=IGNORED).sum(1) if self.reduction=='mean' and self.head.many else losses
+        return self.reduced(self.head.loss(logits, labels), labels)
 
     def choices(self, batch:Batch)->int:
         "How many choices are made in a batch."
@@ -101,6 +107,7 @@ def make_objective(
     loss:Callable|str|None=None, # your own `loss(model, batch)->(B,)`, a key of `LOSSES`, or the head's
     seed:int=0, # of drawn labels
     reduction:str='sum', # one of `REDUCTIONS`
+    pieces:bool=False, # as in `Objective`
 )->Objective:
     "What is squared; `ValueError` for choices that a model's head does not have."
     check_known('labels', labels, ESTIMATORS)
@@ -115,7 +122,7 @@ def make_objective(
                          "draw them with labels='sampled'")
     if reduction!='sum' and not (head and head.many):
         raise ValueError(f'{reduction=} is over the choices of an example, of which this loss has one')
-    return Objective(head, labels, own, seed, reduction)
+    return Objective(head, labels, own, seed, reduction, pieces)
 
 def _own_losses(model, batch:Batch, loss:Callable)->Tensor:
     "What a caller's loss gives; `ValueError` unless it is one number an example."
@@ -124,17 +131,23 @@ def _own_losses(model, batch:Batch, loss:Callable)->Tensor:
     if got==f'shape ({len(batch.rows)},)': return losses
     raise ValueError(f'your `loss` gave {got} for {len(batch.rows)} examples; expected one loss each')
 
+def _summed_losses(model, batch:Batch, objective:Objective)->Tensor|None:
+    "The losses where no logits of all choices are needed: of the caller, or of a decoder in pieces."
+    if objective.own is not None: return _own_losses(model, batch, objective.own)
+    if not objective.pieces or objective.labels!='empirical': return None
+    losses = piece_losses(objective.head, model, batch.inputs)
+    return losses if losses is None else objective.reduced(losses, objective.head.labels(batch.inputs))
+
 def weighted_losses(
     model:PreTrainedModel,
     batch:Batch, # on the model's device
     objective:Objective,
 )->Iterator[tuple[Tensor,Tensor]]: # weights and losses, each of shape `(B,)`
     "Run the model forward; yield what an estimator squares, and with which weights."
-    if objective.own is not None:
-        losses = _own_losses(model, batch, objective.own)
+    if (losses := _summed_losses(model, batch, objective)) is not None:
         yield torch.ones(len(losses), device=losses.device), losses
         return
-    head,given = objective.head,batch.inputs
+    head,given = objective.head,where_asked(objective.head, model, batch.inputs)
     logits = head.logits(model, given)
     labels = head.labels(given) if all(k in given for k in head.columns) else None
     yield from ESTIMATORS[objective.labels](objective.loss, logits, labels, batch.rows, objective.seed)

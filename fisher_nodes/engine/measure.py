@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'without_padding', 'single_texts', 'split_batches', 'describe_data', 'hashing', 'describe_run',
-           'check_choices', 'statistic_batches', 'run_options', 'measure', 'mask_fisher', 'parameter_fisher',
-           'linear_grams', 'content_hash', 'save_statistic', 'read_about', 'saved_hash', 'check_saved',
-           'load_statistic']
+           'check_choices', 'statistic_batches', 'run_options', 'check_checkpointing', 'measure', 'mask_fisher',
+           'parameter_fisher', 'linear_grams', 'content_hash', 'save_statistic', 'read_about', 'saved_hash',
+           'check_saved', 'load_statistic']
 
 # %% ../../nbs/engine/09_measure.ipynb #190f6273
 import hashlib
@@ -194,6 +194,7 @@ def check_choices(
     loss:Callable|str|None=None, # as in `mask_fisher`
     seed:int=0, # of drawn labels
     reduction:str='sum', # as in `mask_fisher`
+    checkpointing:bool=False, # as in `mask_fisher`
 )->Objective:
     "What is squared; an error for an unsupported model, an unknown choice, or two that exclude each other."
     find_family(model)
@@ -202,7 +203,7 @@ def check_choices(
     if VARIANTS[variant].diagonal and (labels!='empirical' or matrices or reduction!='sum'):
         given = f'{labels=}, {matrices=}, {reduction=}'
         raise ValueError(f'the released code knows true labels and diagonals only, not {given}')
-    return make_objective(model, labels, loss, seed, reduction)
+    return make_objective(model, labels, loss, seed, reduction, checkpointing)
 
 def _chunks(size:int, lengths:Sequence[int])->list[list[int]]:
     "Positions in their own order, `size` per batch."
@@ -243,9 +244,19 @@ def run_options(
     "How something is measured, whatever it is."
     return locals()
 
-def _budget(collector:Collector, model:PreTrainedModel, batch_tokens:int|None)->int:
+def check_checkpointing(
+    about:Statistic|None, # what is measured; None is nothing
+    checkpointing:bool, # as in `mask_fisher`
+):
+    "`ValueError` for what layers that run twice cannot be measured by."
+    if not checkpointing or about and 'checkpointing' in about.takes: return
+    why = f'{about.what} keeps what every module reads' if about else 'nothing is measured'
+    raise ValueError(f'`checkpointing` is for mask Fishers, and {why}')
+
+def _budget(collector:Collector, model:PreTrainedModel, batch_tokens:int|None, checkpointing:bool)->int:
     "Tokens for a batch of a data set."
-    return 1 if collector.alone else batch_tokens or max(1, shared_budget(model)//collector.budget)
+    if collector.alone: return 1
+    return batch_tokens or max(1, shared_budget(model, checkpointing)//collector.budget)
 
 def _noted(about:Statistic, **choices)->dict[str,Any]:
     "Those choices that the origin of a result states."
@@ -255,7 +266,7 @@ def _noted(about:Statistic, **choices)->dict[str,Any]:
     many = objective.head is not None and objective.head.many
     return found | dict(estimator=objective.labels) | (dict(reduction=objective.reduction) if many else {})
 
-_OF_COLLECTORS = ('variant', 'matrices', 'one_at_a_time') # choices that a collector may take
+_OF_COLLECTORS = ('variant', 'matrices', 'one_at_a_time', 'checkpointing') # choices that a collector may take
 
 def _collect(about:Statistic, model:PreTrainedModel, choices:dict[str,Any])->Collector:
     "The collector of a statistic, with those choices that it takes."
@@ -274,7 +285,7 @@ def _read(about:Statistic, collector:Collector, model:PreTrainedModel, data, cho
     "The batches of a run."
     read = {k: choices[k] for k in ('variant', 'objective')}
     asked = {k: run[k] for k in ('num_samples', 'seed', 'tokenizer', 'max_length', 'text')}
-    tokens = _budget(collector, model, run['batch_tokens'])
+    tokens = _budget(collector, model, run['batch_tokens'], choices['checkpointing'])
     return statistic_batches(about, model, data, batch_tokens=tokens, **read, **asked)
 
 # %% ../../nbs/engine/09_measure.ipynb #b0ad5fdb
@@ -303,16 +314,20 @@ def measure(
     reduction:str='sum', # as in `mask_fisher`
     matrices:str|None=None, # as in `mask_fisher`
     one_at_a_time:bool=False, # as in `parameter_fisher`
+    checkpointing:bool=False, # as in `mask_fisher`
     **kwargs, # of `run_options`
 )->Any: # of the statistic's own class
     "Measure a statistic of a model on data; `ValueError` for bad input, before long work."
     about,run = STATISTICS[name],run_options(**kwargs)
+    check_checkpointing(about, checkpointing)
     model,run['tokenizer'] = resolve_model(model, run['tokenizer'], run.pop('merge_adapters'))
     find_family(model)
     asked = dict(variant=variant, labels=labels, matrices=matrices, loss=loss, reduction=reduction)
-    objective = check_choices(model, seed=run['seed'], **asked) if 'labels' in about.takes else None
+    asked |= dict(seed=run['seed'], checkpointing=checkpointing)
+    objective = check_choices(model, **asked) if 'labels' in about.takes else None
     check_placed(model, run['device'])
-    choices = dict(variant=variant, objective=objective, matrices=matrices, one_at_a_time=one_at_a_time)
+    choices = dict(variant=variant, objective=objective, matrices=matrices, one_at_a_time=one_at_a_time,
+                   checkpointing=checkpointing)
     return _measure(about, model, data, choices, run)
 
 # %% ../../nbs/engine/09_measure.ipynb #1de444a2
@@ -327,10 +342,12 @@ def mask_fisher(
     loss:Callable|str|None=None, # your own `loss(model, batch)->(B,)`, or 'bce'; None is the head's
     reduction:str='sum', # of an example with many choices, such as tokens; 'mean', or 'per-token'
     matrices:str|None=None, # also Equation 3 within a layer, of 'heads' or of 'all'
+    checkpointing:bool=False, # run layers twice, to keep less meanwhile: the same numbers, slower
     **kwargs,
 )->MaskFisher:
     "Fisher information of every head and neuron (Equation 4); `ValueError` for bad input, before long work."
-    choices = dict(variant=variant, labels=labels, loss=loss, reduction=reduction, matrices=matrices)
+    choices = dict(variant=variant, labels=labels, loss=loss, reduction=reduction, matrices=matrices,
+                   checkpointing=checkpointing)
     return measure('mask-fisher', model, data, **choices, **kwargs)
 
 @together

@@ -8,49 +8,66 @@ __all__ = ['token_bytes', 'free_memory', 'batch_budget', 'shared_budget', 'part'
 # %% ../../nbs/engine/07_memory.ipynb #de1c6284
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from ..core.places import find_nodes
+from ..core.heads import can_choose, find_head
+from ..core.places import Nodes, find_nodes
 from ..core.schemes import BY_NODE
 from .batches import BATCH_TOKENS, Batch
 from .processes import exchange
 from .rows import INPUTS
 
 # %% ../../nbs/engine/07_memory.ipynb #9aaba7da
+def _kept(o:Nodes, scores:int)->int:
+    "Numbers that a block keeps of a token; `scores` are those of a head."
+    return o.site.nodes*(6*o.size+scores if o.kind in BY_NODE['head'] else o.size)
+
+def _answer_bytes(model:PreTrainedModel, checkpointing:bool)->int:
+    "Memory that the logits of a token take, and what is made of them."
+    head = find_head(type(model).__name__)
+    if not (head and head.whole) or checkpointing and can_choose(model): return 0
+    return head.size(model)*(2*model.dtype.itemsize+3*max(4, model.dtype.itemsize))
+
 def token_bytes(
     model:PreTrainedModel, # its config tells sizes
     length:int=512, # of a row in tokens; matters where attention scores are kept
+    checkpointing:bool=False, # as in `mask_fisher`
 )->int: # a generous estimate, for float32 or wider
     "Memory that a forward and a backward pass through frozen layers take for each token of a batch."
     blocks,eager = find_nodes(model),model.config._attn_implementation=='eager'
     heads = [o for o in blocks if o.kind in BY_NODE['head']]
     times = max(1, getattr(model.config, 'num_hidden_layers', 1)//max(1, len(heads))) # of shared layers
-    scores = sum(2*o.site.nodes*length for o in heads) if eager else 0
-    width = sum((6 if o in heads else 1)*o.site.nodes*o.size for o in blocks)+scores
-    return 2*max(4, model.dtype.itemsize)*times*width
+    every = {o.name: _kept(o, 2*length if eager else 0) for o in blocks}
+    one = [max((every[o.name] for o in part), default=0) for part in (heads, blocks)] # or more than a layer
+    read = sum(o.site.nodes*o.size for o in heads)
+    width = times*read+sum(one) if checkpointing else times*sum(every.values())
+    return 2*max(4, model.dtype.itemsize)*width+_answer_bytes(model, checkpointing)
 
 def free_memory(
-    device:torch.device, # a GPU
+    device:torch.device,
 )->int: # bytes that torch could take
-    "Free memory of a GPU, with what torch holds without using it."
+    "Free memory of a device; that of a GPU with what torch holds without using it."
+    if device.type!='cuda': return psutil.virtual_memory().available
     unused = torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 # %% ../../nbs/engine/07_memory.ipynb #b2a4cf52
 def batch_budget(
     model:PreTrainedModel, # where it is going to run
+    checkpointing:bool=False, # as in `mask_fisher`
 )->int: # tokens
-    "Tokens for a batch: no more than `BATCH_TOKENS`, and on a GPU what the free memory holds."
-    most = BATCH_TOKENS[model.device.type]
-    if model.device.type!='cuda': return most
-    return max(1, min(most, free_memory(model.device)//token_bytes(model)))
+    "Tokens for a batch: no more than `BATCH_TOKENS`, and what the free memory holds."
+    most = free_memory(model.device)//token_bytes(model, checkpointing=checkpointing)
+    return max(1, min(BATCH_TOKENS[model.device.type], most))
 
 def shared_budget(
     model:PreTrainedModel, # where it is going to run
+    checkpointing:bool=False, # as in `mask_fisher`
 )->int: # tokens, the same in all processes
     "Tokens for a batch that the memory of every process holds."
-    return min(exchange(batch_budget(model)))
+    return min(exchange(batch_budget(model, checkpointing)))
 
 # %% ../../nbs/engine/07_memory.ipynb #80cd540f
 def part(

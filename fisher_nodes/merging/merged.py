@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
-from ..core.heads import head_of
+from ..core.heads import after_body, head_of
 from ..engine.batches import own_batches
 from ..methods.method import PathName, checked
 from ..engine.adapters import adapter_base
@@ -125,13 +125,6 @@ class Merged(Mapping):
         return f'Merged({", ".join(self)}; {self.report["method"]} of {type(self.body).__name__})'
 
 # %% ../../nbs/merging/04_merged.ipynb #79142afe
-class _Given(nn.Module):
-    "Stands where a body was and returns what it returned."
-    def __init__(self, out):
-        super().__init__()
-        self.out = out
-    def forward(self, *args, **kwargs): return self.out
-
 @patch
 def logits(self:Merged,
     **inputs, # what the body takes: `input_ids`, `attention_mask`, …
@@ -144,9 +137,7 @@ def logits(self:Merged,
     list(own_batches(self.body, [inputs], need_labels=False)) # refuses what no model can read
     out,answers = self.body(**inputs),{}
     for task,model in self.models.items():
-        head = copy.copy(model)
-        head._modules = model._modules | {model.base_model_prefix: _Given(out)}
-        answers[task] = head(**inputs).logits
+        answers[task] = after_body(model, model.base_model_prefix, out)(**inputs).logits
     return answers
 
 # %% ../../nbs/merging/04_merged.ipynb #6eb260e8

@@ -36,7 +36,8 @@ from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_fold
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
 from ..engine.guard import keep_rng, turn
 from ..engine.losses import make_objective
-from ..engine.measure import check_saved, measure, read_about, statistic_batches
+from ..engine.measure import (
+    check_checkpointing, check_saved, measure, read_about, statistic_batches)
 from ..engine.models import (
     HOW, ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
 from ..engine.processes import from_main, once
@@ -174,7 +175,7 @@ def _check_present(what:str, tensors:Mapping[str,Tensor]):
     away = [n for n,t in tensors.items() if t.is_meta]
     if not away: return
     raise ValueError(f'{what}: the weights of {away[0]!r} are not in memory, '
-                     'but offloaded or on the meta device')
+                     'but offloaded or on the meta device; give its folder, or load it without offloading')
 
 def _check_vocabularies(found:Mapping[str,Any]):
     "`ValueError` naming two models whose tokenizers number words differently."
@@ -307,7 +308,7 @@ def _objective(model:PreTrainedModel, asked:Mapping[str,Any])->Any:
 def measure_all(
     request:MergeRequest, # with data
     inputs:Inputs, # in memory; gets `statistics` and `lengths`
-    **run, # `device` and `progress`
+    **run, # `device`, `progress` and `checkpointing`
 ):
     "Measure every model on its own data; all data are looked at first."
     about = STATISTICS[request.statistic]
@@ -358,6 +359,7 @@ def load_inputs(
     request:MergeRequest,
     device:Any=None, # where statistics are measured; None is where each model is
     progress:bool=True, # show progress bars
+    checkpointing:bool=False, # as in `mask_fisher`
 )->Inputs:
     "All that a request names, in memory; `ValueError` unless it fits together."
     statistics = {t: _read_statistic(request, o) for t,o in (request.fishers or {}).items()}
@@ -366,7 +368,8 @@ def load_inputs(
     for t,m in models.items(): _check_present(f'model of {t!r}', dict(m.named_parameters()))
     bodies = {t: body_state(m) for t,m in models.items()}
     inputs = _gather(request, models, bodies, statistics, load_base)
-    if request.data is not None: measure_all(request, inputs, device=device, progress=progress)
+    run = dict(device=device, progress=progress, checkpointing=checkpointing)
+    if request.data is not None: measure_all(request, inputs, **run)
     _check_statistics(request, inputs, check_statistic)
     for t,o in inputs.statistics.items():
         if o.meta.get('weight_hash'): _check_weights(request, inputs, t, hash_weights(models[t]))
@@ -525,10 +528,12 @@ def merge_loaded(
     request:MergeRequest,
     device:Any=None, # where statistics are measured; None is where each model is
     progress:bool=True, # show progress bars
+    checkpointing:bool=False, # as in `mask_fisher`
 )->Merged:
     "Do in memory what was asked."
+    check_checkpointing(STATISTICS.get(request.statistic) if request.data else None, checkpointing)
     stamps = _stamps(request)
-    inputs = load_inputs(request, device, progress)
+    inputs = load_inputs(request, device, progress, checkpointing)
     store = MemoryStore(inputs.bodies)
     for path,o in stamps.items(): check_stamp(path, o) # a mapped file that was cut off would end the process
     done = run(request, inputs, store, progress)
@@ -569,6 +574,7 @@ def merge(
     loss:Callable|str|None=None, # as in `mask_fisher`
     reduction:str='sum', # as in `mask_fisher`
     device:str|torch.device|None=None, # where Fishers are measured; None is where each model is
+    checkpointing:bool=False, # as in `mask_fisher`
     merge_adapters:bool=False, # whether LoRA adapters are merged into their base first, in a copy
     progress:bool=True, # show progress bars
     **kwargs, # of the method, see `METHODS`
@@ -577,7 +583,7 @@ def merge(
     how = dict(num_samples=num_samples, max_length=max_length, text=text, label=label, labels=labels)
     how |= dict(precision=precision, loss=loss, reduction=reduction, merge_adapters=merge_adapters)
     request = ask(models, fishers=fishers, data=data, **how, **kwargs)
-    return merge_loaded(request, device, progress)
+    return merge_loaded(request, device, progress, checkpointing)
 
 # %% ../../nbs/merging/07_run.ipynb #bf029de3
 class CheckedBlocks(Blocks):
@@ -769,7 +775,8 @@ def merge_stored(
 # %% ../../nbs/merging/07_run.ipynb #896f0a1f
 def _check_no_measuring(given:Mapping[str,Any]):
     "`ValueError` for what only `merge` takes, since measuring runs models."
-    only = ('data', 'num_samples', 'labels', 'precision', 'loss', 'reduction', *READING, 'result', 'versions')
+    only = ('data', 'num_samples', 'labels', 'precision', 'loss', 'reduction', 'checkpointing', *READING,
+            'result', 'versions')
     odd = [k for k in only if k in given]
     if odd: raise ValueError(f'`merge_files` measures nothing; it takes no {odd}')
     if given.get('merge_adapters'):
@@ -806,6 +813,7 @@ def run_recipe(
     overwrite:bool=False, # whether it may hold something; an earlier merged model there is replaced
     *,
     device:str|torch.device|None=None, # where Fishers are measured, or blocks combined; None is up to each
+    checkpointing:bool=False, # as in `mask_fisher`
     accept_changes:bool=False, # whether models may have other weights than were recorded
     progress:bool=True, # show progress bars
 )->Path: # the folder
@@ -816,9 +824,11 @@ def run_recipe(
     check_apart(out, {Path(path).name: path}, 'recipe')
     check_inputs(out, source_names(request), request.fishers, request.data)
     from_main(lambda: check_room(Path(out), request.tasks))
+    check_checkpointing(STATISTICS.get(request.statistic) if request.data else None, checkpointing)
     if not accept_changes: check_pinned(path)
     asked = without_pins(request) if accept_changes else request
-    if request.in_memory: merge_loaded(asked, device, progress).save_pretrained(out, overwrite=overwrite)
+    run = dict(device=device, progress=progress, checkpointing=checkpointing)
+    if request.in_memory: merge_loaded(asked, **run).save_pretrained(out, overwrite=overwrite)
     else: merge_stored(asked, out, overwrite=overwrite, device=device or 'cpu', progress=progress)
     made = from_main(lambda: load_recipe(Path(out)/RECIPE))
     if not accept_changes and request.result and request.result!=made['result']:

@@ -34,16 +34,17 @@ def _fits(task:str, fisher:Any, model:PreTrainedModel):
     check_fisher(task, fisher, count_nodes(model))
 
 @statistic('mask-fisher', kind=MaskFisher, what='mask Fisher', check=_fits,
-    takes=('variant', 'labels', 'loss', 'matrices'))
+    takes=('variant', 'labels', 'loss', 'matrices', 'checkpointing'))
 class MaskSquares(Collector):
     "Inside the block, `add` puts a batch's squared mask gradients aside, and `commit` into `sums`."
     def __init__(self,
         model:PreTrainedModel, # of a supported family
         variant:str='paper', # a name in `VARIANTS`
         matrices:str|None=None, # a key of `MATRICES`
+        checkpointing:bool=False, # as in `MaskGradients`
     ):
         self.how,self.squares = VARIANTS[variant],MATRICES[matrices]
-        self.masks = MaskGradients(model, self.how.ffn_mask, fast_sums)
+        self.masks = MaskGradients(model, self.how.ffn_mask, fast_sums, checkpointing)
         self.sums,self.part = _Sums(),_Sums()
         self.divide = self.how.reduce is square_each
 

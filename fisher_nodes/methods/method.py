@@ -140,7 +140,7 @@ SHELL = { # words of Python -> words of the shell
     'options': '--options', 'num_samples': '--num-samples', 'max_length': '--max-length', 'seed': '--seed',
     'precision': '--precision', 'variant': '--variant', 'scheme': '--scheme', 'device': '--device',
     'loss': '--loss', 'reduction': '--reduction', 'merge_adapters': '--merge-adapters',
-    'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
+    'checkpointing': '--checkpointing', 'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
     'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
 _SWITCH = re.compile(r'pass (\w+)=True \((--[\w-]+)\)')
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..engine.devices import precision_context, running_device
-from ..core.heads import Head, head_of
+from ..core.heads import Head, head_of, where_asked
 from ..engine.batches import Batches, make_batches
 from ..engine.classes import are_bare, head_names, match_classes
 from ..engine.guard import frozen_eval
@@ -176,6 +176,7 @@ def gather_choices(
     head,rows,found = head or head_of(model),[],[]
     for batch in _bar(batches, progress):
         rows += batch.rows
+        batch = batch._replace(inputs=where_asked(head, model, batch.inputs))
         found += answered(head, batch, batch_logits(model, batch, head))
     return _in_order(rows, found)
 

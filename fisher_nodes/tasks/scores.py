@@ -37,7 +37,7 @@ def answered(
     logits:Tensor, # shape `(B, P, C)`, on the CPU
 )->list[Answered]: # one a row
     "What was chosen for each row, beside what was right."
-    labels = head.labels({k: v.cpu() for k,v in batch.inputs.items() if k in head.columns}).long()
+    labels = head.labels({k: v.cpu() for k,v in batch.inputs.items() if isinstance(v, Tensor)}).long()
     losses,there = head.loss(logits, labels).tolist(),labels!=IGNORED
     spans = head.columns!=('labels',)
     chosen = torch.tensor([best_span(o) for o in logits]) if spans else logits.argmax(-1)

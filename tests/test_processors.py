@@ -8,12 +8,13 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from torch.testing import assert_close
 from transformers import (
-    AutoFeatureExtractor, AutoImageProcessor, CLIPConfig, CLIPForImageClassification, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification, ViTImageProcessor,
+    AutoFeatureExtractor, AutoImageProcessor, BertConfig, BertModel, CLIPConfig, CLIPForImageClassification, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification, ViTImageProcessor,
     Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification, WhisperConfig, WhisperForConditionalGeneration)
 
 import words
 from fisher_nodes import Merged, evaluate, mask_fisher, merge, predict
 from fisher_nodes.engine.models import load_tokenizer
+from fisher_nodes.tasks.tasks import load_rows
 
 PIL = pytest.importorskip('PIL.Image', reason='pictures are read with Pillow')
 QUIET = dict(progress=False)
@@ -66,7 +67,7 @@ def test_a_merge_keeps_the_processor(folders, tmp_path):
 
 def test_processors_that_differ_stay_with_their_tasks(folders, tmp_path):
     grey(.1).save_pretrained(folders['b'])
-    merged = merge(folders, method='average', **QUIET)
+    with pytest.warns(UserWarning, match='preprocessor_config.json is not the same'): merged = merge(folders, method='average', **QUIET)
     assert merged.tokenizer is None and [list(o.image_mean) for o in merged.tokenizers.values()]==[[.4], [.1]]
     merged.save_pretrained(tmp_path/'both')
     again = Merged.from_pretrained(tmp_path/'both')
@@ -129,3 +130,18 @@ def test_language_models_become_one_and_their_card_says_so(tmp_path):
     loaded = [LlamaForCausalLM.from_pretrained(o) for o in (tmp_path/'both', tmp_path/'both'/'a', tmp_path/'both'/'b')]
     for o in loaded: assert torch.equal(o(ids).logits, merged['a'](ids).logits)
     with pytest.raises(ValueError, match="have no task head of their own; ask one of them, as `merged.'a'."): merged.logits(input_ids=ids)
+
+def test_files_of_rows_are_scored_as_the_rows(folders, tmp_path):
+    "Of images, whose file names no classes, and of pairs, which have numbers."
+    rows = pictures()[1]
+    rows.to_parquet(tmp_path/'rows.parquet')
+    data, task = load_rows(tmp_path/'rows.parquet', folders['a'])
+    assert evaluate(folders['a'], data, task, **QUIET)==evaluate(folders['a'], rows, **QUIET)
+    torch.manual_seed(0)
+    body = BertModel(BertConfig(**SIZE, vocab_size=10, max_position_embeddings=20)).eval()
+    pairs = Dataset.from_dict(dict(sentence1=['a b', 'c', 'd e a'], sentence2=['b', 'c c', 'e'], score=[.1, .9, .4]))
+    pairs.to_json(tmp_path/'pairs.jsonl')
+    data, task = load_rows(tmp_path/'pairs.jsonl', body)
+    how = dict(tokenizer=words.tokenizer(), **QUIET)
+    assert evaluate(body, data, task, **how)==evaluate(body, pairs, **how)
+    assert [*evaluate(body, data, task, **how)]==['pearson']

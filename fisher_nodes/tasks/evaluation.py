@@ -8,6 +8,7 @@ __all__ = ['gather', 'run_model', 'predict', 'class_order', 'data_order', 'as_ta
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #cdb33008
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,11 @@ def default_task(
     "The task to score, checked against the model's head."
     head = head_of(model)
     if task is None and not head.chooses: task = Task('regression', (), (), ('pearson',), head=head.name)
-    if task is None: task = Task('classification', (), tuple(model.config.id2label.values()), head=head.name)
-    check_task(model, as_task(task), head)
-    return as_task(task)
+    own = tuple(model.config.id2label.values())
+    if task is None: task = Task('classification', (), own, head=head.name)
+    task = as_task(task)
+    check_task(model, task, head)
+    return replace(task, labels=own) if head.chooses and not task.labels else task # files of images name none
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #5d0375c2
 def task_text(

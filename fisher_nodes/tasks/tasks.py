@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import StringConstraints
 from transformers import PreTrainedModel
-from ..core.heads import Head, head_of, is_regression
+from ..core.heads import PAIRS, Head, head_of, is_regression
 from ..engine.classes import INVENTED, are_bare, head_names, word_classes
 from ..engine.models import load_model
 from ..engine.tables import read_table, split_suffix
@@ -282,7 +282,7 @@ def _own_rows(spec:str, split:str, text:Any, label:str|None, head:str)->tuple[An
     if label and label!='labels':
         kept = [c for c in rows.column_names if c!='labels']
         rows = rows.select_columns(kept).rename_column(label, 'labels')
-    metrics = tuple(CHOICE_SCORES.get(head, ('accuracy',)))
+    metrics = tuple(CHOICE_SCORES.get(head, ('pearson',) if head==PAIRS.name else ('accuracy',)))
     stem = split_suffix(name)[0]
     return rows, Task(stem, tuple(check_text(text)), metrics=metrics, max_length=None, head=head)
 

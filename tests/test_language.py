@@ -88,7 +88,7 @@ def classifier():
 CLASSES = [o | dict(labels=torch.tensor([0, 2])) for o in DATA]
 def own(model, batch): return model(batch['input_ids'], batch['attention_mask']).logits.square().sum(1)
 
-@pytest.mark.parametrize('how', [dict(labels='exact'), dict(labels='sampled', seed=3), dict(loss=own), dict(matrices='all'), dict(variant='released')], ids=str)
+@pytest.mark.parametrize('how', [dict(labels='exact'), dict(labels='sampled', seed=3), dict(loss=own), dict(matrices='all'), dict(variant='released')], ids=lambda o: '-'.join(o))
 def test_every_choice_to_the_bit(how):
     "With labels='exact' one forward pass serves a backward pass for each class, and layers run again in each."
     model = classifier()

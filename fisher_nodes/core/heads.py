@@ -126,7 +126,11 @@ def _similarity(model, inputs)->Tensor:
 # %% ../../nbs/core/01b_heads.ipynb #3be893ff
 def _row(inputs)->Tensor: return inputs['labels']
 def _column(inputs)->Tensor: return inputs['labels'].view(-1, 1)
-def _shifted(inputs)->Tensor: return inputs['labels'][:,1:][:,inputs.get(_PLACES, slice(None))]
+def _shifted(inputs)->Tensor:
+    "The next token of every token, but not of padding, from which nothing is predicted."
+    labels,mask = inputs['labels'][:,1:],inputs.get('attention_mask')
+    if isinstance(mask, Tensor) and mask.ndim==2: labels = labels.masked_fill(mask[:,:-1]==0, IGNORED)
+    return labels[:,inputs.get(_PLACES, slice(None))]
 def _both_ends(inputs)->Tensor: return torch.stack([inputs['start_positions'], inputs['end_positions']], 1)
 
 def _vocabulary(model:PreTrainedModel)->int: return model.get_output_embeddings().weight.shape[0]
@@ -230,7 +234,7 @@ def where_asked(
 )->Mapping[str,Any]: # the same, or for a decoder with the places where rows have labels
     "Inputs to which a model answers no more than labels ask for."
     if head.labels is not _shifted or 'labels' not in inputs or not can_choose(model): return inputs
-    return {**inputs, _PLACES: (inputs['labels'][:,1:]!=IGNORED).any(0).nonzero()[:,0]}
+    return {**inputs, _PLACES: (head.labels(inputs)!=IGNORED).any(0).nonzero()[:,0]}
 
 # %% ../../nbs/core/01b_heads.ipynb #5854c1ac
 PIECE = 2**24 # logits that are there at once

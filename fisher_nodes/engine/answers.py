@@ -58,6 +58,9 @@ def _check_many(model:PreTrainedModel, head:Head, labels:Any, row:int):
     made = made[made!=IGNORED]
     if not len(made): raise ValueError(f'row {row} predicts nothing: it has no label but {IGNORED}')
     wrong = made[(made<0)|(made>=n)].tolist()
+    pad,end = [getattr(model.config, k, None) for k in ('pad_token_id', 'eos_token_id')]
+    if head.feeds and pad not in (None, end) and made[-1]==pad:
+        raise ValueError(f'the labels of row {row} end in padding, token {pad}; expected {IGNORED} there')
     kind = 'token' if head.whole else 'class number'
     if wrong: raise ValueError(f'label {wrong[0]} of row {row} is not a {kind} from 0 to {n-1}, or {IGNORED}')
 

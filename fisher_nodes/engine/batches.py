@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import FAMILIES
 from ..core.heads import IGNORED, Head, head_of
@@ -172,8 +172,25 @@ def _padding(model:PreTrainedModel)->int|None:
     ends,pad = [getattr(model.config, k, None) for k in ('eos_token_id', 'pad_token_id')]
     return None if pad in np.atleast_1d(ends or -1) else pad
 
+def _counts_padding(model:PreTrainedModel)->bool:
+    "Whether padding at the start of a row moves its tokens: places are counted from the first column."
+    family = FAMILIES.get(model.config.model_type)
+    if family is None or family.by_place or family.skips_padding: return False
+    def counts(n, m): return isinstance(m, nn.Embedding) and 'position' in n and _reads_no_mask(m)
+    return any(counts(n, m) for n,m in model.base_model.named_modules())
+
+def _reads_no_mask(m:nn.Module)->bool: return 'attention_mask' not in inspect.signature(m.forward).parameters
+
+def _warn_of_start(model:PreTrainedModel, masks:Sequence, rows:Sequence[int]):
+    "A warning where rows begin with padding, of which a model knows nothing."
+    row = next((r for r,o in zip(rows, masks) if o.ndim==1 and len(o) and not o[0]), None)
+    if row is None or not _counts_padding(model): return
+    warnings.warn(f'row {row} begins with padding, and a {model.config.model_type} counts places from the '
+                  'first one: its tokens are read as later ones; put padding at the end')
+
 def _check_padding(model:PreTrainedModel, ids:Sequence, masks:Sequence|None, rows:Sequence[int]):
     "`ValueError` naming a row that is padded and has no mask; a warning where the mask reads padding."
+    if masks is not None: _warn_of_start(model, masks, rows)
     pad = _padding(model)
     def ends(o, mask): return any(o[i]==pad and mask.ndim==1 and mask[i] for i in (0,-1))
     def padded(o, mask): return len(o)>1 and ((o==pad).any() if mask is None else ends(o, mask))
@@ -344,15 +361,26 @@ def _check_answers(model, head:Head, columns:dict[str,list], lengths:Sequence[in
         raise ValueError(f'the data set has no {gone[0]!r}, of which a {head.name} learns, '
                          f'only {list(columns)}')
     if head.columns!=('labels',): return check_spans(*(columns[k] for k in head.columns), lengths, rows)
-    if head.of_tokens: _check_aligned(columns['labels'], columns['input_ids'], rows)
+    if head.of_tokens: _check_aligned(columns['labels'], columns['input_ids'], columns['attention_mask'], rows)
     if head.size(model) is not None: return
     for row,label,ids in zip(rows, columns['labels'], columns['input_ids']):
         check_labels(model, torch.tensor([label]), [row], head, len(ids))
 
-def _check_aligned(labels:Sequence, ids:Sequence, rows:Sequence[int]):
-    "`ValueError` naming a row that has not a label for each token."
+def _check_aligned(labels:Sequence, ids:Sequence, masks:Any, rows:Sequence[int]):
+    "`ValueError` naming a row that has not a label for each token, or has some for padding."
     odd = next(((r,len(a),len(b)) for r,a,b in zip(rows, labels, ids) if len(a)!=len(b)), None)
     if odd: raise ValueError(f'row {odd[0]} has {odd[1]} labels for {odd[2]} tokens')
+    if masks is None or np.ndim(masks[0])!=1: return
+    for row,label,mask in zip(rows, labels, masks):
+        n = int(((np.asarray(label)!=IGNORED) & (np.asarray(mask)==0)).sum())
+        if n: raise ValueError(f'row {row} has {n} labels where its `attention_mask` is 0; expected {IGNORED} there')
+
+def _counted(model:PreTrainedModel, inputs:dict[str,Any])->dict[str,Any]:
+    "Inputs with positions, where padding on the left would move them."
+    family,mask = FAMILIES.get(model.config.model_type),inputs.get('attention_mask')
+    padded = isinstance(mask, Tensor) and mask.ndim==2 and not mask[:,:1].all()
+    if not (family and family.by_place and padded) or 'position_ids' in inputs: return inputs
+    return inputs | dict(position_ids=(mask.long().cumsum(1)-1).clamp(min=0))
 
 def dataset_batches(
     model:PreTrainedModel, # its `forward` names the columns, its config the padding token
@@ -379,7 +407,8 @@ def dataset_batches(
     if wanted: _check_answers(model, head, columns, lengths, rows)
     pad = model.config.pad_token_id or 0 if 'input_ids' in columns else 0
     fill,plans = dict(input_ids=pad, input_ids_2=pad),_planned(plan, lengths, _shapes(columns))
-    def make(p): return _as_model(model, collate(columns, lengths, p, fill, head if wanted else None))
+    of = head if wanted else None
+    def make(p): return _counted(model, _as_model(model, collate(columns, lengths, p, fill, of)))
     return Batches((Batch([rows[i] for i in p], make(p)) for p in plans), len(plans))
 
 def _as_model(model:PreTrainedModel, inputs:dict[str,Tensor])->dict[str,Tensor]:
@@ -463,16 +492,10 @@ def _check_batch_labels(model:PreTrainedModel, head:Head, batch:Mapping, n:int, 
     rows,labels,ids = range(start, start+n),batch.get('labels'),batch.get('input_ids')
     if head.columns!=('labels',):
         return check_spans(*(batch[k].tolist() for k in head.columns), [ids.shape[1]]*n, rows)
-    if head.of_tokens: _check_aligned(labels, ids, rows)
+    mask = batch.get('attention_mask')
+    if head.of_tokens: _check_aligned(labels.cpu(), ids, mask if mask is None else mask.cpu(), rows)
     size = ids.shape[1] if head.size(model) is None else None # as many classes as there are texts
     check_labels(model, labels.cpu() if head.many else labels, rows, head, size)
-
-def _counted(model:PreTrainedModel, inputs:dict[str,Any])->dict[str,Any]:
-    "Inputs with positions, where padding on the left would move them."
-    family,mask = FAMILIES.get(model.config.model_type),inputs.get('attention_mask')
-    padded = isinstance(mask, Tensor) and mask.ndim==2 and not mask[:,:1].all()
-    if not (family and family.by_place and padded) or 'position_ids' in inputs: return inputs
-    return inputs | dict(position_ids=(mask.long().cumsum(1)-1).clamp(min=0))
 
 # %% ../../nbs/engine/06_batches.ipynb #636ff9dc
 def own_batches(

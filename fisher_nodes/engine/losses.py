@@ -155,23 +155,28 @@ def weighted_losses(
 # %% ../../nbs/engine/08a_losses.ipynb #9a11acae
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3} # relative; of half precision 5%
 
-def _without_end(inputs:dict[str,Any], mask:str)->dict[str,Any]:
-    "Inputs without the columns at the end that a mask of one example leaves out."
+def _without_end(inputs:dict[str,Any], mask:str, others:Sequence[str])->dict[str,Any]:
+    "Inputs without the columns at the end that a mask of one example leaves out; `others` are of no token."
     given = inputs.get(mask)
     if not isinstance(given, Tensor) or given.ndim!=2: return inputs
     n,(_,width),second = int(given[0].nonzero().max())+1,given.shape,mask.endswith('_2')
     def beside(k, o):
-        is_text = isinstance(o, Tensor) and o.ndim==2 and o.shape[1]==width
+        is_text = isinstance(o, Tensor) and o.ndim==2 and o.shape[1]==width and k not in others
         return is_text and k.endswith('_2')==second
     return {k: v[:,:n] if beside(k, v) else v for k,v in inputs.items()}
 
 def by_itself(
     batch:Batch,
     i:int, # an example
+    head:Head|None=None, # whose labels they are; None has no label for each token
 )->Batch: # without what pads it at its end
     "One example by itself."
     one = part(batch, slice(i, i+1))
-    return one._replace(inputs=_without_end(_without_end(one.inputs, 'attention_mask'), 'attention_mask_2'))
+    decoder = ('decoder_input_ids', 'decoder_attention_mask')
+    others = decoder if head and head.of_tokens else ('labels', *decoder)
+    inputs = one.inputs
+    for mask in ('attention_mask', 'attention_mask_2'): inputs = _without_end(inputs, mask, others)
+    return one._replace(inputs=inputs)
 
 def _most_padded(batch:Batch)->int:
     "The example with the most padding."
@@ -187,7 +192,7 @@ def check_alone(
 ):
     "`ValueError` for a loss that changes with the other rows of a batch."
     i = _most_padded(batch)
-    begin(one := by_itself(batch, i) if objective.own is None else part(batch, slice(i, i+1)))
+    begin(one := by_itself(batch, i, objective.head) if objective.own is None else part(batch, slice(i, i+1)))
     a,b = losses[i].item(),next(iter(weighted_losses(model, one, objective)))[1].item()
     loose = torch.is_autocast_enabled(model.device.type) or model.device.type=='cuda'
     scale = max(1e-2, losses.abs().max().item(), abs(b))

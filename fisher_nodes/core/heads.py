@@ -57,7 +57,6 @@ class Head:
     of_tokens:bool=False # whether each token has a label
     size:Callable=lambda model: model.config.num_labels # classes of a choice; None is the length of the row
     choices:Callable=lambda model: None # of an example, where all have as many
-    choices:Callable=lambda model: None # of an example, where all have as many
     by_problem:bool=False # whether `config.problem_type` says more
     text:bool=True # whether it reads text
     whole:bool=False # whether models of several tasks become one, head and all

@@ -7,6 +7,7 @@ Cells that carry a flag of `tst_flags` in settings.ini are left as they are, unl
 import argparse
 import copy
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,12 +29,19 @@ def is_left_out(cell, skip:set)->bool:
     found = extract_directives(copy.deepcopy(cell), lang='python')
     return found.get('eval:', [''])[0].lower()=='false' or bool(skip & found.keys())
 
+def is_bar(output)->bool:
+    "Whether this output is a progress bar: one that is asked for by name is drawn in spite of TQDM_DISABLE."
+    text = ''.join(output.get('text', ''))
+    return output.get('name')=='stderr' and bool(re.search(r'\r|\d%\|', text))
+
 def run(path:Path, skip:set):
     "Run one notebook in its own folder; nothing is written if a cell fails."
     nb = read_nb(path)
     for c in nb.cells:
         if not is_left_out(c, skip): c.outputs = [] # what prints nothing has none
     with working_directory(path.parent): CaptureShell(path).run_all(nb, exc_stop=True, preproc=lambda c: is_left_out(c, skip))
+    for c in nb.cells:
+        if c.cell_type=='code': c.outputs = [o for o in c.outputs if not is_bar(o)]
     write_nb(nb, path)
 
 def main():

@@ -82,6 +82,17 @@ def test_skeleton(path):
     assert not re.search(r'/(home|root|work|Users|tmp)/', text)
     assert len(text)<2_000_000
 
+@each_notebook
+def test_what_a_cell_ends_in_is_stored(path):
+    "A value at the end of a cell, other than that of a call, which may be None, has an output; and a progress bar has none."
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        if cell['cell_type']!='code': continue
+        source, outputs = ''.join(cell['source']), cell['outputs']
+        assert not any(o.get('name')=='stderr' and '\r' in ''.join(o['text']) for o in outputs), source
+        last = ast.parse(re.sub(r'^[%!].*', '', source, flags=re.M)).body[-1:]
+        if not last or not isinstance(last[0], ast.Expr) or isinstance(last[0].value, ast.Call): continue
+        assert any(o['output_type']!='stream' for o in outputs), f'run `make notebooks`: {source}'
+
 @pytest.mark.parametrize('path', [o for o in NOTEBOOKS if page(o).startswith(('core/', 'methods/'))], ids=page)
 def test_source_is_shown(path):
     "On the pages of the method the reader sees what is exported; imports aside."
@@ -132,3 +143,8 @@ def test_every_public_name_has_one_home():
         module = '.'.join(path.relative_to(package.parent).with_suffix('').parts)
         for name in import_module(module).__all__: homes.setdefault(name, []).append(module)
     assert {k: v for k, v in homes.items() if len(v) > 1} == {}
+
+def test_the_index_leads_to_every_page():
+    "The table of layers and the sentences above it leave none out."
+    text = (NBS/'index.ipynb').read_text(encoding='utf-8')
+    assert [page(o) for o in NOTEBOOKS if page(o)!='index' and f']({page(o)}.ipynb)' not in text]==[]

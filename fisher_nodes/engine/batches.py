@@ -361,7 +361,8 @@ def _check_answers(model, head:Head, columns:dict[str,list], lengths:Sequence[in
         raise ValueError(f'the data set has no {gone[0]!r}, of which a {head.name} learns, '
                          f'only {list(columns)}')
     if head.columns!=('labels',): return check_spans(*(columns[k] for k in head.columns), lengths, rows)
-    if head.of_tokens: _check_aligned(columns['labels'], columns['input_ids'], columns['attention_mask'], rows)
+    aligned = (columns.get(k) for k in ('labels', 'input_ids', 'attention_mask'))
+    if head.of_tokens: _check_aligned(*aligned, rows)
     if head.size(model) is not None: return
     for row,label,ids in zip(rows, columns['labels'], columns['input_ids']):
         check_labels(model, torch.tensor([label]), [row], head, len(ids))
@@ -373,7 +374,8 @@ def _check_aligned(labels:Sequence, ids:Sequence, masks:Any, rows:Sequence[int])
     if masks is None or np.ndim(masks[0])!=1: return
     for row,label,mask in zip(rows, labels, masks):
         n = int(((np.asarray(label)!=IGNORED) & (np.asarray(mask)==0)).sum())
-        if n: raise ValueError(f'row {row} has {n} labels where its `attention_mask` is 0; expected {IGNORED} there')
+        want = f'expected {IGNORED} there'
+        if n: raise ValueError(f'row {row} has {n} labels where its `attention_mask` is 0; {want}')
 
 def _counted(model:PreTrainedModel, inputs:dict[str,Any])->dict[str,Any]:
     "Inputs with positions, where padding on the left would move them."

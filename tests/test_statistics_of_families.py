@@ -274,3 +274,16 @@ def test_regmean_solves_for_every_linear_layer_and_averages_the_rest(name):
         fitted += ((p-mean).norm() > .01*mean.norm()).item()
     assert fitted > len(layers)/2
     assert merged.report['averaged'].get('averaged_experts') == (2 if 'moe' in name else None)
+
+@pytest.mark.parametrize('name', [o for o in CASES if zoo.ZOO[o][1].get('experts_implementation')])
+def test_experts_in_float64_are_not_grouped(name):
+    model, batches = zoo.build(name), sample(name)[1]
+    def loss(model, inputs): return zoo.losses(model, inputs)
+    def found(how):
+        model.set_experts_implementation(how)
+        got = parameter_fisher(model, batches, loss=loss, **QUIET), linear_grams(model, batches, **QUIET)
+        assert model.config._experts_implementation == how
+        return got
+    for x, y in zip(found('grouped_mm'), found('eager')): # the former is what transformers chooses
+        assert x.values.keys() == y.values.keys()
+        for n in y.values: torch.testing.assert_close(x.values[n], y.values[n], rtol=0, atol=0)

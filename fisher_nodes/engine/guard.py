@@ -54,14 +54,17 @@ def _uncompiled(model:nn.Module)->Iterator[None]:
         for m,call in compiled: m._compiled_call_impl = call
 
 @contextmanager
-def _without_cache(model:nn.Module)->Iterator[None]:
-    "Inside, no part keeps keys and values; outside, configurations are as before."
+def _configured(model:nn.Module)->Iterator[None]:
+    "Inside, no part keeps keys and values, and float64 experts are not grouped; outside, all is as before."
     found = [m.config for m in model.modules() if hasattr(getattr(m, 'config', None), '__dict__')]
     every = {id(o): o for o in found}.values()
     said = [dict(vars(o)) for o in every] # losses of transformers write there too
+    double = any(p.dtype==torch.float64 for p in model.parameters()) # which grouped products do not know
     try:
         for o in every:
             if hasattr(o, 'use_cache'): o.use_cache = False
+            if double and getattr(o, '_experts_implementation', None)=='grouped_mm':
+                o._experts_implementation = 'eager'
         yield
     finally:
         for o,before in zip(every, said):
@@ -109,4 +112,4 @@ def frozen_eval(
     _check_measurable(model, compiled)
     calls = nullcontext() if compiled else _uncompiled(model)
     place = nullcontext() if device is None else _moved(model, device)
-    with turn(model), keep_rng(), calls, _frozen(model), _without_cache(model), place: yield
+    with turn(model), keep_rng(), calls, _frozen(model), _configured(model), place: yield

@@ -428,6 +428,25 @@ def test_a_layer_that_one_model_lacks_is_refused():
         short = BertForSequenceClassification(BertConfig(**SIZE | dict(num_hidden_layers=1))).double()
         merge(dict(a=build('tags'), b=short), method='average')
 
+def test_a_model_merged_with_its_head_and_one_that_keeps_it_are_named():
+    models = dict(s=BertForSequenceClassification(BertConfig(**SIZE)), m=BertForMaskedLM(BertConfig(**SIZE)))
+    said = r"^models cannot be merged: 'm' \(BertForMaskedLM\) is merged with its head, but of 's' \(BertForSequenceClassification\) only the body is$"
+    for order in (models, dict(reversed(models.items()))):
+        with pytest.raises(ValueError, match=said): merge(order, method='average')
+
+@pytest.mark.parametrize('cls,kind', [(BertForQuestionAnswering, 'reader of questions'), (BertForMultipleChoice, 'multiple choice')])
+def test_what_answers_otherwise_is_to_be_asked_alone(cls, kind):
+    merged = merge(dict(s=BertForSequenceClassification(BertConfig(**SIZE)), o=cls(BertConfig(**SIZE))), method='average')
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with pytest.raises(ValueError, match=rf"the answers of 'o' \({kind}\) are not the logits of one text; ask it alone, as `merged\['o'\]\(\*\*inputs\)`"):
+        merged.logits(input_ids=ids)
+    merged['o'](input_ids=ids[None] if cls is BertForMultipleChoice else ids) # as it says
+
+def test_ids_of_several_texts_are_refused_by_the_shape_that_is_expected():
+    merged = merge(dict(s=BertForSequenceClassification(BertConfig(**SIZE))), method='average')
+    with pytest.raises(ValueError, match=r'is \(1, 2, 3\) of torch.int64; expected whole numbers of shape \(rows, tokens\)'):
+        merged.logits(input_ids=torch.tensor([[[5, 6, 7], [8, 9, 10]]]))
+
 @pytest.mark.parametrize('method', ['average', 'task-arithmetic', 'ties', 'dare', 'fisher', 'regmean'])
 def test_every_method_leaves_the_pooler_to_those_that_have_it(method):
     models = {'tags': build('tags'), 'several': build('several', 1)}

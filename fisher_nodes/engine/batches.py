@@ -472,8 +472,9 @@ def _check_tokens(model:PreTrainedModel, head:Head|None, batch:Mapping, rows:Seq
     if ids is None: return
     odd = next((k for k in TOKEN_COLUMNS if k in batch and not _fits(k, batch[k], ids)), None)
     if odd:
+        shape = '(rows, tokens)' if batch[odd] is ids else tuple(ids.shape)
         raise ValueError(f'`{odd}` at example {rows[0]} is {_shape(batch[odd])}; '
-                         f'expected whole numbers of shape {tuple(ids.shape)}')
+                         f'expected whole numbers of shape {shape}')
     given = {k: _as_numpy(v) for k,v in batch.items() if k in (*TOKEN_COLUMNS, 'position_ids')}
     mask,width,limit = given.get('attention_mask'),ids.shape[1],max_positions(model)
     counts = _token_counts(mask, ids)

@@ -48,8 +48,8 @@ from ..engine.processes import from_main, once
 from ..engine.text import same_tokens
 from .card import agreed_modules
 from .merged import (
-    Merged, all_heads, check_inputs, check_room, check_shard_size, check_target, hash_merged, new_copy,
-    plan_files, save_rest, whole_model, with_body)
+    Merged, all_heads, check_inputs, check_room, check_shard_size, check_target, class_head, hash_merged,
+    new_copy, plan_files, save_rest, whole_model, with_body)
 from .recipe import check_named, check_pinned, load_recipe, read_recipe, without_pins
 from .record import describe_base, merge_recipe, merge_report
 from .request import READING, MergeRequest, ask
@@ -151,9 +151,18 @@ def _check_ties(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
         raise ValueError(f'models cannot be merged: {one[n]} and {n} are one tensor in {tied!r}, '
                          f'but two in {other!r}')
 
+def _check_heads(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
+    "`ValueError` for a model that is merged with its head, and one of which only the body is."
+    def said(t, m): return f'{t!r} ({type(m).__name__})'
+    x,y = [(o := class_head(m)) is not None and o.whole for m in (a,b)]
+    if x==y: return
+    whole,other = (said(first, a), said(task, b))[::1 if x else -1]
+    raise ValueError(f'models cannot be merged: {whole} is merged with its head, but of {other} only the body is')
+
 def _check_pair(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
     "`ValueError` naming what two models disagree in."
     _check_configs(first, a, task, b)
+    _check_heads(first, a, task, b)
     _check_ties(first, a, task, b)
     _check_shapes(first, a, task, b)
 

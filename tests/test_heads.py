@@ -1,5 +1,6 @@
 """Every kind of head: measured, scored, merged, saved and loaded, against losses and masks written here a second time."""
 import math
+import warnings
 
 import pytest
 import torch
@@ -331,6 +332,27 @@ def raw(kind):
 def test_rows_that_people_can_read(name):
     model, (rows, tokenised) = build(name), raw(name)
     same(name, model, mask_fisher(model, rows, tokenizer=tokenizer(), **QUIET), brute(name, model, tokenised))
+
+def listed(labels):
+    "Rows of which each lists the classes that it has, by the type of its column."
+    types = Features(dict(text=Value('string'), labels=Sequence(ClassLabel(names=['a', 'b', 'c', 'd']))))
+    return Dataset.from_dict(dict(text=['a b', 'c'][:len(labels)], labels=labels), types)
+
+def test_a_list_of_classes_is_not_a_list_of_zeros_and_ones():
+    model, how = build('several'), dict(tokenizer=tokenizer()) | QUIET
+    same('several', model, mask_fisher(model, listed([[1, 2], [0]]), **how), brute('several', model, raw('several')[1]))
+    for row in ([0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]):
+        said = f'the labels of row 1 are {row}, a 0 or 1 for each class; expected a list of its classes, {[i for i in range(4) if row[i]]}'
+        with pytest.raises(ValueError, match=said.replace('[', r'\[')): mask_fisher(model, listed([[3], row]), **how)
+
+def test_answers_that_are_cut_off_are_counted():
+    gone, none = dict(text=['d e']), dict(text=[], answer_start=[])
+    rows = [dict(question='a', context='a b c d e a d e', answers=o) for o in (none, dict(text=['a b'], answer_start=[0]), gone | dict(text=['e a'], answer_start=[8]), gone | dict(answer_start=[12]))]
+    model, how = build('questions'), dict(tokenizer=tokenizer()) | QUIET
+    with pytest.warns(UserWarning) as said: mask_fisher(model, Dataset.from_list(rows), max_length=5, **how)
+    assert [str(o.message) for o in said] == ['2 of 3 answers, the first of row 2, are not among the first 5 tokens, and count as none, at token 0']
+    with pytest.warns(UserWarning, match='1 of 1 answers, the first of row 3, are'): mask_fisher(model, Dataset.from_list([*rows[:1]*3, rows[3]]), max_length=6, **how)
+    with warnings.catch_warnings(action='error'): mask_fisher(model, Dataset.from_list(rows), **how)
 
 def test_a_masked_language_model_hides_words_by_row():
     model, texts = build('masked'), ['a b c d e a b c', 'd e', 'b']

@@ -104,17 +104,23 @@ def _renamed(own:Sequence[str], rows:Sequence[Any], names:Sequence[str]|None)->l
 
 def _is_ignored(o:Any)->bool: return not isinstance(o, str) and o==IGNORED
 
-def _holding(own:Sequence[str], rows:Sequence[Any], names:Sequence[str])->list[list[int]]:
-    "Lists of classes as a 0 or 1 for each of the model's."
+def _holding(own:Sequence[str], rows:Sequence[Any], names:Sequence[str],
+             numbers:Sequence[int])->list[list[int]]:
+    "Lists of classes as a 0 or 1 for each of the model's; `ValueError` naming a row that is such a list already."
+    for number,row in zip(numbers, map(list, rows)):
+        if len(row)!=len(names) or len({*row})==len(row) or not {*row}<={0,1}: continue
+        raise ValueError(f'the labels of row {number} are {row}, a 0 or 1 for each class; '
+                         f'expected a list of its classes, {[i for i,o in enumerate(row) if o]}')
     order = match_classes(own, names)
     return [[int(i in [order[o] for o in row]) for i in range(len(own))] for row in rows]
 
-def _as_counted(model:PreTrainedModel, head:Head, labels:list, names:Sequence[str]|None)->list:
+def _as_counted(model:PreTrainedModel, head:Head, labels:list, names:Sequence[str]|None,
+                rows:Sequence[int])->list:
     "Labels as the model counts."
     if head.whole: return labels
     own = head_names(model.config)
     if head.of_tokens: return _renamed(own, labels, names)
-    if head.many and names: return _holding(own, labels, names)
+    if head.many and names: return _holding(own, labels, names, rows)
     return model_labels(own, labels, names)
 
 def _check_numbers(model:PreTrainedModel, labels:Sequence[Any], rows:Sequence[int]):
@@ -135,7 +141,7 @@ def dataset_labels(
     if 'labels' not in columns:
         raise ValueError(f'the data set has no `labels` or `label` column, only {list(columns)}')
     if head.many: _check_numbers(model, columns['labels'], rows)
-    found = _as_counted(model, head, columns['labels'], names)
+    found = _as_counted(model, head, columns['labels'], names, rows)
     _check_numbers(model, found, rows)
     if not head.many: found = [o.tolist() if isinstance(o, np.ndarray) else o for o in found]
     if head.size(model) is None: return found

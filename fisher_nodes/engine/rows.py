@@ -10,6 +10,7 @@ __all__ = ['INPUTS', 'PAIR_SCORES', 'READS', 'is_dataset', 'is_made', 'shown', '
 # %% ../../nbs/engine/05e_rows.ipynb #92e8127a
 import random
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 import numpy as np
@@ -176,6 +177,14 @@ def _answer(row:int, context:str, answers:Mapping)->tuple[int,int]: # characters
         raise ValueError(f'the answer of row {row} does not stand at character {starts[0]} of its context')
     return starts[0], starts[0]+len(texts[0])
 
+def _warn_cut(rows:Rows, places:Sequence[tuple[int,int]], spans:Sequence[tuple[int,int]]):
+    "A warning that counts the answers that are cut off; rows without an answer are none."
+    there = [(n,s) for n,(a,b),s in zip(rows.numbers, places, spans) if b>a]
+    cut = [n for n,s in there if s==(0, 0)]
+    if not cut: return
+    warnings.warn(f'{len(cut)} of {len(there)} answers, the first of row {min(cut)}, are not among '
+                  f'the first {rows.limit} tokens, and count as none, at token 0')
+
 def read_questions(rows:Rows)->Columns:
     "A question, a text, and where in it the answer is."
     if not getattr(rows.tokenizer, 'is_fast', False):
@@ -186,8 +195,9 @@ def read_questions(rows:Rows)->Columns:
     found = _encode(rows, questions, contexts, truncation=how, return_offsets_mapping=True)
     offsets = found.pop('offset_mapping')
     if 'answers' not in rows.data.column_names: return Columns(dict(found))
-    places = map(_answer, rows.numbers, contexts, rows.data.with_format(None)[:]['answers'])
+    places = [*map(_answer, rows.numbers, contexts, rows.data.with_format(None)[:]['answers'])]
     spans = [_span(offsets[i], found.sequence_ids(i), *o) for i,o in enumerate(places)]
+    _warn_cut(rows, places, spans)
     return Columns(dict(found, start_positions=[a for a,_ in spans], end_positions=[b for _,b in spans]))
 
 # %% ../../nbs/engine/05e_rows.ipynb #4e6dc9e8

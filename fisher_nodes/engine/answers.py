@@ -106,7 +106,7 @@ def _is_ignored(o:Any)->bool: return not isinstance(o, str) and o==IGNORED
 
 def _holding(own:Sequence[str], rows:Sequence[Any], names:Sequence[str],
              numbers:Sequence[int])->list[list[int]]:
-    "Lists of classes as a 0 or 1 for each of the model's; `ValueError` naming a row that is such a list already."
+    "Lists of classes as a 0 or 1 for each of the model's; `ValueError` naming a row of zeros and ones."
     for number,row in zip(numbers, map(list, rows)):
         if len(row)!=len(names) or len({*row})==len(row) or not {*row}<={0,1}: continue
         raise ValueError(f'the labels of row {number} are {row}, a 0 or 1 for each class; '

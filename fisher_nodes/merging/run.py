@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -38,7 +38,7 @@ from ..engine.batches import no_collection
 from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
-from ..engine.guard import keep_rng, turn
+from ..engine.guard import frozen_eval, keep_rng, turn
 from ..engine.losses import make_objective
 from ..engine.measure import (
     check_checkpointing, check_saved, measure, read_about, statistic_batches)
@@ -157,7 +157,8 @@ def _check_heads(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
     x,y = [(o := class_head(m)) is not None and o.whole for m in (a,b)]
     if x==y: return
     whole,other = (said(first, a), said(task, b))[::1 if x else -1]
-    raise ValueError(f'models cannot be merged: {whole} is merged with its head, but of {other} only the body is')
+    raise ValueError(f'models cannot be merged: {whole} is merged with its head, '
+                     f'but of {other} only the body is')
 
 def _check_pair(first:str, a:PreTrainedModel, task:str, b:PreTrainedModel):
     "`ValueError` naming what two models disagree in."
@@ -446,7 +447,9 @@ def make_job(request:MergeRequest, inputs:Inputs)->Job:
     "What a method is given."
     shared = inputs.shared
     states = {t: _floating(list(_floats(shared)), o) for t,o in inputs.bodies.items()}
-    return Job(states, request.lambdas, inputs.statistics, inputs.base, request.seed, shared)
+    whole = all(not p.is_meta for m in inputs.models.values() for p in m.parameters())
+    models = inputs.models if whole else {}
+    return Job(states, request.lambdas, inputs.statistics, inputs.base, request.seed, shared, models)
 
 # %% ../../nbs/merging/07_run.ipynb #529daecd
 def _name_culprit(job:Job, inputs:Inputs, name:str):
@@ -542,8 +545,11 @@ def run(
     progress:bool=True, # show a progress bar when it takes more than two seconds
 )->tuple[Job,Rule]: # which say what was done
     "Merge every parameter; the first failure ends it."
-    job = make_job(request, inputs)
-    rule = METHODS[request.method].rule(job, **request.options)
+    job = replace(make_job(request, inputs), progress=progress)
+    runs = job.models if request.statistic=='calls' else {}
+    with ExitStack() as stack:
+        for m in runs.values(): stack.enter_context(frozen_eval(m))
+        rule = METHODS[request.method].rule(job, **request.options)
     total,shown = sum(store.sizes().values()),dict(unit='B', unit_scale=True, delay=2, disable=not progress)
     try:
         with tqdm(total=total, desc='merge', **shown) as bar:

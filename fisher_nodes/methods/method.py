@@ -40,6 +40,8 @@ class Job:
     base:Mapping[str,Tensor]|None=None # the body before fine-tuning, if the method takes it
     seed:int=0 # of random choices
     model:PreTrainedModel|None=None # any of the models; tells roles and layers
+    models:Mapping[str,PreTrainedModel]=field(default_factory=dict) # task -> model, where all are in memory
+    progress:bool=False # whether long work shows a bar
 
     @property
     def names(self)->list[str]:
@@ -306,6 +308,7 @@ class Collector:
     unpadded:bool=False # whether it wants these without padding
     divide:bool=False # whether a batch that does not fit into memory may be cut in two and tried again
     budget:int=1 # by which the tokens of a batch are divided
+    everywhere:bool=False # whether every process wants all batches, instead of its share
 
     def __enter__(self): return self
     def __exit__(self, *_): pass

@@ -1,0 +1,219 @@
+"""Residual regression, for every family of the zoo, against references that know nothing of walks and sums.
+
+The slow reference runs whole models, one example after the other, with hooks of torch alone, and solves stacked
+least squares. Where a stream is read it knows for the layouts that it checks."""
+from copy import deepcopy
+
+import pytest
+import torch
+import transformers as T
+from datasets import Dataset
+from torch.testing import assert_close
+
+import zoo
+from fisher_nodes import merge, merge_files
+from fisher_nodes.core.checkpointing import find_layers
+from fisher_nodes.core.families import body_of
+from fisher_nodes.core.walk import Walk
+from fisher_nodes.engine.guard import frozen_eval
+from fisher_nodes.engine.measure import measure
+from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
+from fisher_nodes.methods.calls import Calls
+
+QUIET = dict(progress=False)
+HOW = dict(method='residual-regression', **QUIET)
+SHARED = {'albert', 'albert-groups', 'deberta-v3', 'deberta-v2-conv'} # layers or matrices that are used more than once
+PARALLEL = {'cohere', 'cohere-norms', 'gptj', 'gpt_neox', 'falcon', 'falcon-one-key', 'phi', 'phi-norms', 'stablelm-norms'}
+SIZES = (7, 2)
+
+def sample(name):
+    rows = zoo.examples(name, sum(SIZES))
+    batches = [zoo.collate(rows[:SIZES[0]]), zoo.collate(rows[SIZES[0]:])]
+    if zoo.case(name)[3] != 'AutoModelForSeq2SeqLM': return batches
+    return [b | dict(labels=b['decoder_input_ids'].masked_fill(b['decoder_attention_mask'] == 0, -100)) for b in batches]
+
+def scrambled(model, seed=1):
+    "A copy whose matrices in layers are noise."
+    torch.manual_seed(seed)
+    new = deepcopy(model)
+    with torch.no_grad():
+        for n, m in fitted_maps(new).items():
+            if any(n.startswith(f'{o}.') for o in find_layers(new)):
+                for p in m.parameters(): p.copy_(torch.randn_like(p))
+    return new
+
+def lanes(models, new, rows):
+    def walk(m, r): return Walk(body_of(m), find_layers(m), r.calls)
+    return [Lane(walk(m, r), walk(new, r), r.masks, 1.) for m, r in zip(models, rows)]
+
+@pytest.mark.parametrize('name', [n for n in zoo.ZOO if n not in SHARED])
+def test_fitted_to_one_model_is_that_model(name):
+    "From noise, layer by layer; where heads and neurons write side by side, from what merging begins with."
+    model = zoo.build(name)
+    rows = measure('calls', model, sample(name), **QUIET)
+    new = scrambled(model) if name not in PARALLEL else deepcopy(model)
+    own = fitted_maps(model)
+    with torch.no_grad(), frozen_eval(model), frozen_eval(new):
+        fitted, _ = fit_body(new, lanes([model]*2, new, [rows]*2), 1e-3)
+    assert fitted
+    inputs = grams_of(model, rows)
+    for n in fitted:
+        a, b = fitted_maps(new)[n], own[n]
+        with torch.no_grad(): got, want = a(inputs[n]), b(inputs[n])
+        assert_close(got, want, rtol=1e-5, atol=1e-6*want.abs().max().item(), msg=lambda m: f'{n}: {m}')
+
+def grams_of(model, rows):
+    "What every matrix is given, without padding in families that see it side by side."
+    found, handles = {}, []
+    for n, m in fitted_maps(model).items(): handles.append(m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(n, []).append(a[0].flatten(0, -2))))
+    with torch.no_grad(), frozen_eval(model):
+        for o in rows.calls: body_of(model)(**o)
+    for h in handles: h.remove()
+    return {n: torch.cat(v) for n, v in found.items()}
+
+@pytest.mark.parametrize('name', sorted(SHARED))
+def test_what_is_used_more_than_once_is_refused(name):
+    model = zoo.build(name)
+    with pytest.raises(ValueError, match='is used more than once in a forward pass'): merge(dict(a=model, b=model), data=dict(a=sample(name), b=sample(name)), **HOW)
+
+
+# --- by hand, and through the front door ----------------------------------------------------
+
+SMALL = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+RIDGE = .1
+
+def tiny(kind, seed, dtype=torch.float64):
+    torch.manual_seed(0)
+    if kind == 'bert': model = T.BertForSequenceClassification(T.BertConfig(**SMALL))
+    elif kind == 'granite': model = T.GraniteForCausalLM(T.GraniteConfig(**SMALL, num_key_value_heads=2, residual_multiplier=.22, pad_token_id=0))
+    else: model = T.LlamaForCausalLM(T.LlamaConfig(**SMALL, num_key_value_heads=2, pad_token_id=0))
+    for i in (0, seed):
+        torch.manual_seed(100+i)
+        for p in model.parameters(): p.data += .1*torch.randn_like(p)
+    return model.to(dtype).eval()
+
+def texts(seed, n=12):
+    "Two tasks of different words."
+    g, words = torch.Generator().manual_seed(seed), dict(a=(3, 25), b=(25, 50))
+    def row(t, k): return torch.randint(*words[t], (k,), generator=g).tolist()
+    return {t: [row(t, k) for k in (7, 4, 6, 3)*(n//4)] for t in words}
+
+def as_data(rows, **more): return {t: Dataset.from_dict(dict(input_ids=o) | {k: v[t] for k, v in more.items()}) for t, o in rows.items()}
+
+def seen(model, name, ids, before):
+    "What a module is given, or gives, for one row."
+    found, m = [], model.get_submodule(name)
+    h = m.register_forward_pre_hook(lambda m, a: found.append(a[0])) if before else m.register_forward_hook(lambda m, a, o: found.append(o[0] if isinstance(o, tuple) else o))
+    with torch.no_grad(): model(torch.tensor([ids]))
+    h.remove()
+    return found[0][0]
+
+# matrix, where its stream is read (a module and whether before it; None asks for the owner's outputs), factor on what is written
+READ = {
+    'bert': [('bert.encoder.layer.1.attention.self.key', None, 1), ('bert.encoder.layer.1.attention.output.dense', ('bert.encoder.layer.1.attention.output.LayerNorm', True), 1),
+             ('bert.encoder.layer.1.intermediate.dense', None, 1), ('bert.encoder.layer.0.output.dense', ('bert.encoder.layer.0.output.LayerNorm', True), 1)],
+    'llama': [('model.layers.1.self_attn.v_proj', None, 1), ('model.layers.1.self_attn.o_proj', ('model.layers.1.post_attention_layernorm', True), 1),
+              ('model.layers.0.mlp.gate_proj', None, 1), ('model.layers.1.mlp.down_proj', ('model.layers.1', False), 1)],
+    'granite': [('model.layers.0.mlp.up_proj', None, 1), ('model.layers.1.self_attn.o_proj', ('model.layers.1.post_attention_layernorm', True), .22),
+                ('model.layers.0.mlp.down_proj', ('model.layers.0', False), .22)]}
+
+def slow(models, merged, rows, weights, name, read, factor):
+    "One matrix by least squares on everything stacked."
+    parts = []
+    for t, m in models.items():
+        x, y = [], []
+        for ids in rows[t]:
+            x.append(seen(merged[t], name, ids, True))
+            if read is None: y.append(seen(m, name, ids, False))
+            else: y.append(seen(merged[t], name, ids, False)+(seen(m, *read[:1], ids, read[1])-seen(merged[t], *read[:1], ids, read[1]))/factor)
+        x, y, own = torch.cat(x), torch.cat(y), m.get_submodule(name)
+        w = own.weight
+        if own.bias is not None: x, w = torch.cat([x, torch.ones(len(x), 1)], 1), torch.cat([w, own.bias[:,None]], 1)
+        pull = (RIDGE*x.square().sum(0)).sqrt().diag()
+        parts.append([(weights[t]/len(x))**.5*o for o in (torch.cat([x, pull]), torch.cat([y, pull @ w.T]))])
+    return torch.linalg.lstsq(*[torch.cat(o) for o in zip(*parts)]).solution.T
+
+@pytest.mark.parametrize('kind', READ)
+def test_matrices_are_stacked_least_squares(kind):
+    models, rows, weights = {t: tiny(kind, i) for i, t in enumerate('ab', 1)}, texts(1), dict(a=1., b=3.)
+    merged = merge(models, data=as_data(rows), weights=weights, ridge=RIDGE, **HOW)
+    for name, read, factor in READ[kind]:
+        m = merged['a'].get_submodule(name)
+        got = m.weight if m.bias is None else torch.cat([m.weight, m.bias[:,None]], 1)
+        want = slow(models, merged, rows, weights, name, read, factor)
+        assert_close(got.detach(), want.detach(), rtol=1e-5, atol=1e-7*want.abs().max().item(), msg=lambda m: f'{name}: {m}')
+        if read: # what its owner gave is another thing to ask for
+            wrong = slow(models, merged, rows, weights, name, None, 1)
+            assert (wrong-want).norm() > 1e-3*want.norm(), name
+
+def body(merged): return {n: p.detach() for n, p in merged.body.named_parameters()}
+def same(a, b, rtol=0.):
+    for n, p in body(a).items(): assert_close(body(b)[n], p, rtol=rtol, atol=rtol*p.abs().max().item(), msg=lambda m: f'{n}: {m}')
+
+@pytest.fixture(scope='module')
+def two(): return {t: tiny('bert', i) for i, t in enumerate('ab', 1)}
+
+def test_order_and_labels_and_batches_do_not_matter(two):
+    rows = texts(1)
+    data = as_data(rows, label=dict(a=[0, 1]*6, b=[1, 0]*6))
+    first = merge(two, data=data, **HOW)
+    same(first, merge(two, data=as_data(rows, label=dict(a=[1, 0]*6, b=[1, 1]*6)), **HOW))
+    same(first, merge(two, data=as_data(rows), **HOW))
+    same(first, merge({t: two[t] for t in 'ba'}, data={t: data[t] for t in 'ba'}, **HOW), rtol=1e-8)
+    own = {t: [dict(input_ids=torch.tensor([o])) for o in v] for t, v in rows.items()}
+    same(first, merge(two, data=own, **HOW), rtol=1e-8)
+
+def test_rows_measured_before_give_the_same(two, tmp_path):
+    data = as_data(texts(1))
+    found = {t: measure('calls', m, data[t], num_samples=8, **QUIET) for t, m in two.items()}
+    for t, o in found.items(): o.save(tmp_path/f'{t}.safetensors')
+    same(merge(two, data=data, num_samples=8, **HOW), merge(two, found, **HOW))
+    same(merge(two, found, **HOW), merge(two, {t: tmp_path/f'{t}.safetensors' for t in two}, **HOW))
+    with pytest.raises(ValueError, match='measured on other weights'): merge(two, dict(a=found['b'], b=found['a']), **HOW)
+
+def test_models_stay_as_they_are(two):
+    before = {t: {n: p.clone() for n, p in m.state_dict().items()} for t, m in two.items()}
+    two['a'].train()
+    merge(two, data=as_data(texts(1)), **HOW)
+    assert two['a'].training and not any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for o in two.values() for m in o.modules())
+    two['a'].eval()
+    for t, m in two.items():
+        assert all(p.requires_grad for p in m.parameters())
+        for n, p in m.state_dict().items(): assert_close(p, before[t][n], rtol=0, atol=0)
+
+def test_a_share_of_zero_leaves_a_task_out(two):
+    data = as_data(texts(1))
+    without = merge(two, data=data, weights=dict(a=2., b=0.), **HOW)
+    for n, p in two['a'].bert.named_parameters(): assert_close(without.body.get_parameter(n), p, rtol=1e-7, atol=1e-8)
+
+def test_half_precision_is_fitted_in_float32():
+    models = {t: tiny('llama', i, torch.bfloat16) for i, t in enumerate('ab', 1)}
+    wide = {t: tiny('llama', i, torch.bfloat16).float() for i, t in enumerate('ab', 1)}
+    data = as_data(texts(1))
+    a, b = merge(models, data=data, **HOW), merge(wide, data=data, **HOW)
+    for n, p in body(a).items():
+        assert p.dtype == torch.bfloat16
+        assert (p.float()-body(b)[n]).norm() <= .02*body(b)[n].norm(), n
+
+@pytest.mark.parametrize('wrong, said', [
+    (dict(ridge=0), '`ridge` is 0; expected a finite number above 0'), (dict(ridge=-1.), '`ridge` is -1.0; expected a finite number above 0'),
+    (dict(labels='exact'), "reads no labels, so they cannot be 'exact'"), (dict(data=None), 'needs either `fishers` or `data`'),
+    (dict(scheme='paper'), r"takes no \['scheme'\]")])
+def test_wrong_input(two, wrong, said):
+    with pytest.raises(ValueError, match=said): merge(two, **(dict(data=as_data(texts(1))) | HOW | wrong))
+
+def test_from_files_to_files_is_refused(two, tmp_path):
+    for t, m in two.items():
+        m.save_pretrained(tmp_path/t)
+        measure('calls', m, as_data(texts(1))[t], **QUIET).save(tmp_path/f'{t}.rows')
+    with pytest.raises(ValueError, match='runs the models, so they must be in memory'):
+        merge_files({t: tmp_path/t for t in two}, {t: tmp_path/f'{t}.rows' for t in two}, out=tmp_path/'out', **HOW)
+    assert not (tmp_path/'out').exists()
+
+def test_tasks_that_use_different_layers_are_refused():
+    torch.manual_seed(0)
+    model = T.CLIPModel(T.CLIPConfig(text_config=dict(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=20),
+        vision_config=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4), projection_dim=8)).eval()
+    def rows(**o): return Calls({f'0.{k}': v for k, v in o.items()}, 1)
+    both = rows(input_ids=torch.tensor([[5, 6, 49407 % 60]]), pixel_values=torch.rand(1, 3, 8, 8))
+    assert merge(dict(a=model, b=model), dict(a=both, b=both), **HOW)

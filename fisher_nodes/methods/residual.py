@@ -218,6 +218,14 @@ def _in_order(lanes:Sequence[Lane])->list[str]:
     if all(o==found[0] for o in found): return found[0]
     raise ValueError(f'the tasks go through different layers: {min({*found[0]}^{*max(found, key=len)})!r}')
 
+def _stages(lanes:Sequence[Lane], maps:Mapping[str,nn.Module], order:Sequence[str])->list[Stage]:
+    "The layers from below, then what comes after the last."
+    first = lanes[0].new
+    of = {p: {n: m for n,m in maps.items() if n.startswith(f'{p}.')} for p in first.layers}
+    before = {n for n,_ in called(first, maps, first.layers[order[0]])}
+    after = {n: m for n,m in maps.items() if n not in before and not any(n in o for o in of.values())}
+    return [Stage(lanes, of[p], p) for p in order] + [Stage(lanes, after)]
+
 def fit_body(
     model:PreTrainedModel, # whose body begins as the average and is fitted in place
     lanes:Sequence[Lane], # of all tasks, whose second walk is through that body
@@ -225,24 +233,16 @@ def fit_body(
     progress:bool=False, # show a bar over layers
 )->tuple[list[str],int]: # the matrices that were fitted, and the inputs that no model used
     "Fit every layer from below, then what comes after the last."
-    maps,writers,order = fitted_maps(model),_writers(model),_in_order(lanes)
-    inside = {n for n in maps for p in find_layers(model) if n.startswith(f'{p}.')}
-    before = {n for n in maps if n not in inside and n in _before(lanes[0], maps, order)}
+    writers,stages = _writers(model),_stages(lanes, fitted_maps(model), _in_order(lanes))
     fitted,unused = [],0
-    for path in tqdm([*order, ''], desc='fit', unit='layer', delay=2, disable=not progress):
-        def is_here(n): return n.startswith(f'{path}.') if path else n not in inside|before
-        here = {n: m for n,m in maps.items() if is_here(n)}
-        stage = Stage(lanes, here, path)
-        groups = _groups(lanes, here, stage.layer(lanes[0].new)) if here else []
-        if path: stage.find_sums([n for g in groups for n in g if n in writers])
+    for stage in tqdm(stages, desc='fit', unit='layer', delay=2, disable=not progress):
+        groups = _groups(lanes, stage.maps, stage.layer(lanes[0].new))
+        names = [n for g in groups for n in g]
+        if stage.path: stage.find_sums([n for n in names if n in writers])
         unused += fit_stage(stage, groups, ridge)
-        fitted += [n for g in groups for n in g]
-        for o in lanes if path else (): o.new.advance(path)
+        fitted += names
+        for o in lanes if stage.path else (): o.new.advance(stage.path)
     return fitted, unused
-
-def _before(lane:Lane, maps:Mapping[str,nn.Module], order:Sequence[str])->set[str]:
-    "The matrices that are called before the first layer."
-    return {n for n,_ in called(lane.new, maps, lane.new.layers[order[0]])}
 
 # %% ../../nbs/methods/08_residual.ipynb #daf6194c
 def _merged_model(job:Job)->PreTrainedModel:

@@ -181,6 +181,10 @@ def test_models_stay_as_they_are(two):
         assert all(p.requires_grad for p in m.parameters())
         for n, p in m.state_dict().items(): assert_close(p, before[t][n], rtol=0, atol=0)
 
+def test_on_a_device_that_is_named(two):
+    data = as_data(texts(1))
+    same(merge(two, data=data, **HOW), merge(two, data=data, device='cpu', **HOW))
+
 def test_a_share_of_zero_leaves_a_task_out(two):
     data = as_data(texts(1))
     without = merge(two, data=data, weights=dict(a=2., b=0.), **HOW)

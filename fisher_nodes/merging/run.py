@@ -216,6 +216,7 @@ class Inputs:
     statistics:Mapping[str,Any]=field(default_factory=dict) # task -> what was measured
     lengths:Mapping[str,int]=field(default_factory=dict) # task -> tokens read of a row
     hashes:dict[str|None,str]=field(default_factory=dict) # fingerprints that are known; the base's under None
+    device:Any=None # where models run; None is where each is
 
     @property
     def shared(self)->PreTrainedModel:
@@ -430,7 +431,7 @@ def load_inputs(
     for t,m in models.items(): _check_present(f'model of {t!r}', dict(m.named_parameters()))
     bodies = {t: body_state(m) for t,m in models.items()}
     inputs = _gather(request, models, bodies, statistics, load_base)
-    run = dict(device=device, progress=progress, checkpointing=checkpointing)
+    inputs.device,run = device,dict(device=device, progress=progress, checkpointing=checkpointing)
     if request.data is not None: measure_all(request, inputs, **run)
     _check_statistics(request, inputs, check_statistic)
     for t,o in inputs.statistics.items():
@@ -548,7 +549,7 @@ def run(
     job = replace(make_job(request, inputs), progress=progress)
     runs = job.models if request.statistic=='calls' else {}
     with ExitStack() as stack:
-        for m in runs.values(): stack.enter_context(frozen_eval(m))
+        for m in runs.values(): stack.enter_context(frozen_eval(m, inputs.device))
         rule = METHODS[request.method].rule(job, **request.options)
     total,shown = sum(store.sizes().values()),dict(unit='B', unit_scale=True, delay=2, disable=not progress)
     try:

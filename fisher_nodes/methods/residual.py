@@ -280,7 +280,7 @@ def residual_rule(
     kinds = {n: 'fit' if n in names else 'one' for n in job.names}
     shares = plain_shares(job.weights)
     def combine(name, tensors):
-        if kinds[name]=='fit': return state[name]
+        if kinds[name]=='fit': return state[name].to(tensors[0].device)
         return weighted_mean(tensors, shares, job.dtype(name))
     whole = {n for n,k in kinds.items() if k=='fit'}
     return Rule(combine, kinds, dict(fitted_matrices=len(fitted), unused_inputs=unused), whole=whole)

@@ -387,3 +387,19 @@ def test_reproduce_bert_base(tmp_path, hub, monkeypatch, capsys):
     assert main((line.replace('results', 'other')+'mnli,sst2').split())==2
     assert '`fisher-nodes convert textattack/bert-base-uncased-SST-2 --out DIR` makes safetensors of it' in capsys.readouterr().err
     assert_close(load_model(sets['rte']).classifier.weight, load_model(tmp_path/'rte-safe').classifier.weight, rtol=0, atol=0)
+
+def test_a_folder_that_is_not_there_beside_one_that_is(tmp_path, hub, monkeypatch):
+    "It is missed at once; a name is one of the Hub where no such folder is near, or where the cache has it."
+    asked = []
+    def download(name, file):
+        asked.append(name)
+        raise OSError('no network')
+    monkeypatch.chdir(tmp_path)
+    tiny(dtype=torch.float32).save_pretrained('m/a')
+    keep(hub, 'm/cached', tmp_path/'m'/'a')
+    monkeypatch.setattr(hub_module, 'hf_hub_download', download)
+    for run in (merge, lambda o, **how: merge_files(o, out='out', **how), lambda o, **how: load_model(o['b'])):
+        with refuses('cannot load m/bb: there is no such folder in m; if a model of the Hub is meant, fetch it'): run(dict(a='m/a', b='m/bb'), method='average')
+    assert not asked
+    assert hub_module.hub_file('m/cached', 'config.json') is hub_module.hub_file('org/name', 'config.json') is None
+    assert asked==['m/cached', 'org/name']

@@ -18,12 +18,27 @@ from ..methods.method import one_line
 FILES = ['*.safetensors', '*.json', '*.txt', '*.model', '*.jinja', RECIPE, 'README.md'] # what is fetched
 MODEL_ID = re.compile(r'[\w.-]+(/[\w.-]+)?') # what the Hub can be asked for
 
+def _cached_commit(name:str, files:tuple[str,...], revision:str|None=None)->str|None: # its commit
+    "The commit at which the local cache has one of some files; None if it has none."
+    try: found = [try_to_load_from_cache(name, f, revision=revision) for f in files]
+    except ValueError: return None # no name of a repository
+    return next((Path(o).parent.name for o in found if isinstance(o, str)), None)
+
+def _check_beside(name:str):
+    "`ValueError` for a folder that is not there, where the one that it would be in is."
+    path = Path(name)
+    if path.exists() or len(path.parts)<2 or not path.parent.is_dir(): return
+    if _cached_commit(name, ('config.json', 'adapter_config.json')): return
+    raise ValueError(f'cannot load {name}: there is no such folder in {path.parent}; if a model of the Hub is meant, '
+                     f'fetch it with `hf download {name}`, or call this from elsewhere')
+
 def hub_file(
     name:str|Path, # of a model
     file:str, # a small one of its repository
 )->Path|None: # None where it cannot be had
     "A file of a repository, from the local cache or the Hub."
     if not MODEL_ID.fullmatch(str(name)): return None
+    _check_beside(str(name))
     try: return Path(hf_hub_download(str(name), file))
     except (OSError, ValueError, EntryNotFoundError): return None # whoever needs it will say why
 
@@ -32,12 +47,6 @@ _SAFE = ('model.safetensors', 'model.safetensors.index.json')
 _PICKLED = ('pytorch_model.bin', 'pytorch_model.bin.index.json')
 _BRANCH = 'refs/convert/safetensors'
 _BOT,_TITLE = 'SFconvertbot','Adding `safetensors` variant of this model' # as `transformers` looks for it
-
-def _cached_commit(name:str, files:tuple[str,...], revision:str|None=None)->str|None: # its commit
-    "The commit at which the local cache has one of some files; None if it has none."
-    try: found = [try_to_load_from_cache(name, f, revision=revision) for f in files]
-    except ValueError: return None # no name of a repository
-    return next((Path(o).parent.name for o in found if isinstance(o, str)), None)
 
 def _cached_conversion(name:str)->str|None: # a revision
     "A conversion in the local cache; `ValueError` for two different ones."

@@ -29,8 +29,8 @@ def _check_beside(name:str):
     path = Path(name)
     if path.exists() or len(path.parts)<2 or not path.parent.is_dir(): return
     if _cached_commit(name, ('config.json', 'adapter_config.json')): return
-    raise ValueError(f'cannot load {name}: there is no such folder in {path.parent}; if a model of the Hub is meant, '
-                     f'fetch it with `hf download {name}`, or call this from elsewhere')
+    raise ValueError(f'cannot load {name}: there is no such folder in {path.parent}; '
+                     f'if a model of the Hub is meant, fetch it with `hf download {name}`, or call this from elsewhere')
 
 def hub_file(
     name:str|Path, # of a model

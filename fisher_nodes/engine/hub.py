@@ -30,7 +30,7 @@ def _check_beside(name:str):
     if path.exists() or len(path.parts)<2 or not path.parent.is_dir(): return
     if _cached_commit(name, ('config.json', 'adapter_config.json')): return
     raise ValueError(f'cannot load {name}: there is no such folder in {path.parent}; '
-                     f'if a model of the Hub is meant, fetch it with `hf download {name}`, or call this from elsewhere')
+                     f'if a model of the Hub is meant, fetch it with `hf download {name}` first')
 
 def hub_file(
     name:str|Path, # of a model

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -85,7 +87,9 @@ def test_bit_for_bit(kind, shards, zipped, tmp_path):
     found = load_model(tmp_path/'new')
     assert type(found) is type(model)
     same(found.state_dict(), model.state_dict())
-    if kind=='tied': assert found.lm_head.weight is found.transformer.wte.weight and 'lm_head.weight' in state
+    if kind=='tied':
+        assert 'lm_head.weight' in state
+        if Version(transformers.__version__) >= Version('5.1'): assert found.lm_head.weight is found.transformer.wte.weight # 5.0 leaves apart what a file has twice
     if kind=='bert' and shards==1: assert any('gamma' in n for n in holds(tmp_path/'new'))
 
 def test_what_is_written_down(tmp_path):
@@ -128,7 +132,7 @@ CONTENTS = {
     'a checkpoint': (lambda d: dict(state_dict=dict(w=w), epoch=3), 'state_dict is dict, expected a tensor'), 'a number': (lambda d: dict(w=w, step=3), 'step is int, expected a tensor'), 'a list': (lambda d: [w], 'holds list, expected tensors by name'),
     'numbers for names': (lambda d: {0: w}, 'holds dict, expected tensors by name'), 'nothing': (lambda d: {}, 'holds no tensor'), 'sparse': (lambda d: dict(w=w.to_sparse()), 'w is a tensor without plain numbers'),
     'no numbers': (lambda d: dict(w=w.to('meta')), 'w is a tensor without plain numbers'), 'wrapped': (lambda d: {f'module.{n}': t for n, t in tiny().state_dict().items()}, 'so it was saved from inside a wrapper'),
-    'two names': (lambda d: {'bert.embeddings.LayerNorm.gamma': w, 'bert.embeddings.LayerNorm.weight': w}, 'which is meant'), 'complex': (lambda d: {'bert.x.weight': w.to(torch.complex64)}, 'is of type C64')}
+    'two names': (lambda d: {'bert.embeddings.LayerNorm.gamma': w, 'bert.embeddings.LayerNorm.weight': w}, 'which is meant'), 'complex': (lambda d: {'bert.x.weight': w.to(torch.complex64)}, 'bert.x.weight is a tensor without plain numbers')}
 
 @pytest.mark.parametrize('content,says', CONTENTS.values(), ids=CONTENTS)
 def test_contents(content, says, tmp_path):

@@ -58,7 +58,8 @@ def _check_tensors(path:Path, found:Any):
     if not found: raise ValueError(f'{path} holds no tensor')
     for n,t in found.items():
         is_tensor = isinstance(t, Tensor)
-        if is_tensor and t.layout==torch.strided and not (t.is_quantized or t.is_meta): continue
+        plain = is_tensor and t.layout==torch.strided and not (t.is_quantized or t.is_meta or t.is_complex())
+        if plain: continue
         kind = 'a tensor without plain numbers' if is_tensor else type(t).__name__
         raise ValueError(f'{path}: {one_line(n)} is {kind}, expected a tensor')
 

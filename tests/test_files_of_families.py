@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import zoo
@@ -17,6 +18,9 @@ from test_families import made_up
 QUIET = dict(progress=False)
 APART = {'nomic_bert', 'gte', 'jina_embeddings_v3', 'mixtral', 'qwen3_moe', 'qwen3_moe-some', 'dinov2-gated'} # tensors in other pieces
 RENAMED = {'esm', 'vit', 'deit', 'beit', 'dinov2', 'dinov3_vit', 'swin', 'audio-spectrogram-transformer'}
+OLD = Version(transformers.__version__) < Version('5.20') # which converts less, and gpt-oss even where names are the same
+if OLD: APART, RENAMED = APART-{'dinov2-gated'} | {'gpt_oss'}, set()
+new_only = pytest.mark.skipif(OLD, reason=f'transformers {transformers.__version__} renames, ties and keeps buffers otherwise')
 LAYOUTS = {(o[0], str(o[1]), zoo.case(n)[3]): n for n, o in reversed(zoo.ZOO.items())}
 CASES = [n for n in zoo.ZOO if n in LAYOUTS.values()]
 AUTO = [n for n in zoo.ZOO if zoo.case(n)[3].startswith('Auto')]
@@ -61,7 +65,7 @@ def test_what_is_opened_is_what_is_loaded(name, tmp_path):
     model = zoo.build(name).float()
     model.save_pretrained(tmp_path/'a')
     others = set(dict(model.named_parameters()))-set(load_file(tmp_path/'a'/'model.safetensors'))
-    assert bool(others) == (name in APART or kind(name) in RENAMED)
+    assert bool(others) == (name in APART-{'gpt_oss'} or kind(name) in RENAMED)
     if name in APART:
         refused(name, OTHERWISE.format(kind(name)), opened, tmp_path/'a', name)
     else: same({n: o[...] for n, o in opened(tmp_path/'a', name).body.tensors.items()}, body_state(model))
@@ -76,8 +80,10 @@ def test_files_with_the_names_of_the_model_are_opened(name, tmp_path):
     save_file(state, tmp_path/'a'/'model.safetensors', dict(format='pt'))
     loaded = getattr(transformers, zoo.case(name)[3]).from_pretrained(tmp_path/'a')
     same(loaded.state_dict(), model.state_dict())
+    if OLD and name == 'gpt_oss': return refused(name, OTHERWISE.format(name), opened, tmp_path/'a', name)
     same({n: o[...] for n, o in opened(tmp_path/'a', name).body.tensors.items()}, body_state(model))
 
+@new_only
 def test_a_tensor_under_two_names_that_become_one_is_refused(tmp_path):
     model = zoo.build('vit').float()
     model.save_pretrained(tmp_path/'a')
@@ -136,6 +142,7 @@ def test_what_was_tied_is_tied_when_merged_saved_and_loaded(tied, tmp_path):
         mean = sum(o.lm_head.weight.detach() for o in models.values())/2
         assert torch.equal(m.lm_head.weight.detach(), mean)
 
+@new_only
 @pytest.mark.parametrize('equal', [True, False])
 def test_files_with_both_names_of_one_tensor(equal, tmp_path):
     "transformers ties them if they are equal."
@@ -155,6 +162,7 @@ def test_files_with_both_names_of_one_tensor(equal, tmp_path):
 
 def esm(seed): return classifier('esm', seed)
 
+@new_only
 def test_a_buffer_that_differs_is_refused_by_name(tmp_path):
     models = dict(a=esm(0), b=esm(1))
     models['b'].esm.rotary_embeddings.inv_freq[1] += .1
@@ -163,6 +171,7 @@ def test_a_buffer_that_differs_is_refused_by_name(tmp_path):
     refused('esm', said, merge_files, saved(models, tmp_path), method='average', out=tmp_path/'out', **QUIET)
     assert not (tmp_path/'out').exists()
 
+@new_only
 def test_a_buffer_that_was_rounded_is_the_same():
     models = dict(a=esm(0), b=esm(1).bfloat16())
     merged = merge(models, method='average', **QUIET)

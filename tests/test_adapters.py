@@ -411,7 +411,10 @@ def test_adapters_that_transformers_added(here):
     with torch.no_grad(): model.classifier.weight.fill_(.5)
     model.save_pretrained(here/'whole')
     model = AutoModelForSequenceClassification.from_pretrained(here/'whole')
-    model.add_adapter(LoraConfig(target_modules=['query']))
+    try: model.add_adapter(LoraConfig(target_modules=['query']))
+    except ValueError as e:
+        if 'version of PEFT' not in str(e): raise
+        pytest.skip(f'this transformers adds none with this peft: {e}')
     learned(model)
     with refuses("model of 'a' has adapters of PEFT", 'save it and give that folder'): merge(dict(a=model), method='average', merge_adapters=True)
     model.save_pretrained(here/'c')

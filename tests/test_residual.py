@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.testing import assert_close
 
 import zoo
-from fisher_nodes import merge, merge_files
+from fisher_nodes import Merged, merge, merge_files
 from fisher_nodes.core.checkpointing import find_layers
 from fisher_nodes.core.families import body_of
 from fisher_nodes.core.walk import Walk
@@ -21,7 +21,8 @@ from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
 from fisher_nodes.methods.calls import Calls
 
 QUIET = dict(progress=False)
-HOW = dict(method='residual-regression', **QUIET)
+ALL = dict(method='residual-regression', **QUIET)
+HOW = dict(heads=0, **ALL)
 SHARED = {'albert', 'albert-groups', 'deberta-v3', 'deberta-v2-conv'} # layers or matrices that are used more than once
 PARALLEL = {'cohere', 'cohere-norms', 'gptj', 'gpt_neox', 'falcon', 'falcon-one-key', 'phi', 'phi-norms', 'stablelm-norms'}
 SIZES = (7, 2)
@@ -221,3 +222,71 @@ def test_tasks_that_use_different_layers_are_refused():
     def rows(**o): return Calls({f'0.{k}': v for k, v in o.items()}, 1)
     both = rows(input_ids=torch.tensor([[5, 6, 49407 % 60]]), pixel_values=torch.rand(1, 3, 8, 8))
     assert merge(dict(a=model, b=model), dict(a=both, b=both), **HOW)
+
+
+# --- heads ------------------------------------------------------------------------------------
+
+def answer(model, ids):
+    with torch.no_grad(): return model(torch.tensor([ids])).logits[0]
+
+def test_heads_are_fitted_on_rows_that_the_body_did_not_see(two):
+    "The body is that of the other rows alone; heads by the normal equations, one row after the other."
+    rows = {t: sorted(v, key=len, reverse=True) for t, v in texts(1).items()}
+    data = {t: [dict(input_ids=torch.tensor([o])) for o in v] for t, v in rows.items()} # every fourth is kept
+    merged = merge(two, data=data, heads=.25, head_ridge=.2, **ALL)
+    first = {t: [o for i, o in enumerate(v) if i % 4 != 3] for t, v in data.items()}
+    alone = merge(two, data=first, **HOW)
+    same(alone, merged)
+    for t, m in two.items():
+        kept = [o for i, o in enumerate(rows[t]) if i % 4 == 3]
+        with torch.no_grad(): F = torch.cat([alone.body(torch.tensor([o])).pooler_output for o in kept])
+        E = torch.stack([answer(m, o) for o in kept])-F @ m.classifier.weight.T-m.classifier.bias
+        f, e = (F-F.mean(0)).detach(), (E-E.mean(0)).detach()
+        move = torch.linalg.solve(f.T @ f+.2*f.square().sum()/len(f)*torch.eye(16, dtype=f.dtype), f.T @ e).T
+        got = merged[t].classifier
+        assert_close(got.weight.detach(), (m.classifier.weight+move).detach(), rtol=1e-7, atol=1e-9)
+        assert_close(got.bias.detach(), (m.classifier.bias+E.mean(0)-move @ F.mean(0)).detach(), rtol=1e-7, atol=1e-9)
+    assert merged.report['averaged']['fitted_heads'] == 2 and alone.report['averaged']['fitted_heads'] == 0
+
+def test_heads_are_saved_and_loaded_and_written_down(two, tmp_path):
+    for t, m in two.items(): m.save_pretrained(tmp_path/t)
+    folders = {t: tmp_path/t for t in two}
+    merged = merge(folders, data=as_data(texts(1)), **ALL)
+    assert not torch.equal(merged['a'].classifier.weight, two['a'].classifier.weight)
+    merged.save_pretrained(tmp_path/'out')
+    again = Merged.from_pretrained(tmp_path/'out')
+    for t in two:
+        for n, p in merged[t].state_dict().items(): assert_close(again[t].state_dict()[n], p, rtol=0, atol=0)
+    plain = T.AutoModelForSequenceClassification.from_pretrained(tmp_path/'out'/'b')
+    assert_close(plain.classifier.weight, merged['b'].classifier.weight.to(plain.dtype), rtol=0, atol=0)
+    assert merged.recipe['options'] == dict(ridge=.1, heads=.25, head_ridge=.1)
+
+def test_a_model_merged_with_itself_keeps_its_head(two):
+    merged = merge(dict(a=two['a'], b=two['a']), data={t: as_data(texts(1))['a'] for t in 'ab'}, **ALL)
+    for n, p in two['a'].state_dict().items(): assert_close(merged['b'].state_dict()[n], p, rtol=1e-6, atol=1e-8)
+
+@pytest.mark.parametrize('cls', ['BertForTokenClassification', 'BertForQuestionAnswering', 'BertForMultipleChoice', 'BertForMaskedLM', 'BertModel', 'RobertaForSequenceClassification', 'LlamaForSequenceClassification', 'LlamaForTokenClassification',
+                                 'DistilBertForSequenceClassification', 'GPT2ForSequenceClassification'])
+def test_heads_of_every_kind(cls):
+    "Fitted where each text, or each token, is answered; left alone elsewhere."
+    made = getattr(T, cls)
+    sizes = dict(distilbert=dict(vocab_size=50, dim=16, n_layers=2, n_heads=4, hidden_dim=24), gpt2=dict(vocab_size=50, n_embd=16, n_layer=2, n_head=4, pad_token_id=0))
+    kind = made.config_class.model_type
+    def build(seed):
+        torch.manual_seed(seed)
+        return made(made.config_class(**sizes.get(kind, SMALL | (dict(pad_token_id=0) if kind == 'llama' else {})))).double().eval()
+    models, rows = dict(a=build(1), b=build(2)), texts(1)
+    if cls == 'BertForMultipleChoice': data = {t: [dict(input_ids=torch.tensor(v)[None]) for v in (([5, 6, 7], [8, 9, 10]), ([11, 12, 13], [14, 15, 16]))*4] for t in rows}
+    else: data = as_data(rows)
+    merged = merge(models, data=data, **ALL)
+    fitted = merged.report['averaged']['fitted_heads']
+    assert fitted == (0 if cls in ('BertForMultipleChoice', 'BertForMaskedLM', 'BertModel') else 2)
+    if not fitted: return
+    own = {n: p for n, p in models['a'].named_parameters() if not torch.equal(p, merged['a'].get_parameter(n))}
+    heads = {n for n in own if 'bert.' not in n and 'transformer.' not in n and not n.startswith('model.') and 'roberta.' not in n}
+    assert heads and all(('classifier' in n or 'score' in n or 'qa_outputs' in n) and n.count('dense') == 0 for n in heads)
+
+def test_too_few_rows_for_heads(two):
+    data = as_data({t: v[:3] for t, v in texts(1).items()})
+    with pytest.raises(ValueError, match="'a' has 3 rows, too few to keep a share of 0.25 for its head; give more, or heads=0"): merge(two, data=data, **ALL)
+    with pytest.raises(ValueError, match='`heads` is 1; expected a finite number below 1'): merge(two, data=data, **ALL | dict(heads=1))

@@ -565,6 +565,7 @@ def assemble(
     models:Mapping[str,PreTrainedModel], # task -> model
     state:Mapping[str,Tensor], # of the merged body
     tokenizer:Any=None,
+    heads:Mapping[str,Mapping[str,Tensor]]|None=None, # task -> name in its model -> other numbers
 )->Merged:
     "A new body with the merged state, and every task's head on it."
     old = body_of(widest_body(models))
@@ -573,7 +574,10 @@ def assemble(
     with ExitStack() as turns: # a thread that measures one has put hooks on it meanwhile
         for m in sorted(models.values(), key=lambda m: id(body_of(m))): turns.enter_context(turn(m))
         body = new_copy(old, {id(o): renewed(n, o) for n,o in named if n in state})
-        return Merged(body, {t: with_body(m, body) for t,m in models.items()}, {}, tokenizer)
+        new = {t: with_body(m, body) for t,m in models.items()}
+        for t,found in (heads or {}).items():
+            for n,v in found.items(): new[t].get_parameter(n).copy_(v)
+        return Merged(body, new, {}, tokenizer)
 
 def _record(merged:Merged, request:MergeRequest, inputs:Inputs, done:tuple[Job,Rule], result:str):
     "Write down what was done, and what was asked."
@@ -606,7 +610,7 @@ def merge_loaded(
     for path,o in stamps.items(): check_stamp(path, o) # a mapped file that was cut off would end the process
     done = run(request, inputs, store, progress)
     for path,o in stamps.items(): check_stamp(path, o)
-    merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers))
+    merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers), done[1].heads)
     inputs.hashes |= {t: hash_weights(m) for t,m in inputs.models.items() if t not in inputs.hashes}
     if inputs.base is not None: inputs.hashes[None] = hash_tensors(inputs.base)
     _record(merged, request, inputs, done, hash_merged(merged.body, merged))

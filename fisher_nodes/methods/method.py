@@ -73,6 +73,7 @@ class Rule:
     counts:dict[str,int]=field(default_factory=dict) # what was averaged, while combining
     once:bool=False # whether `combine` goes through the tensors once; then they need not be there together
     whole:Collection[str]|None=None # names that are never cut into blocks of rows; None is all
+    heads:Mapping[str,Mapping[str,Tensor]]=field(default_factory=dict) # task -> what changes in its head
 
     def takes_whole(self, name:str)->bool:
         "Whether `combine` must see all rows of a parameter at once."

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from torch.testing import assert_close
 from transformers import (
@@ -28,6 +29,7 @@ SIZE = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_he
 DECODER = dict(bos_token_id=1, eos_token_id=2)
 VISION = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, image_size=8, patch_size=4)
 SOUND = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+OLD = transformers.__version__.startswith('5.0.')
 CASES = { # name -> config, class
     'tags': (BertConfig(**SIZE, num_labels=5), BertForTokenClassification),
     'tags-distilbert': (DistilBertConfig(vocab_size=60, dim=16, hidden_dim=24, n_layers=2, n_heads=4, max_position_embeddings=40, num_labels=5), DistilBertForTokenClassification),
@@ -50,6 +52,7 @@ MANY = [o for o in CASES if o.startswith(('tags', 'questions', 'masked', 'writer
 WHOLE = [o for o in CASES if o.startswith(('masked', 'writer', 'answers'))]
 
 def build(name, seed=0, dtype=torch.float64):
+    if OLD and name == 'images-clip': pytest.skip(f'transformers {transformers.__version__} has no body of this model, so that it is refused')
     config, cls = CASES[name]
     torch.manual_seed(seed)
     model = cls(type(config).from_dict(config.to_dict()))
@@ -352,7 +355,9 @@ def test_answers_that_are_cut_off_are_counted():
     with pytest.warns(UserWarning) as said: mask_fisher(model, Dataset.from_list(rows), max_length=5, **how)
     assert [str(o.message) for o in said] == ['2 of 3 answers, the first of row 2, are not among the first 5 tokens, and count as none, at token 0']
     with pytest.warns(UserWarning, match='1 of 1 answers, the first of row 3, are'): mask_fisher(model, Dataset.from_list([*rows[:1]*3, rows[3]]), max_length=6, **how)
-    with warnings.catch_warnings(action='error'): mask_fisher(model, Dataset.from_list(rows), **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        mask_fisher(model, Dataset.from_list(rows), **how)
 
 def test_a_masked_language_model_hides_words_by_row():
     model, texts = build('masked'), ['a b c d e a b c', 'd e', 'b']

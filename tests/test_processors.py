@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset, Features, Image, Value
 from torch.testing import assert_close
 from transformers import (
@@ -29,6 +30,8 @@ def vit(seed=0):
 def grey(mean=.4, std=.3): return ViTImageProcessor(do_resize=False, image_mean=[mean], image_std=[std])
 
 def pictures(n=7):
+    try: grey()(images=PIL.fromarray(np.zeros((8, 8), np.uint8)))
+    except ValueError as e: pytest.skip(f'transformers {transformers.__version__} reads no grey pictures: {e}')
     numbers = np.random.RandomState(0).randint(0, 256, (n, 8, 8)).astype(np.uint8)
     return numbers, Dataset.from_dict(dict(image=[PIL.fromarray(o) for o in numbers], label=[i%2 for i in range(n)]))
 

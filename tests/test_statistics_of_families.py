@@ -231,7 +231,7 @@ def test_inputs_that_are_no_numbers_are_named():
     model = zoo.build('vit')
     batch = zoo.collate(zoo.examples('vit'))
     batch['pixel_values'][1,0,0,0] = torch.nan
-    with pytest.raises(ValueError, match='the inputs of layers.0.attention.q_proj.weight are not finite'):
+    with pytest.raises(ValueError, match=r'the inputs of \S*layer\S*\.q(uery|_proj)\.weight are not finite'):
         linear_grams(model, [batch], **QUIET)
 
 
@@ -284,6 +284,8 @@ def test_experts_in_float64_are_not_grouped(name):
         got = parameter_fisher(model, batches, loss=loss, **QUIET), linear_grams(model, batches, **QUIET)
         assert model.config._experts_implementation == how
         return got
-    for x, y in zip(found('grouped_mm'), found('eager')): # the former is what transformers chooses
+    try: grouped = found('grouped_mm')
+    except ImportError as e: pytest.skip(f'there is no grouped product here: {e}')
+    for x, y in zip(grouped, found('eager')): # the former is what transformers chooses
         assert x.values.keys() == y.values.keys()
         for n in y.values: torch.testing.assert_close(x.values[n], y.values[n], rtol=0, atol=0)

@@ -256,7 +256,12 @@ def _body_name(model:PreTrainedModel)->str:
     if _is_whole(model): return ''
     if model.base_model is not model: return model.base_model_prefix
     bodies = [n for n,m in model.named_children() if isinstance(m, PreTrainedModel)]
-    return bodies[0] if len(bodies)==1 and 'Classification' in type(model).__name__ else ''
+    name,family = type(model).__name__,FAMILIES.get(model.config.model_type)
+    if 'Classification' not in name: return ''
+    if len(bodies)==1: return bodies[0]
+    if not (family and family.body=='.'): return ''
+    raise ValueError(f'{name} keeps its body in a part that is no model by itself; '
+                     'in newer versions of transformers it is one')
 
 def body_of(
     model:PreTrainedModel, # with or without a task head

@@ -61,5 +61,5 @@ def kept(
     x:Tensor, # any shape
 )->Callable[[],Tensor]: # gives it, without a graph
     "A tensor as autograd keeps it."
-    out = _Keep.apply(torch.empty(0, requires_grad=True), x.detach()) # torch 2.6 forgets with it what it saved
+    out = _Keep.apply(torch.empty(0, requires_grad=True), x.detach()) # torch 2.6 needs it for what it saved
     return lambda: out.grad_fn.saved_tensors[0]

@@ -281,6 +281,8 @@ def body_state(
     model:PreTrainedModel, # with or without a task head
 )->dict[str,Tensor]: # by name in the body
     "The body's state; a tensor of several names, such as tied embeddings, is there under its first."
-    body = body_of(model)
-    once,every = [{n for n,_ in body.named_parameters(remove_duplicate=o)} for o in (True, False)]
-    return {n: t for n,t in body.state_dict().items() if n not in every-once}
+    body,seen,again = body_of(model),set(),set()
+    for n,p in body.named_parameters(remove_duplicate=False):
+        if p in seen: again.add(n)
+        seen.add(p)
+    return {n: t for n,t in body.state_dict().items() if n not in again}

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -188,20 +189,22 @@ def widest_body(
     models:Mapping[str,PreTrainedModel], # task -> model
 )->PreTrainedModel:
     "The first model that has every parameter of all bodies; `ValueError` if none has."
-    every = set().union(*map(_names, models.values()))
-    found = next((m for m in models.values() if _names(m)==every), None)
-    if found is not None: return found
-    lacking = {t: min(every-_names(m)) for t,m in models.items()}
+    names = {t: _names(m) for t,m in models.items()}
+    every = set().union(*names.values())
+    found = next((t for t,o in names.items() if o==every), None)
+    if found is not None: return models[found]
+    lacking = {t: min(every-o) for t,o in names.items()}
     raise ValueError(f'models cannot be merged: none has all parameters of the others; {lacking} are missing')
 
 def narrowest_body(
     models:Mapping[str,PreTrainedModel], # task -> model
 )->PreTrainedModel:
     "The first model that has what all have, and no more; `ValueError` if there is none."
-    common = set.intersection(*map(_names, models.values()))
-    found = next((m for m in models.values() if _names(m)==common), None)
-    if found is not None: return found
-    extra = {t: min(_names(m)-common) for t,m in models.items()}
+    names = {t: _names(m) for t,m in models.items()}
+    common = set.intersection(*names.values())
+    found = next((t for t,o in names.items() if o==common), None)
+    if found is not None: return models[found]
+    extra = {t: min(o-common) for t,o in names.items()}
     raise ValueError(f'models cannot be merged: each has parameters that another lacks, {extra}')
 
 # %% ../../nbs/merging/07_run.ipynb #e7c4e2c3
@@ -218,7 +221,7 @@ class Inputs:
     hashes:dict[str|None,str]=field(default_factory=dict) # fingerprints that are known; the base's under None
     device:Any=None # where models run; None is where each is
 
-    @property
+    @cached_property
     def shared(self)->PreTrainedModel:
         "A model whose body has what all have."
         return narrowest_body(self.models)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'REDUCTIONS', 'HEADS', 'PROBLEMS', 'LOSSES', 'PAIRS', 'PIECE', 'choice_loss', 'squared_error', 'Head',
-           'mean_tokens', 'is_regression', 'find_head', 'head_of', 'can_choose', 'where_asked', 'after_body',
-           'piece_losses']
+           'mean_tokens', 'is_regression', 'find_head', 'class_head', 'head_of', 'can_choose', 'where_asked',
+           'after_body', 'piece_losses']
 
 # %% ../../nbs/core/01b_heads.ipynb #d846741e
 import inspect
@@ -198,6 +198,12 @@ def find_head(
     "The head that a class has."
     return next((o for end,o in HEADS.items() if name.endswith(end)), None)
 
+def class_head(
+    model:PreTrainedModel,
+)->Head|None: # None for one that the table does not know
+    "The head of a model's class, or of one that it is made from, such as a class of the user's."
+    return next((o for c in type(model).__mro__ if (o := find_head(c.__name__))), None)
+
 _HEARD = { # heads of what is heard -> what that changes
     'classifier': dict(name='audio classifier', text=False, auto='AutoModelForAudioClassification'),
     'encoder-decoder': dict(text=False, auto='AutoModelForSpeechSeq2Seq')}
@@ -207,8 +213,7 @@ def head_of(
     loss:str|None=None, # a key of `LOSSES`, where it is not the usual one
 )->Head: # `ValueError` for a model without a loss that is known
     "What a model answers."
-    name,kinds = type(model).__name__,[find_head(o.__name__) for o in type(model).__mro__]
-    found = next((o for o in kinds if o), None) # also of a class of the user's
+    name,found = type(model).__name__,class_head(model)
     if found is None and model.base_model is model and model.main_input_name=='input_ids': found = PAIRS
     if found is None: raise ValueError(f'{name} has no loss that is known; give your own `loss=`')
     if found and found.feeds and getattr(model.config, 'decoder_start_token_id', None) is None:

@@ -289,13 +289,6 @@ def _read(about:Statistic, collector:Collector, model:PreTrainedModel, data, cho
     return statistic_batches(about, model, data, batch_tokens=tokens, **read, **asked)
 
 # %% ../../nbs/engine/09_measure.ipynb #b0ad5fdb
-def _go(collector:Collector, work:Callable, batches:Batches, what:str, progress:bool)->tuple[int,int]:
-    "Go through the batches, divided among processes unless all want all; the number of examples and choices."
-    if not collector.everywhere: return spread(work, batches, collector.sums, what, progress)
-    n = work(batches.batches)
-    if not n[0]: raise ValueError('`data` is empty: no examples')
-    return n
-
 def _measure(about:Statistic, model:PreTrainedModel, data, choices:dict[str,Any], run:dict[str,Any])->Any:
     "Run a model that was checked over the data, and say where the result comes from."
     where,objective = running_device(model, run['device']),choices['objective']
@@ -303,7 +296,8 @@ def _measure(about:Statistic, model:PreTrainedModel, data, choices:dict[str,Any]
     with _ready(about, model, choices, run['device'], precision) as (collector, weight_hash):
         batches = _read(about, collector, model, data, choices, run)
         work = partial(_accumulate, model, collector, objective)
-        n,made = _go(collector, work, batches, about.what, run['progress'])
+        how = dict(progress=run['progress'], everywhere=collector.everywhere)
+        n,made = spread(work, batches, collector.sums, about.what, **how)
         fields = collector.fields(made if objective and objective.reduction=='per-token' else n, model.dtype)
         meta = describe_run(model, data, weight_hash(), num_examples=n, seed=run['seed'],
             precision=run['precision'], device=where.type, **_noted(about, **choices))

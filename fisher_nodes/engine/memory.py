@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from ..core.heads import can_choose, find_head
+from ..core.heads import can_choose, class_head
 from ..core.places import Nodes, find_nodes
 from ..core.schemes import BY_NODE
 from .batches import BATCH_TOKENS, Batch
@@ -26,7 +26,7 @@ def _kept(o:Nodes, scores:int)->int:
 
 def _answer_bytes(model:PreTrainedModel, checkpointing:bool)->int:
     "Memory that the logits of a token take, and what is made of them."
-    head = find_head(type(model).__name__)
+    head = class_head(model)
     if not (head and head.whole) or checkpointing and can_choose(model): return 0
     return head.size(model)*(2*model.dtype.itemsize+3*max(4, model.dtype.itemsize))
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from .batches import Batch, Batches
-from .processes import Rank, exchange, find_rank, sum_processes, value_digest
+from .processes import (
+    Rank, exchange, find_rank, is_main, sum_processes, value_digest)
 
 # %% ../../nbs/engine/08_spread.ipynb #5faa0a18
 def _chain_digest(seen:str, batch:Batch)->str:
@@ -51,11 +52,10 @@ def _meet(n:tuple[int,...], seen:str, sums:MutableMapping)->tuple[int,...]:
     return tuple(map(sum, zip(*(o[0] for o in notes if o[0]))))
 
 # %% ../../nbs/engine/08_spread.ipynb #40c2a2c0
-def _show(own:Iterable[Batch], num_batches:int|None, what:str, progress:bool)->tqdm:
+def _show(own:Iterable[Batch], num_batches:int|None, place:Rank, what:str, progress:bool)->tqdm:
     "A progress bar over the batches of this process, shown by the main one."
-    rank,count = find_rank()
-    total = num_batches and len(range(rank, num_batches, count))
-    return tqdm(own, total=total, desc=what, unit='batch', delay=2, disable=not (progress and rank==0))
+    total,shown = num_batches and len(range(place.rank, num_batches, place.count)),progress and is_main()
+    return tqdm(own, total=total, desc=what, unit='batch', delay=2, disable=not shown)
 
 def spread(
     work:Callable[[Iterable[Batch]], tuple[int,...]], # goes through batches, adds to `sums`, counts
@@ -63,13 +63,14 @@ def spread(
     sums:MutableMapping[Any,Tensor], # what `work` adds to; afterwards the sums of all processes
     what:str, # for the progress bar
     progress:bool=True, # show one when it takes more than two seconds
+    everywhere:bool=False, # whether every process goes through all, and nothing is added up
 )->tuple[int,...]: # what `work` counts, in all processes
     "Go through all batches, divided among the processes."
-    place = find_rank()
+    place = Rank(0, 1) if everywhere else find_rank()
     own = _Share(batches.batches, place)
     every = iter(own)
     first = list(islice(every, 1)) # a process may have no batch
-    n = work(_show(chain(first, every), batches.num_batches, what, progress)) if first else ()
+    n = work(_show(chain(first, every), batches.num_batches, place, what, progress)) if first else ()
     if place.count>1: n = _meet(n, own.seen, sums)
     if not any(n): raise ValueError('`data` is empty: no examples')
     return n

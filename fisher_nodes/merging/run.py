@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +32,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from ..core.averaging import weighted_mean, widest
 from ..core.blocks import Block, Blocks, cut, rows_meant
 from ..core.families import body_of, body_prefix, body_state, find_family
+from ..core.heads import class_head
 from ..core.places import find_places
 from ..core.schemes import check_roles
 from ..engine.adapters import adapter_base
@@ -49,7 +50,7 @@ from ..engine.processes import from_main, once
 from ..engine.text import same_tokens
 from .card import agreed_modules
 from .merged import (
-    Merged, all_heads, check_inputs, check_room, check_shard_size, check_target, class_head, hash_merged,
+    Merged, all_heads, check_inputs, check_room, check_shard_size, check_target, hash_merged,
     new_copy, plan_files, save_rest, whole_model, with_body)
 from .recipe import check_named, check_pinned, load_recipe, read_recipe, without_pins
 from .record import describe_base, merge_recipe, merge_report
@@ -90,11 +91,11 @@ def _code(model:PreTrainedModel)->str:
     try: return inspect.getsource(sys.modules[type(model).__module__])
     except (KeyError, OSError, TypeError): return ''
 
-def _counts(name:str, config:PretrainedConfig, other:Any, code:str, heads:bool)->bool:
+def _counts(name:str, config:PretrainedConfig, known:Collection[str], other:Any, code:str, heads:bool)->bool:
     "Whether two models compute different functions if an entry differs."
     if name in READ_BY_BODIES.get(config.model_type, ()): return True
     if MAY_DIFFER.fullmatch(name) or not heads and OF_HEADS.fullmatch(name): return False
-    if name in inspect.signature(type(config)).parameters: return True
+    if name in known: return True
     return hasattr(other, name) and bool(re.search(rf'config(\.|, ["\']){re.escape(name)}\b', code))
 
 def _leaves(name:str, value:Any)->dict[str,Any]: # by dotted name
@@ -104,9 +105,9 @@ def _leaves(name:str, value:Any)->dict[str,Any]: # by dotted name
 
 def _entries(config:PretrainedConfig, other:Any, *how)->dict[str,Any]: # by dotted name
     "What a configuration, and those inside it, say of the function that a model computes."
-    said = json.loads(config.to_json_string(use_diff=False))
+    said,known = json.loads(config.to_json_string(use_diff=False)),inspect.signature(type(config)).parameters
     found = {}
-    for k in (k for k in said if _counts(k, config, other, *how)):
+    for k in (k for k in said if _counts(k, config, known, other, *how)):
         mine,theirs = getattr(config, k, None),getattr(other, k, None)
         found |= _leaves(k, _entries(mine, theirs, *how) if isinstance(mine, PretrainedConfig) else said[k])
     return found
@@ -447,12 +448,14 @@ def _floating(names:Sequence[str], body:Mapping[str,Any])->Mapping[str,Any]:
     found = {n: body[n] if not isinstance(body, Blocks) else body.tensors[n] for n in names}
     return Blocks(found) if isinstance(body, Blocks) else found
 
+def _in_memory(inputs:Inputs)->bool:
+    return not any(p.is_meta for m in inputs.models.values() for p in m.parameters())
+
 def make_job(request:MergeRequest, inputs:Inputs)->Job:
     "What a method is given."
     shared = inputs.shared
     states = {t: _floating(list(_floats(shared)), o) for t,o in inputs.bodies.items()}
-    whole = all(not p.is_meta for m in inputs.models.values() for p in m.parameters())
-    models = inputs.models if whole else {}
+    models = inputs.models if METHODS[request.method].runs_models and _in_memory(inputs) else {}
     return Job(states, request.lambdas, inputs.statistics, inputs.base, request.seed, shared, models)
 
 # %% ../../nbs/merging/07_run.ipynb #529daecd
@@ -550,9 +553,8 @@ def run(
 )->tuple[Job,Rule]: # which say what was done
     "Merge every parameter; the first failure ends it."
     job = replace(make_job(request, inputs), progress=progress)
-    runs = job.models if request.statistic=='calls' else {}
     with ExitStack() as stack:
-        for m in runs.values(): stack.enter_context(frozen_eval(m, inputs.device))
+        for m in job.models.values(): stack.enter_context(frozen_eval(m, inputs.device))
         rule = METHODS[request.method].rule(job, **request.options)
     total,shown = sum(store.sizes().values()),dict(unit='B', unit_scale=True, delay=2, disable=not progress)
     try:

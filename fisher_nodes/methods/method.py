@@ -40,7 +40,7 @@ class Job:
     base:Mapping[str,Tensor]|None=None # the body before fine-tuning, if the method takes it
     seed:int=0 # of random choices
     model:PreTrainedModel|None=None # any of the models; tells roles and layers
-    models:Mapping[str,PreTrainedModel]=field(default_factory=dict) # task -> model, where all are in memory
+    models:Mapping[str,PreTrainedModel]=field(default_factory=dict) # task -> model, if the method runs them
     progress:bool=False # whether long work shows a bar
 
     @property
@@ -175,6 +175,7 @@ class MergeMethod:
     statistic:str|None=None # what is measured of each model, a key of `STATISTICS`
     needs_base:bool=False # whether it takes the model before fine-tuning
     random:bool=False # whether it draws at random, so that another seed gives another result
+    runs_models:bool=False # whether it runs models while it merges, which must be in memory then
 
     @property
     def evidence(self)->str|None: return self.statistic # its name in version 0.1

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import body_of, body_prefix
-from ..core.heads import after_body, find_head
-from ..core.walk import gives, reads
-from .calls import tokens
+from ..core.heads import after_body, class_head
+from ..core.walk import gives, reads, watching
+from .calls import as_given, tokens
 
 # %% ../../nbs/methods/07a_refit.ipynb #2320038a
 @dataclass
@@ -53,8 +53,9 @@ def can_refit(
     model:PreTrainedModel,
 )->bool:
     "Whether a model has a head of its own that answers each text, or each of its tokens."
-    name = type(model).__name__
-    return bool(find_head(name)) and body_of(model) is not model and not name.endswith('MultipleChoice')
+    head = class_head(model)
+    if head is None or body_of(model) is model: return False
+    return head.many or head.size(model) is not None # of several texts, the size is their number
 
 def last_linear(
     model:PreTrainedModel, # with a head
@@ -63,25 +64,16 @@ def last_linear(
     "The linear layer of a head that is called last."
     prefix,seen = body_prefix(model),[]
     heads = {n: m for n,m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)}
-    handles = [gives(m, lambda _, n=n: seen.append(n)) for n,m in heads.items()]
-    try: model(**call)
-    finally:
-        for o in handles: o.remove()
+    with watching(*(gives(m, lambda _, n=n: seen.append(n)) for n,m in heads.items())): model(**call)
     return seen[-1] if seen else None
 
 # %% ../../nbs/methods/07a_refit.ipynb #a233fc48
 def _pass(model:nn.Module, call:Mapping[str,Tensor], name:str)->dict[str,Tensor]: # 'in' and 'out'
     "What a linear layer is given and gives."
     found,m = {},model.get_submodule(name)
-    handles = [reads(m, lambda x: found.update({'in': x})), gives(m, lambda o: found.update(out=o))]
-    try: model(**call)
-    finally:
-        for o in handles: o.remove()
+    given,gave = reads(m, lambda x: found.update({'in': x})),gives(m, lambda o: found.update(out=o))
+    with watching(given, gave): model(**call)
     return found
-
-def _as_given(call:Mapping[str,Tensor], like:PreTrainedModel)->dict[str,Tensor]:
-    "A call where a model is, in its type."
-    return {k: v.to(like.device, like.dtype if v.is_floating_point() else None) for k,v in call.items()}
 
 @torch.no_grad()
 def refit_head(
@@ -92,10 +84,10 @@ def refit_head(
     factor:float, # γ
 )->dict[str,Tensor]: # name in the model -> its new numbers; empty where there is nothing to be fitted
     "Move a head's last matrix so that on the merged body it answers as on its own."
-    if not can_refit(model) or (name := last_linear(model, _as_given(calls[0], model))) is None: return {}
+    if not can_refit(model) or (name := last_linear(model, as_given(calls[0], model))) is None: return {}
     sums,inner = HeadSums(),body_prefix(model).removesuffix('.')
     for call,mask in zip(calls, masks):
-        here,there = _as_given(call, model),_as_given(call, body)
+        here,there = as_given(call, model),as_given(call, body)
         had = _pass(model, here, name)['out']
         got = _pass(after_body(model, inner, _cast(body(**there), model.dtype)), here, name)
         sums.add(tokens(got['in'], mask), tokens(had, mask)-tokens(got['out'], mask))

@@ -24,7 +24,7 @@ from ..core.families import body_of
 from ..core.places import find_places
 from ..core.walk import (
     Reached, Sum, Walk, called, check_unrepeated, find_sum, gives, reads, watch_sum)
-from .calls import split_calls, tokens
+from .calls import as_given, split_calls, tokens
 from .method import Job, Positive, Rule, merge_method
 from .refit import can_refit, refit_head
 from .regmean import linear_modules, solve_positive
@@ -136,7 +136,7 @@ class Stage:
 
     def find_sums(self, writers:Sequence[str]):
         "Where those matrices' sums are read, by trying on the merged network."
-        found = {n: find_sum(self.lanes[0].new, self.path, self.maps[n]) for n in writers if n in self.maps}
+        found = {n: find_sum(self.lanes[0].new, self.path, self.maps[n]) for n in writers}
         self.sums = {n: o for n,o in found.items() if o is not None}
 
 def _wanted(stage:Stage, lane:Lane, i:int, names:Sequence[str])->dict[str,Tensor]:
@@ -173,12 +173,11 @@ def _asked(stage:Stage, name:str, had:Tensor, given:Mapping[str,Tensor])->Tensor
 # %% ../../nbs/methods/08_residual.ipynb #6f0a0349
 def _collect(stage:Stage, lane:Lane, names:Sequence[str], wanted:Sequence[Mapping[str,Tensor]])->Sums:
     "What the equations of a group need of one task."
-    sums,mask_of = Sums(),lane.masks
-    bias = any(stage.maps[n].bias is not None for n in names)
-    for i,had in enumerate(wanted):
+    sums,bias = Sums(),any(stage.maps[n].bias is not None for n in names)
+    for i,(had,mask) in enumerate(zip(wanted, lane.masks)):
         given = _given(stage, lane, i, names)
-        x = tokens(given['in'], mask_of[i])
-        asked = {n: tokens(_asked(stage, n, had[n], given), mask_of[i]) for n in names}
+        x = tokens(given['in'], mask)
+        asked = {n: tokens(_asked(stage, n, had[n], given), mask) for n in names}
         sums.add(with_ones(x) if bias else x, asked)
     return sums
 
@@ -252,10 +251,7 @@ def _merged_model(job:Job)->PreTrainedModel:
 
 def _lanes(job:Job, model:PreTrainedModel, rows:Mapping[str,Any])->list[Lane]:
     "The rows of every task, on their way."
-    def moved(calls, like):
-        def to(v): return v.to(like.device, like.dtype if v.is_floating_point() else None)
-        return [{k: to(v) for k,v in o.items()} for o in calls]
-    def walk(m, calls): return Walk(body_of(m), find_layers(m), moved(calls, m))
+    def walk(m, calls): return Walk(body_of(m), find_layers(m), [as_given(o, m) for o in calls])
     return [Lane(walk(job.models[t], rows[t][0]), walk(model, rows[t][0]), rows[t][1], λ)
             for t,λ in zip(job.states, job.weights.tolist()) if λ]
 
@@ -272,7 +268,7 @@ def _check_divided(job:Job, heads:float, parts:Sequence[Mapping[str,Any]]):
         raise ValueError(f'{t!r} has {n} rows, too few to keep a share of {heads} for its head; '
                          'give more, or heads=0')
 
-@merge_method('residual-regression', statistic='calls')
+@merge_method('residual-regression', statistic='calls', runs_models=True)
 def residual_rule(
     job:Job, # statistics are `Calls`, and the models are in memory
     ridge:Positive=.1, # ρ, the pull towards the owners' weights

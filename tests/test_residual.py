@@ -18,11 +18,13 @@ from fisher_nodes.core.walk import Walk
 from fisher_nodes.engine.guard import frozen_eval
 from fisher_nodes.engine.measure import measure
 from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
+from fisher_nodes.methods.agreement import agreement
 from fisher_nodes.methods.calls import Calls
+from fisher_nodes.methods.refit import FACTORS
 
 QUIET = dict(progress=False)
 ALL = dict(method='residual-regression', **QUIET)
-HOW = dict(heads=0, **ALL)
+HOW = dict(refit_heads=0, **ALL)
 SHARED = {'albert', 'albert-groups', 'deberta-v3', 'deberta-v2-conv'} # layers or matrices that are used more than once
 PARALLEL = {'cohere', 'cohere-norms', 'gptj', 'gpt_neox', 'falcon', 'falcon-one-key', 'phi', 'phi-norms', 'stablelm-norms'}
 SIZES = (7, 2)
@@ -62,6 +64,14 @@ def test_fitted_to_one_model_is_that_model(name):
         a, b = fitted_maps(new)[n], own[n]
         with torch.no_grad(): got, want = a(inputs[n]), b(inputs[n])
         assert_close(got, want, rtol=1e-5, atol=1e-6*want.abs().max().item(), msg=lambda m: f'{n}: {m}')
+
+@pytest.mark.parametrize('name', list(zoo.ZOO))
+def test_a_model_agrees_with_itself(name):
+    model = zoo.build(name)
+    rows = measure('calls', model, sample(name), **QUIET)
+    with frozen_eval(model): told = agreement(model, body_of(model), rows)
+    assert told.layers and told.explained in (None, 1.) and told.kl in (None, 0.) and told.same in (None, 1.)
+    assert all(o in (None, 1.) for o in told.layers)
 
 def grams_of(model, rows):
     "What every matrix is given, without padding in families that see it side by side."
@@ -212,7 +222,7 @@ def test_from_files_to_files_is_refused(two, tmp_path):
         m.save_pretrained(tmp_path/t)
         measure('calls', m, as_data(texts(1))[t], **QUIET).save(tmp_path/f'{t}.rows')
     with pytest.raises(ValueError, match='runs the models, so they must be in memory'):
-        merge_files({t: tmp_path/t for t in two}, {t: tmp_path/f'{t}.rows' for t in two}, out=tmp_path/'out', **HOW)
+        merge_files({t: tmp_path/t for t in two}, {t: tmp_path/f'{t}.rows' for t in two}, out=tmp_path/'out', **ALL)
     assert not (tmp_path/'out').exists()
 
 def test_tasks_that_use_different_layers_are_refused():
@@ -229,24 +239,40 @@ def test_tasks_that_use_different_layers_are_refused():
 def answer(model, ids):
     with torch.no_grad(): return model(torch.tensor([ids])).logits[0]
 
+def slow_head(F, E, γ):
+    "By the normal equations."
+    f, e = F-F.mean(0), E-E.mean(0)
+    move = torch.linalg.solve(f.T @ f+γ*f.square().sum()/len(f)*torch.eye(16, dtype=f.dtype), f.T @ e).T
+    return move, E.mean(0)-move @ F.mean(0)
+
 def test_heads_are_fitted_on_rows_that_the_body_did_not_see(two):
-    "The body is that of the other rows alone; heads by the normal equations, one row after the other."
-    rows = {t: sorted(v, key=len, reverse=True) for t, v in texts(1).items()}
+    "The body is that of the other rows alone; heads by the normal equations, with the ridge that leaves least on rows left out."
+    rows = {t: sorted(v, key=len, reverse=True) for t, v in texts(1, 64).items()}
     data = {t: [dict(input_ids=torch.tensor([o])) for o in v] for t, v in rows.items()} # every fourth is kept
-    merged = merge(two, data=data, heads=.25, head_ridge=.2, **ALL)
+    merged = merge(two, data=data, refit_heads=.25, **ALL)
     first = {t: [o for i, o in enumerate(v) if i % 4 != 3] for t, v in data.items()}
     alone = merge(two, data=first, **HOW)
     same(alone, merged)
+    told = merged.report['agreement']
     for t, m in two.items():
         kept = [o for i, o in enumerate(rows[t]) if i % 4 == 3]
         with torch.no_grad(): F = torch.cat([alone.body(torch.tensor([o])).pooler_output for o in kept])
-        E = torch.stack([answer(m, o) for o in kept])-F @ m.classifier.weight.T-m.classifier.bias
-        f, e = (F-F.mean(0)).detach(), (E-E.mean(0)).detach()
-        move = torch.linalg.solve(f.T @ f+.2*f.square().sum()/len(f)*torch.eye(16, dtype=f.dtype), f.T @ e).T
+        Y, W, b = torch.stack([answer(m, o) for o in kept]), m.classifier.weight.detach(), m.classifier.bias.detach()
+        E, fold = Y-F @ W.T-b, torch.arange(len(kept)) % 4
+        def left(γ): return sum(float((E[fold==k]-F[fold==k] @ w.T-v).square().sum()) for k in range(4) for w, v in [apart(γ, k)])
+        def apart(γ, k): return (0*W, 0*b) if γ is None else slow_head(F[fold!=k], E[fold!=k], γ)
+        γ = min((None, *FACTORS), key=left)
+        assert told[t]['head_ridge'] == γ and told[t]['rows'] == len(kept)
+        move, shift = slow_head(F, E, γ) if γ else (0*W, 0*b)
         got = merged[t].classifier
-        assert_close(got.weight.detach(), (m.classifier.weight+move).detach(), rtol=1e-7, atol=1e-9)
-        assert_close(got.bias.detach(), (m.classifier.bias+E.mean(0)-move @ F.mean(0)).detach(), rtol=1e-7, atol=1e-9)
-    assert merged.report['averaged']['fitted_heads'] == 2 and alone.report['averaged']['fitted_heads'] == 0
+        assert_close(got.weight.detach(), W+move, rtol=1e-7, atol=1e-9)
+        assert_close(got.bias.detach(), b+shift, rtol=1e-7, atol=1e-9)
+        said = torch.stack([f @ (W+w).T+b+v for f, k in zip(F, fold.tolist()) for w, v in [apart(γ, k)]])
+        p, q = Y.log_softmax(-1), said.log_softmax(-1)
+        assert_close(torch.tensor(told[t]['merged']['kl']), (p.exp()*(p-q)).sum(1).mean(), rtol=1e-6, atol=1e-12, check_dtype=False)
+        assert told[t]['merged']['same'] == (p.argmax(1) == q.argmax(1)).double().mean().item()
+        assert_close(told[t]['merged']['explained'], (1-(said-Y).square().sum()/(Y-Y.mean(0)).square().sum()).item(), rtol=1e-6, atol=0)
+    assert any(o['head_ridge'] for o in told.values()) and 'agreement' not in alone.report
 
 def test_heads_are_saved_and_loaded_and_written_down(two, tmp_path):
     for t, m in two.items(): m.save_pretrained(tmp_path/t)
@@ -259,7 +285,8 @@ def test_heads_are_saved_and_loaded_and_written_down(two, tmp_path):
         for n, p in merged[t].state_dict().items(): assert_close(again[t].state_dict()[n], p, rtol=0, atol=0)
     plain = T.AutoModelForSequenceClassification.from_pretrained(tmp_path/'out'/'b')
     assert_close(plain.classifier.weight, merged['b'].classifier.weight.to(plain.dtype), rtol=0, atol=0)
-    assert merged.recipe['options'] == dict(ridge=.1, heads=.25, head_ridge=.1)
+    assert merged.recipe['options'] == dict(ridge=.1) and 'refit_heads' not in merged.recipe
+    assert again.report['agreement'] == merged.report['agreement']
 
 def test_a_model_merged_with_itself_keeps_its_head(two):
     merged = merge(dict(a=two['a'], b=two['a']), data={t: as_data(texts(1))['a'] for t in 'ab'}, **ALL)
@@ -275,18 +302,20 @@ def test_heads_of_every_kind(cls):
     def build(seed):
         torch.manual_seed(seed)
         return made(made.config_class(**sizes.get(kind, SMALL | (dict(pad_token_id=0) if kind == 'llama' else {})))).double().eval()
-    models, rows = dict(a=build(1), b=build(2)), texts(1)
+    models, rows = dict(a=build(1), b=build(2)), texts(1, 64)
     if cls == 'BertForMultipleChoice': data = {t: [dict(input_ids=torch.tensor(v)[None]) for v in (([5, 6, 7], [8, 9, 10]), ([11, 12, 13], [14, 15, 16]))*4] for t in rows}
     else: data = as_data(rows)
     merged = merge(models, data=data, **ALL)
-    fitted = merged.report['averaged']['fitted_heads']
-    assert fitted == (0 if cls in ('BertForMultipleChoice', 'BertForMaskedLM', 'BertModel') else 2)
-    if not fitted: return
+    told = merged.report['agreement']
+    assert all((o['merged']['kl'] is None) == (cls in ('BertModel', 'BertForMultipleChoice')) for o in told.values())
+    if cls in ('BertForMultipleChoice', 'BertForMaskedLM', 'BertModel'):
+        assert all(o['head_ridge'] is None for o in told.values())
+        return
     own = {n: p for n, p in models['a'].named_parameters() if not torch.equal(p, merged['a'].get_parameter(n))}
     heads = {n for n in own if 'bert.' not in n and 'transformer.' not in n and not n.startswith('model.') and 'roberta.' not in n}
     assert heads and all(('classifier' in n or 'score' in n or 'qa_outputs' in n) and n.count('dense') == 0 for n in heads)
 
 def test_too_few_rows_for_heads(two):
     data = as_data({t: v[:3] for t, v in texts(1).items()})
-    with pytest.raises(ValueError, match="'a' has 3 rows, too few to keep a share of 0.25 for its head; give more, or heads=0"): merge(two, data=data, **ALL)
-    with pytest.raises(ValueError, match='`heads` is 1; expected a finite number below 1'): merge(two, data=data, **ALL | dict(heads=1))
+    with pytest.raises(ValueError, match="'a' has 3 rows, too few to keep a share of 0.25 for its head; give more, or refit_heads=0"): merge(two, data=data, **ALL)
+    with pytest.raises(ValueError, match='`refit_heads` is 1; expected a finite number below 1'): merge(two, data=data, **ALL | dict(refit_heads=1))

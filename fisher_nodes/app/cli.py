@@ -6,8 +6,8 @@
 __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OWN_OPTIONS', 'TOUR', 'MISTAKES', 'parse_pairs',
            'number', 'for_tasks', 'check_file', 'either', 'two_words', 'run_fisher', 'import_methods', 'read_value',
            'run_merge', 'run_evaluate', 'run_finetune', 'run_convert', 'run_demo', 'words', 'numbers', 'read_order',
-           'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number', 'count', 'positive', 'as_line',
-           'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
+           'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number', 'count', 'share', 'positive',
+           'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse
@@ -163,7 +163,12 @@ def run_merge(args:argparse.Namespace)->dict|None:
     _merge_recipe(args) if recipe else _merge_models(args)
     report = from_main(lambda: json.loads((Path(args.out)/'merge_report.json').read_text()))
     tasks = {t: dict(model=o['model'], λ=o['weight']) for t,o in report['tasks'].items()}
-    return {'tasks': tasks, 'zero_fisher_nodes': report['zero_fisher'], 'wrote': str(args.out)}
+    chosen = {'chosen': o['method'], 'why': o['why']} if (o := report.get('chosen')) else {}
+    same = {t: f'{100*o["merged"]["same"]:.1f}% of {o["rows"]} rows that were kept apart'
+            for t,o in report.get('agreement', {}).items() if o['merged']['same'] is not None}
+    alike = {'answers_like_its_own_model': same} if same else {}
+    zero = {'zero_fisher_nodes': report['zero_fisher']}
+    return chosen | {'tasks': tasks} | alike | zero | {'wrote': str(args.out)}
 
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
@@ -403,6 +408,13 @@ def count(text:str)->int:
     if text.isdecimal() and len(text)<20 and int(text)>0: return int(text)
     raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got {text!r}')
 
+def share(text:str)->float:
+    "A number from 0 on, below 1."
+    try: value = float(text)
+    except ValueError: value = 1.
+    if 0<=value<1: return value
+    raise argparse.ArgumentTypeError(f'expected a number from 0 on, below 1, got {text!r}')
+
 def positive(text:str)->float:
     "A finite number above 0."
     try: value = float(text)
@@ -432,7 +444,7 @@ class Parser(argparse.ArgumentParser):
 def _option(*names, **kwargs): return names,kwargs
 
 ASKED = ('method', 'base', 'variant', 'scheme', 'seed', 'num_samples', 'labels', 'precision',
-         'loss', 'reduction', 'max_length', 'text', 'label', 'merge_adapters') # fields of a request
+         'loss', 'reduction', 'max_length', 'text', 'label', 'merge_adapters', 'refit_heads') # fields of a request
 
 def _words_of(name:str)->list[str]|None:
     "The words that an option may be, where they are registered somewhere."
@@ -469,6 +481,7 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
     scheme={},
     method=dict(default='mask-fisher'),
     base=dict(metavar='MODEL'),
+    refit_heads=dict(type=share, metavar='SHARE'),
     merge_adapters=dict(action='store_true'))
 
 OPTIONS = dict(
@@ -493,7 +506,7 @@ COMMANDS = dict(
     demo=(run_demo, ['seed', 'overwrite'], 'fisher-nodes demo --out _demo'),
     fisher=(run_fisher, ['data', *MEASURING, 'out', 'overwrite'],
         'fisher-nodes fisher MODEL --data glue:sst2 --num-samples 128 --out sst2.fisher.safetensors'),
-    merge=(run_merge, ['method', 'scheme', 'base', *MEASURING, 'imports', 'out', 'overwrite'],
+    merge=(run_merge, ['method', 'scheme', 'base', *MEASURING, 'refit_heads', 'imports', 'out', 'overwrite'],
         'fisher-nodes merge mnli=MODEL sst2=MODEL --data mnli=glue:mnli sst2=glue:sst2 '
         '--num-samples 128 --out DIR\n'
         '  fisher-nodes merge mnli=MODEL sst2=MODEL --fisher mnli=FILE sst2=FILE '

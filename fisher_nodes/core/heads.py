@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'REDUCTIONS', 'HEADS', 'PROBLEMS', 'LOSSES', 'PAIRS', 'PIECE', 'choice_loss', 'squared_error', 'Head',
-           'mean_tokens', 'is_regression', 'find_head', 'class_head', 'head_of', 'can_choose', 'where_asked',
-           'after_body', 'piece_losses']
+           'mean_tokens', 'is_regression', 'find_head', 'class_head', 'known_head', 'head_of', 'can_choose',
+           'where_asked', 'after_body', 'piece_losses']
 
 # %% ../../nbs/core/01b_heads.ipynb #d846741e
 import inspect
@@ -208,21 +208,35 @@ _HEARD = { # heads of what is heard -> what that changes
     'classifier': dict(name='audio classifier', text=False, auto='AutoModelForAudioClassification'),
     'encoder-decoder': dict(text=False, auto='AutoModelForSpeechSeq2Seq')}
 
+def _sensed_head(model:PreTrainedModel)->Head|None:
+    "The head of a model's class, as what the model reads says more of it."
+    found = class_head(model)
+    heard = found and model.main_input_name in ('input_values', 'input_features') and found.name in _HEARD
+    return replace(found, **_HEARD[found.name]) if heard else found
+
+def _as_problem(model:PreTrainedModel, head:Head)->Head:
+    "A head, as `config.problem_type` says more of it."
+    return replace(head, **PROBLEMS[_problem(model)]) if head.by_problem else head
+
+def known_head(
+    model:PreTrainedModel,
+)->Head|None: # None for a model whose class the table does not know
+    "What a model answers, whether or not it can be given labels."
+    found = _sensed_head(model)
+    return found and _as_problem(model, found)
+
 def head_of(
     model:PreTrainedModel,
     loss:str|None=None, # a key of `LOSSES`, where it is not the usual one
 )->Head: # `ValueError` for a model without a loss that is known
-    "What a model answers."
-    name,found = type(model).__name__,class_head(model)
+    "What a model answers, and what that is compared with."
+    name,found = type(model).__name__,_sensed_head(model)
     if found is None and model.base_model is model and model.main_input_name=='input_ids': found = PAIRS
     if found is None: raise ValueError(f'{name} has no loss that is known; give your own `loss=`')
-    if found and found.feeds and getattr(model.config, 'decoder_start_token_id', None) is None:
+    if found.feeds and getattr(model.config, 'decoder_start_token_id', None) is None:
         raise ValueError(f'the configuration of {name} has no `decoder_start_token_id`, '
                          'with which answers begin')
-    if model.main_input_name in ('input_values', 'input_features') and found.name in _HEARD:
-        found = replace(found, **_HEARD[found.name])
-    if loss: return _with_loss(model, found, loss)
-    return replace(found, **PROBLEMS[_problem(model)]) if found.by_problem else found
+    return _with_loss(model, found, loss) if loss else _as_problem(model, found)
 
 # %% ../../nbs/core/01b_heads.ipynb #bf83ca13
 def can_choose(

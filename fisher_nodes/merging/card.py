@@ -212,6 +212,22 @@ class _Sentences(_Told):
     files:dict[str,Any]|None=None
     why:str|None=None
 
+class _Alike(_Told):
+    layers:list[float|None]
+    explained:float|None
+    kl:float|None
+    same:float|None
+
+class _Compared(_Told):
+    rows:int
+    head_ridge:float|None
+    average:_Alike
+    merged:_Alike
+
+class _Chosen(_Told):
+    method:str
+    why:str
+
 class _Report(_Told):
     method:str
     base:str|None
@@ -225,6 +241,8 @@ class _Report(_Told):
     scores:dict[str,dict[str,float]]={}
     sentence_transformers:_Sentences|None=None
     beside:dict[str,dict[str,str]]={}
+    agreement:dict[str,_Compared]={}
+    chosen:_Chosen|None=None
 
 def beside_files(
     report:Mapping[str,Any],
@@ -378,6 +396,8 @@ One Transformer body for {n} tasks, merged with [fisher_nodes](https://github.co
 
 {notes}
 
+{agreement}
+
 ## Licence
 
 {licence}
@@ -442,6 +462,9 @@ _SAME = 'All sources state the same licence.'
 _UNLIKE = 'The sources do not all state the same licence. Look at each before using this model.'
 _HEADS = ('`Merged.from_pretrained({where})` of fisher_nodes loads all tasks on one body; '
           '`logits(**batch)` answers them in one pass.')
+_ALIKE = ('## Does it answer as its models do?\n\nCompared with each task\'s own model, on rows that '
+          'nothing was fitted to, without labels: how often the answers are the same, and how much of the '
+          'variance of what is answered is explained; KL is from the own model, in nats.\n\n')
 _ONE = 'All tasks are answered by one model: this folder has the same weights as that of each task.'
 _PIPELINES = dict( # class of transformers -> what the Hub calls its use
     AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction',
@@ -453,6 +476,19 @@ _PIPELINES = dict( # class of transformers -> what the Hub calls its use
     AutoModelForImageClassification='image-classification',
     AutoModelForAudioClassification='audio-classification')
 
+def _percent(o:float|None)->str: return '–' if o is None else f'{100*o:.1f}%'
+
+def _agreement(report:Mapping[str,Any])->str:
+    "How much the merge answers as its models do, on rows that were kept apart; empty if none were."
+    found = report.get('agreement') or {}
+    if not found: return ''
+    def row(t, o):
+        same,explained = ([_percent(o[k][what]) for k in ('average', 'merged')] for what in ('same', 'explained'))
+        kl = '–' if o['merged']['kl'] is None else f'{o["merged"]["kl"]:.3g}'
+        return t,o['rows'],*same,*explained,kl
+    head = ['task', 'rows', 'same answers, average', 'this merge', 'explained, average', 'this merge', 'KL']
+    return _ALIKE + table(head, [row(*o) for o in found.items()], escaped)
+
 def _tables(report:Mapping[str,Any])->dict[str,str]:
     "The tables of a card, by their places in the text."
     licences = [(o.role, o.model, _license_words(o)) for o in origins(report)]
@@ -460,6 +496,7 @@ def _tables(report:Mapping[str,Any])->dict[str,str]:
         tasks=table(['task', 'model', 'λ', 'examples', 'scores'], _task_rows(report), escaped),
         how=table(['setting', 'value'], _settings(report), escaped),
         weights=table(['weighted by the Fisher of', 'parameters', 'numbers'], _weighting(report), escaped),
+        agreement=_agreement(report),
         licences=table(['source', 'model', 'licence'], licences, escaped))
 
 def model_card(

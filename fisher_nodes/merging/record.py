@@ -104,6 +104,7 @@ def merge_report(
     scheme = request.scheme_table
     options = request.options | ({} if scheme is None else dict(scheme=dict(scheme)))
     beside = dict(beside=found) if (found := files_of_sources(models)) else {}
+    if rule.chosen: beside |= dict(chosen=dict(rule.chosen))
     return dict(
         method=request.method, **base, seed=job.seed, options=options, tasks=_sources(job, models),
         roles=roles_report(job.model, rule.kinds, scheme),
@@ -145,6 +146,7 @@ def _measuring(request:MergeRequest, lengths:Mapping[str,int])->dict[str,Any]:
     "How the statistics were measured."
     found = {t: n for t,n in lengths.items() if n}
     how = {k: getattr(request, k) for k in ('num_samples', 'labels', 'precision')}
+    if request.refit_heads is not None: how['refit_heads'] = request.refit_heads
     if request.reduction!='sum': how['reduction'] = request.reduction
     columns = {k: getattr(request, k) for k in ('text', 'label') if getattr(request, k) is not None}
     return how | ({'max_length': found} if found else {}) | columns

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -49,6 +49,7 @@ from ..engine.models import (
 from ..engine.processes import from_main, once
 from ..engine.text import same_tokens
 from .card import agreed_modules
+from .kept import fit_heads, keep_rows
 from .merged import (
     Merged, all_heads, check_inputs, check_room, check_shard_size, check_target, hash_merged,
     new_copy, plan_files, save_rest, whole_model, with_body)
@@ -58,6 +59,8 @@ from .request import READING, MergeRequest, ask
 from .skeletons import open_model, outline
 from .store import (
     FileStore, MemoryStore, TensorSlot, check_stamp, file_stamp, make_file, read_slots)
+from ..methods.average import average_model
+from ..methods.calls import Calls
 from fisher_nodes.methods.method import (
     METHODS, STATISTICS, Count, Job, ParameterStatistic, PathName, Rule, check_numbers, check_shapes,
     check_statistic, checked)
@@ -219,6 +222,7 @@ class Inputs:
     about_base:Mapping[str,Any]=field(default_factory=dict) # of `describe_base`
     statistics:Mapping[str,Any]=field(default_factory=dict) # task -> what was measured
     lengths:Mapping[str,int]=field(default_factory=dict) # task -> tokens read of a row
+    kept:dict[str,Calls]=field(default_factory=dict) # task -> rows kept apart
     hashes:dict[str|None,str]=field(default_factory=dict) # fingerprints that are known; the base's under None
     device:Any=None # where models run; None is where each is
 
@@ -378,7 +382,7 @@ def measure_all(
     **run, # `device`, `progress` and `checkpointing`
 ):
     "Measure every model on its own data; all data are looked at first."
-    about = STATISTICS[request.statistic]
+    about = STATISTICS[request.statistic or 'calls']
     read = {t: _read_data(request, inputs, t) for t in inputs.models}
     inputs.lengths = {t: how['max_length'] for t,(_,how) in read.items()}
     what = dict(num_samples=request.num_samples, seed=request.seed)
@@ -391,8 +395,17 @@ def measure_all(
     quiet = not run['progress'] or len(read)<3
     bar = tqdm(read.items(), desc='measure', unit='model', delay=2, disable=quiet)
     run['precision'] = request.precision
-    inputs.statistics = {t: measure(request.statistic, inputs.models[t], rows, **how, **what, **asked, **run)
-                         for t,(rows,how) in bar}
+    found = {t: measure(about.name, inputs.models[t], rows, **how, **what, **asked, **run)
+             for t,(rows,how) in bar}
+    if request.statistic is None: inputs.kept = found
+    else: inputs.statistics = found
+    if about.name!='calls' and request.kept_share: inputs.kept = _hear_all(inputs, read, what, run)
+
+def _hear_all(inputs:Inputs, read:Mapping[str,tuple], what:Mapping, run:Mapping)->dict[str,Calls]:
+    "The same rows as bodies are called with them, by task."
+    how = {k: what[k] for k in ('num_samples', 'seed')} | {k: run[k] for k in ('device', 'precision')}
+    return {t: measure('calls', inputs.models[t], rows, **how, **own, progress=False)
+            for t,(rows,own) in read.items()}
 
 # %% ../../nbs/merging/07_run.ipynb #f38abda7
 def _gather(request:MergeRequest, models:Mapping, bodies:Mapping, statistics:Mapping,
@@ -422,6 +435,13 @@ def _read_statistic(request:MergeRequest, given:Any)->Any:
     "What was measured before, read where it is a file."
     return STATISTICS[request.statistic].kind.load(given) if isinstance(given, (str, Path)) else given
 
+def _keep_rows(request:MergeRequest, inputs:Inputs):
+    "Keep rows apart. A body that is fitted to rows is fitted to the others."
+    if not request.kept_share: return
+    fits = request.statistic=='calls'
+    rest,inputs.kept = keep_rows(inputs.statistics if fits else inputs.kept, request.kept_share)
+    if fits: inputs.statistics = rest
+
 def load_inputs(
     request:MergeRequest,
     device:Any=None, # where statistics are measured; None is where each model is
@@ -440,6 +460,7 @@ def load_inputs(
     _check_statistics(request, inputs, check_statistic)
     for t,o in inputs.statistics.items():
         if o.meta.get('weight_hash'): _check_weights(request, inputs, t, hash_weights(models[t]))
+    _keep_rows(request, inputs)
     return inputs
 
 # %% ../../nbs/merging/07_run.ipynb #a969b3d1
@@ -570,7 +591,6 @@ def assemble(
     models:Mapping[str,PreTrainedModel], # task -> model
     state:Mapping[str,Tensor], # of the merged body
     tokenizer:Any=None,
-    heads:Mapping[str,Mapping[str,Tensor]]|None=None, # task -> name in its model -> other numbers
 )->Merged:
     "A new body with the merged state, and every task's head on it."
     old = body_of(widest_body(models))
@@ -579,10 +599,7 @@ def assemble(
     with ExitStack() as turns: # a thread that measures one has put hooks on it meanwhile
         for m in sorted(models.values(), key=lambda m: id(body_of(m))): turns.enter_context(turn(m))
         body = new_copy(old, {id(o): renewed(n, o) for n,o in named if n in state})
-        new = {t: with_body(m, body) for t,m in models.items()}
-        for t,found in (heads or {}).items():
-            for n,v in found.items(): new[t].get_parameter(n).copy_(v)
-        return Merged(body, new, {}, tokenizer)
+        return Merged(body, {t: with_body(m, body) for t,m in models.items()}, {}, tokenizer)
 
 def _record(merged:Merged, request:MergeRequest, inputs:Inputs, done:tuple[Job,Rule], result:str):
     "Write down what was done, and what was asked."
@@ -615,10 +632,13 @@ def merge_loaded(
     for path,o in stamps.items(): check_stamp(path, o) # a mapped file that was cut off would end the process
     done = run(request, inputs, store, progress)
     for path,o in stamps.items(): check_stamp(path, o)
-    merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers), done[1].heads)
+    merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers))
+    how = dict(device=inputs.device, progress=progress)
+    agreed = fit_heads(merged, inputs.models, inputs.kept, partial(average_model, done[0]), **how)
     inputs.hashes |= {t: hash_weights(m) for t,m in inputs.models.items() if t not in inputs.hashes}
     if inputs.base is not None: inputs.hashes[None] = hash_tensors(inputs.base)
     _record(merged, request, inputs, done, hash_merged(merged.body, merged))
+    if agreed: merged.report['agreement'] = agreed
     return merged
 
 # %% ../../nbs/merging/07_run.ipynb #ddccf4ab
@@ -651,6 +671,7 @@ def merge(
     loss:Callable|str|None=None, # as in `mask_fisher`
     reduction:str='sum', # as in `mask_fisher`
     device:str|torch.device|None=None, # where Fishers are measured; None is where each model is
+    refit_heads:float|None=None, # share of the rows kept apart for heads; None is the method's
     checkpointing:bool=False, # as in `mask_fisher`
     merge_adapters:bool=False, # whether LoRA adapters are merged into their base first, in a copy
     progress:bool=True, # show progress bars
@@ -659,6 +680,7 @@ def merge(
     "Merge fine-tuned models (Equation 5); the given models stay as they are. `ValueError` for bad input."
     how = dict(num_samples=num_samples, max_length=max_length, text=text, label=label, labels=labels)
     how |= dict(precision=precision, loss=loss, reduction=reduction, merge_adapters=merge_adapters)
+    how['refit_heads'] = refit_heads
     request = ask(models, fishers=fishers, data=data, **how, **kwargs)
     return merge_loaded(request, device, progress, checkpointing)
 
@@ -852,8 +874,8 @@ def merge_stored(
 # %% ../../nbs/merging/07_run.ipynb #896f0a1f
 def _check_no_measuring(given:Mapping[str,Any]):
     "`ValueError` for what only `merge` takes, since measuring runs models."
-    only = ('data', 'num_samples', 'labels', 'precision', 'loss', 'reduction', 'checkpointing', *READING,
-            'result', 'versions')
+    only = ('data', 'num_samples', 'labels', 'precision', 'loss', 'reduction', 'checkpointing',
+            'refit_heads', *READING, 'result', 'versions')
     odd = [k for k in only if k in given]
     if odd: raise ValueError(f'`merge_files` measures nothing; it takes no {odd}')
     if given.get('merge_adapters'):

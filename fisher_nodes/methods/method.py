@@ -73,7 +73,7 @@ class Rule:
     counts:dict[str,int]=field(default_factory=dict) # what was averaged, while combining
     once:bool=False # whether `combine` goes through the tensors once; then they need not be there together
     whole:Collection[str]|None=None # names that are never cut into blocks of rows; None is all
-    heads:Mapping[str,Mapping[str,Tensor]]=field(default_factory=dict) # task -> what changes in its head
+    chosen:Mapping[str,str]=field(default_factory=dict) # `method` and `why`, for a method that chooses another
 
     def takes_whole(self, name:str)->bool:
         "Whether `combine` must see all rows of a parameter at once."
@@ -142,7 +142,7 @@ SHELL = { # words of Python -> words of the shell
     'data': '--data', 'fishers': '--fisher', 'weights': '--weights', 'base': '--base', 'method': '--method',
     'options': '--options', 'num_samples': '--num-samples', 'max_length': '--max-length', 'seed': '--seed',
     'precision': '--precision', 'variant': '--variant', 'scheme': '--scheme', 'device': '--device',
-    'loss': '--loss', 'reduction': '--reduction', 'merge_adapters': '--merge-adapters',
+    'loss': '--loss', 'refit_heads': '--refit-heads', 'reduction': '--reduction', 'merge_adapters': '--merge-adapters',
     'checkpointing': '--checkpointing', 'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
     'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
 _SWITCH = re.compile(r'pass (\w+)=True \((--[\w-]+)\)')
@@ -176,6 +176,8 @@ class MergeMethod:
     needs_base:bool=False # whether it takes the model before fine-tuning
     random:bool=False # whether it draws at random, so that another seed gives another result
     runs_models:bool=False # whether it runs models while it merges, which must be in memory then
+    optional:bool=False # whether it also merges without its statistic
+    refit_heads:float=0. # share of the rows that is kept apart for heads, unless another is asked for
 
     @property
     def evidence(self)->str|None: return self.statistic # its name in version 0.1

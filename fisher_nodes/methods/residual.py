@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['with_ones', 'Sums', 'solve_residual', 'Lane', 'fitted_maps', 'weight_of_map', 'Stage', 'fit_stage', 'fit_body',
-           'residual_rule']
+           'fit_rule', 'residual_rule']
 
 # %% ../../nbs/methods/08_residual.ipynb #b5657084
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 import torch
-from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -24,9 +22,9 @@ from ..core.families import body_of
 from ..core.places import find_places
 from ..core.walk import (
     Reached, Sum, Walk, called, check_unrepeated, find_sum, gives, reads, watch_sum)
-from .calls import as_given, split_calls, tokens
+from .average import average_model
+from .calls import as_given, tokens
 from .method import Job, Positive, Rule, merge_method
-from .refit import can_refit, refit_head
 from .regmean import linear_modules, solve_positive
 
 # %% ../../nbs/methods/08_residual.ipynb #d9bb49b2
@@ -128,6 +126,7 @@ class Stage:
     lanes:Sequence[Lane]
     maps:Mapping[str,nn.Module] # name within the body -> linear layer of the merged network
     path:str='' # of the layer
+    targets:str='sums' # what is asked for: those of owners' 'sums', of their 'outputs', or their 'matrices'
     sums:dict[str,Sum]=field(default_factory=dict) # matrix -> where what it writes is read
 
     def layer(self, walk:Walk)->nn.Module|None: return walk.layers.get(self.path)
@@ -136,6 +135,7 @@ class Stage:
 
     def find_sums(self, writers:Sequence[str]):
         "Where those matrices' sums are read, by trying on the merged network."
+        if self.targets!='sums': return
         found = {n: find_sum(self.lanes[0].new, self.path, self.maps[n]) for n in writers}
         self.sums = {n: o for n,o in found.items() if o is not None}
 
@@ -163,8 +163,10 @@ def _given(stage:Stage, lane:Lane, i:int, names:Sequence[str])->dict[str,Tensor]
     walk.run(i, *watch)
     return found
 
-def _asked(stage:Stage, name:str, had:Tensor, given:Mapping[str,Tensor])->Tensor:
-    "What a matrix is asked for: what its owner gave, or what completes the sum that its owner had."
+def _asked(stage:Stage, lane:Lane, name:str, had:Tensor, given:Mapping[str,Tensor])->Tensor:
+    "What a matrix is asked for: what its owner gives, gave, or what completes the sum that its owner had."
+    owner = stage.owner(lane, name)
+    if stage.targets=='matrices': return owner(given['in'].to(owner.weight))
     if name not in stage.sums: return had
     shape = given['out'].shape
     gap = had.to(given['out'])-given['sum']
@@ -177,7 +179,7 @@ def _collect(stage:Stage, lane:Lane, names:Sequence[str], wanted:Sequence[Mappin
     for i,(had,mask) in enumerate(zip(wanted, lane.masks)):
         given = _given(stage, lane, i, names)
         x = tokens(given['in'], mask)
-        asked = {n: tokens(_asked(stage, n, had[n], given), mask) for n in names}
+        asked = {n: tokens(_asked(stage, lane, n, had[n], given), mask) for n in names}
         sums.add(with_ones(x) if bias else x, asked)
     return sums
 
@@ -212,22 +214,23 @@ def _in_order(lanes:Sequence[Lane])->list[str]:
     if all(o==found[0] for o in found): return found[0]
     raise ValueError(f'the tasks go through different layers: {min({*found[0]}^{*max(found, key=len)})!r}')
 
-def _stages(lanes:Sequence[Lane], maps:Mapping[str,nn.Module], order:Sequence[str])->list[Stage]:
+def _stages(lanes:Sequence[Lane], maps:Mapping[str,nn.Module], order:Sequence[str], targets:str)->list[Stage]:
     "The layers from below, then what comes after the last."
     first = lanes[0].new
     of = {p: {n: m for n,m in maps.items() if n.startswith(f'{p}.')} for p in first.layers}
     before = {n for n,_ in called(first, maps, first.layers[order[0]])}
     after = {n: m for n,m in maps.items() if n not in before and not any(n in o for o in of.values())}
-    return [Stage(lanes, of[p], p) for p in order] + [Stage(lanes, after)]
+    return [Stage(lanes, of[p], p, targets) for p in order] + [Stage(lanes, after, targets=targets)]
 
 def fit_body(
     model:PreTrainedModel, # whose body begins as the average and is fitted in place
     lanes:Sequence[Lane], # of all tasks, whose second walk is through that body
     ridge:float, # ρ
+    targets:str='sums', # as in `Stage`
     progress:bool=False, # show a bar over layers
 )->tuple[list[str],int]: # the matrices that were fitted, and the inputs that no model used
     "Fit every layer from below, then what comes after the last."
-    writers,stages = _writers(model),_stages(lanes, fitted_maps(model), _in_order(lanes))
+    writers,stages = _writers(model),_stages(lanes, fitted_maps(model), _in_order(lanes), targets)
     fitted,unused = [],0
     for stage in tqdm(stages, desc='fit', unit='layer', delay=2, disable=not progress):
         groups = _groups(lanes, stage.maps, stage.layer(lanes[0].new))
@@ -239,55 +242,21 @@ def fit_body(
     return fitted, unused
 
 # %% ../../nbs/methods/08_residual.ipynb #daf6194c
-def _merged_model(job:Job)->PreTrainedModel:
-    "A copy of a model whose body is the average, in float32 or better."
-    model = deepcopy(job.model)
-    named,shares = dict(body_of(model).named_parameters()),plain_shares(job.weights)
-    for n in job.names:
-        tensors = [o[n] for o in job.states.values()]
-        named[n].copy_(weighted_mean(tensors, shares, job.dtype(n)))
-    wide = torch.promote_types(model.dtype, torch.float32)
-    return model.to(wide)
-
-def _lanes(job:Job, model:PreTrainedModel, rows:Mapping[str,Any])->list[Lane]:
+def _lanes(job:Job, model:PreTrainedModel)->list[Lane]:
     "The rows of every task, on their way."
-    def walk(m, calls): return Walk(body_of(m), find_layers(m), [as_given(o, m) for o in calls])
-    return [Lane(walk(job.models[t], rows[t][0]), walk(model, rows[t][0]), rows[t][1], λ)
-            for t,λ in zip(job.states, job.weights.tolist()) if λ]
+    def walk(m, rows): return Walk(body_of(m), find_layers(m), [as_given(o, m) for o in rows.calls])
+    return [Lane(walk(job.models[t], rows), walk(model, rows), rows.masks, λ)
+            for (t,rows),λ in zip(job.statistics.items(), job.weights.tolist()) if λ]
 
-def _divided(job:Job, share:float)->tuple[dict,dict]: # task -> calls and masks, for the body and for heads
-    "Rows for the body, and rows for heads where a model has one."
-    found = {t: split_calls(o, share if can_refit(job.models[t]) else 0) for t,o in job.statistics.items()}
-    return {t: o[0] for t,o in found.items()}, {t: o[1] for t,o in found.items()}
-
-def _check_divided(job:Job, heads:float, parts:Sequence[Mapping[str,Any]]):
-    "`ValueError` naming a task that has too few rows to be divided."
-    for t in (t for t in job.states if heads and can_refit(job.models[t])):
-        if all(o[t][0] for o in parts): continue
-        n = job.statistics[t].num_examples
-        raise ValueError(f'{t!r} has {n} rows, too few to keep a share of {heads} for its head; '
-                         'give more, or heads=0')
-
-@merge_method('residual-regression', statistic='calls', runs_models=True)
-def residual_rule(
+def fit_rule(
     job:Job, # statistics are `Calls`, and the models are in memory
-    ridge:Positive=.1, # ρ, the pull towards the owners' weights
-    heads:Annotated[float, Ge(0), Lt(1)]=.25, # share of the rows that is kept to fit heads again
-    head_ridge:Positive=.1, # γ of `refit_head`
+    ridge:float, # ρ
+    targets:str, # as in `Stage`
 )->Rule:
-    "Least squares through the merged layers for linear layers, the average for the rest; no labels."
-    if not job.models:
-        raise ValueError('residual-regression runs the models, so they must be in memory; use `merge`')
-    rows,kept = _divided(job, heads)
-    _check_divided(job, heads, (rows, kept))
-    model = _merged_model(job)
-    fitted,unused = fit_body(model, _lanes(job, model, rows), ridge, job.progress)
-    asked = [t for t in job.states if kept[t][0]]
-    found = {t: refit_head(job.models[t], body_of(model), *kept[t], head_ridge) for t in asked}
-    return _as_rule(job, model, fitted, unused, {t: o for t,o in found.items() if o})
-
-def _as_rule(job:Job, model:PreTrainedModel, fitted:Sequence[str], unused:int, heads:Mapping)->Rule:
-    "What was fitted, as a rule that looks it up."
+    "What `fit_body` makes of the average, as a rule that looks it up."
+    if not job.models: raise ValueError('this method runs the models, so they must be in memory; use `merge`')
+    model = average_model(job)
+    fitted,unused = fit_body(model, _lanes(job, model), ridge, targets, job.progress)
     state = dict(body_of(model).named_parameters())
     names = {f'{n}.{o}' for n in fitted for o in ('weight', 'bias')}
     kinds = {n: 'fit' if n in names else 'one' for n in job.names}
@@ -295,5 +264,13 @@ def _as_rule(job:Job, model:PreTrainedModel, fitted:Sequence[str], unused:int, h
     def combine(name, tensors):
         if kinds[name]=='fit': return state[name].to(tensors[0].device)
         return weighted_mean(tensors, shares, job.dtype(name))
-    counts = dict(fitted_matrices=len(fitted), unused_inputs=unused, fitted_heads=len(heads))
-    return Rule(combine, kinds, counts, whole={n for n,k in kinds.items() if k=='fit'}, heads=heads)
+    counts = dict(fitted_matrices=len(fitted), unused_inputs=unused)
+    return Rule(combine, kinds, counts, whole={n for n,k in kinds.items() if k=='fit'})
+
+@merge_method('residual-regression', statistic='calls', runs_models=True, refit_heads=.25)
+def residual_rule(
+    job:Job, # statistics are `Calls`, and the models are in memory
+    ridge:Positive=.1, # ρ, the pull towards the owners' weights
+)->Rule:
+    "Least squares through the merged layers for linear layers, the average for the rest; no labels."
+    return fit_rule(job, ridge, 'sums')

@@ -318,4 +318,5 @@ def test_heads_of_every_kind(cls):
 def test_too_few_rows_for_heads(two):
     data = as_data({t: v[:3] for t, v in texts(1).items()})
     with pytest.raises(ValueError, match="'a' has 3 rows, too few to keep a share of 0.25 for its head; give more, or refit_heads=0"): merge(two, data=data, **ALL)
-    with pytest.raises(ValueError, match='`refit_heads` is 1; expected a finite number below 1'): merge(two, data=data, **ALL | dict(refit_heads=1))
+    with pytest.raises(ValueError, match='`refit_heads` is 2; expected a finite number of at most 1'): merge(two, data=data, **ALL | dict(refit_heads=2))
+    with pytest.raises(ValueError, match='too few to keep a share of 1.0'): merge(two, data=data, **ALL | dict(refit_heads=1))

@@ -409,11 +409,11 @@ def count(text:str)->int:
     raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got {text!r}')
 
 def share(text:str)->float:
-    "A number from 0 on, below 1."
+    "A number from 0 to 1."
     try: value = float(text)
-    except ValueError: value = 1.
-    if 0<=value<1: return value
-    raise argparse.ArgumentTypeError(f'expected a number from 0 on, below 1, got {text!r}')
+    except ValueError: value = -1.
+    if 0<=value<=1: return value
+    raise argparse.ArgumentTypeError(f'expected a number from 0 to 1, got {text!r}')
 
 def positive(text:str)->float:
     "A finite number above 0."
@@ -444,7 +444,8 @@ class Parser(argparse.ArgumentParser):
 def _option(*names, **kwargs): return names,kwargs
 
 ASKED = ('method', 'base', 'variant', 'scheme', 'seed', 'num_samples', 'labels', 'precision',
-         'loss', 'reduction', 'max_length', 'text', 'label', 'merge_adapters', 'refit_heads') # fields of a request
+         'loss', 'reduction', 'max_length', 'text', 'label', 'merge_adapters',
+         'refit_heads') # fields of a request
 
 def _words_of(name:str)->list[str]|None:
     "The words that an option may be, where they are registered somewhere."

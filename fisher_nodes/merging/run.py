@@ -395,11 +395,10 @@ def measure_all(
     quiet = not run['progress'] or len(read)<3
     bar = tqdm(read.items(), desc='measure', unit='model', delay=2, disable=quiet)
     run['precision'] = request.precision
-    found = {t: measure(about.name, inputs.models[t], rows, **how, **what, **asked, **run)
-             for t,(rows,how) in bar}
-    if request.statistic is None: inputs.kept = found
-    else: inputs.statistics = found
-    if about.name!='calls' and request.kept_share: inputs.kept = _hear_all(inputs, read, what, run)
+    if request.statistic and not inputs.statistics:
+        inputs.statistics = {t: measure(about.name, inputs.models[t], rows, **how, **what, **asked, **run)
+                             for t,(rows,how) in bar}
+    if request.statistic!='calls' and request.kept_share: inputs.kept = _hear_all(inputs, read, what, run)
 
 def _hear_all(inputs:Inputs, read:Mapping[str,tuple], what:Mapping, run:Mapping)->dict[str,Calls]:
     "The same rows as bodies are called with them, by task."
@@ -439,7 +438,7 @@ def _keep_rows(request:MergeRequest, inputs:Inputs):
     "Keep rows apart. A body that is fitted to rows is fitted to the others."
     if not request.kept_share: return
     fits = request.statistic=='calls'
-    rest,inputs.kept = keep_rows(inputs.statistics if fits else inputs.kept, request.kept_share)
+    rest,inputs.kept = keep_rows(inputs.statistics if fits else inputs.kept, request.kept_share, fits)
     if fits: inputs.statistics = rest
 
 def load_inputs(

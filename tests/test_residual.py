@@ -17,6 +17,7 @@ from fisher_nodes.core.families import body_of
 from fisher_nodes.core.walk import Walk
 from fisher_nodes.engine.guard import frozen_eval
 from fisher_nodes.engine.measure import measure
+from fisher_nodes.methods import residual
 from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
 from fisher_nodes.methods.agreement import agreement
 from fisher_nodes.methods.calls import Calls
@@ -209,6 +210,26 @@ def test_half_precision_is_fitted_in_float32():
     for n, p in body(a).items():
         assert p.dtype == torch.bfloat16
         assert (p.float()-body(b)[n]).norm() <= .02*body(b)[n].norm(), n
+
+def test_goes_on_where_it_was_interrupted(two, tmp_path, monkeypatch):
+    "After a stop in the second layer the first is taken from the folder, and the result is the same to the bit."
+    data, work, fitted = as_data(texts(1)), tmp_path/'work', []
+    whole = merge(two, data=data, **HOW)
+    fit = residual.fit_stage
+    def stops(stage, *args):
+        if fitted: raise KeyboardInterrupt
+        fitted.append(stage.path)
+        return fit(stage, *args)
+    monkeypatch.setattr(residual, 'fit_stage', stops)
+    with pytest.raises(KeyboardInterrupt): merge(two, data=data, work=work, **HOW)
+    assert [o.name for o in work.iterdir() if o.suffix == '.safetensors'] == ['fit.encoder.layer.0.safetensors']
+    later = []
+    monkeypatch.setattr(residual, 'fit_stage', lambda stage, *args: later.append(stage.path) or fit(stage, *args))
+    same(merge(two, data=data, work=work, **HOW), whole)
+    assert (fitted, later) == (['encoder.layer.0'], ['encoder.layer.1', ''])
+    same(merge(two, data=data, work=work, **HOW), whole)
+    with pytest.raises(ValueError, match='is of another merge: other models, rows or options'): merge(two, data=as_data(texts(2)), work=work, **HOW)
+    with pytest.raises(ValueError, match="`work` keeps the layers that a method fits; 'average' fits none"): merge(two, method='average', work=work, **QUIET)
 
 @pytest.mark.parametrize('wrong, said', [
     (dict(ridge=0), '`ridge` is 0; expected a finite number above 0'), (dict(ridge=-1.), '`ridge` is -1.0; expected a finite number above 0'),

@@ -205,6 +205,8 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     if args.data is None and args.checkpointing:
         raise ValueError('--checkpointing is for measuring, but without --data nothing is measured')
+    if args.work and Path(args.work).resolve()==Path(args.out).resolve():
+        raise ValueError('--work and --out are one folder; layers that are fitted need one of their own')
     check_shard_size(args.max_shard_size)
     return models
 
@@ -217,7 +219,7 @@ def _merge_models(args:argparse.Namespace):
     write = dict(overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if not request.in_memory: merge_stored(request, args.out, device=either(args.device, 'cpu'), **write)
     else:
-        merged = merge_loaded(request, args.device, checkpointing=args.checkpointing)
+        merged = merge_loaded(request, args.device, checkpointing=args.checkpointing, work=args.work)
         merged.save_pretrained(args.out, **write)
 
 # %% ../../nbs/app/02_cli.ipynb #b8031b25
@@ -547,6 +549,7 @@ OWN_OPTIONS = dict(
                help='training rows to measure Fishers on; glue:TASK, or a file of rows'),
            _option('--fisher', nargs='+', metavar='TASK=FILE', help='Fishers measured before'),
            _option('--weights', nargs='+', metavar='TASK=NUMBER', help='λ of Equation 5; 1 by default'),
+           _option('--work', metavar='DIR', help='folder for layers that are fitted, to go on after a stop'),
            _option('--max-shard-size', default='5GB', metavar='SIZE', help='of one file of the body (5GB)'),
            _option('--options', nargs='+', metavar='NAME=VALUE',
                help='options of the method, such as off_diagonal=0.99')],

@@ -42,6 +42,7 @@ class Job:
     model:PreTrainedModel|None=None # any of the models; tells roles and layers
     models:Mapping[str,PreTrainedModel]=field(default_factory=dict) # task -> model, if the method runs them
     progress:bool=False # whether long work shows a bar
+    shelf:Any=None # has `load` and `save` for finished parts of long work, if these are kept
 
     @property
     def names(self)->list[str]:
@@ -145,7 +146,7 @@ SHELL = { # words of Python -> words of the shell
     'loss': '--loss', 'refit_heads': '--refit-heads', 'reduction': '--reduction',
     'merge_adapters': '--merge-adapters',
     'checkpointing': '--checkpointing', 'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
-    'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
+    'work': '--work', 'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
 _SWITCH = re.compile(r'pass (\w+)=True \((--[\w-]+)\)')
 
 def in_shell(

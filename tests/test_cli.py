@@ -84,6 +84,23 @@ def test_best_and_heads(here, tmp_path, capsys):
     a, b = (Merged.from_pretrained(tmp_path/o) for o in ('plain', 'heads'))
     for n, t in a.body.state_dict().items(): assert_close(b.body.state_dict()[n], t, rtol=0, atol=0)
 
+def test_rows_without_labels(here, tmp_path, capsys):
+    "Methods that read no labels take files without them, and files whose labels mean nothing; to the same numbers."
+    for k in 'xy':
+        text = [o.rpartition(',')[0] for o in (here/f'{k}.csv').read_text().splitlines()]
+        (tmp_path/f'bare-{k}.csv').write_text('\n'.join(text)+'\n')
+        (tmp_path/f'odd-{k}.csv').write_text('text,label\n'+''.join(f'{o},what?\n' for o in text[1:]))
+    for method in ('best', 'regmean', 'mask-fisher --labels exact'):
+        found = []
+        for kind in (f'{here}/', f'{tmp_path}/bare-', f'{tmp_path}/odd-'):
+            out = tmp_path/f'{method.split()[0]}{len(found)}'
+            run(f'merge x=x y=y --data x={kind}x.csv y={kind}y.csv --num-samples 12 --method {method} --out {out}', capsys)
+            found.append(Merged.from_pretrained(out)['y'].state_dict())
+        for o in found[1:]:
+            for n, t in found[0].items(): assert_close(o[n], t, rtol=0, atol=0)
+    assert main(f'merge x=x y=y --data x={tmp_path}/bare-x.csv y={tmp_path}/bare-y.csv --out {tmp_path}/no'.split()) == 2
+    assert "no column 'label' among ['text']" in capsys.readouterr().err
+
 @pytest.mark.parametrize('line, said', [
     ('--method average --refit-heads .5', "needs either `--fisher` or `--data`|--data|without"), ('--method average --work w', "--work keeps the layers that a method fits; 'average' fits none"),
     ('--method best --work w', "'best' fits none without --data"),

@@ -70,7 +70,7 @@ def test_fitted_to_one_model_is_that_model(name):
 def test_a_model_agrees_with_itself(name):
     model = zoo.build(name)
     rows = measure('calls', model, sample(name), **QUIET)
-    with frozen_eval(model): told = agreement(model, body_of(model), rows)
+    with frozen_eval(model): told, = agreement(model, rows, (body_of(model), None))
     assert told.layers and told.explained in (None, 1.) and told.kl in (None, 0.) and told.same in (None, 1.)
     assert all(o in (None, 1.) for o in told.layers)
 

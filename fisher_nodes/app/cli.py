@@ -112,7 +112,9 @@ def _load_both(args:argparse.Namespace)->tuple[Any,Any,dict[str,Any]]:
     "A model, its rows, and how they are read."
     from fisher_nodes.tasks.tasks import load_rows
     model,tokenizer = _load(args.model, args.merge_adapters)
-    data,task = load_rows(args.data, model, **_columns(args, ''), loss=getattr(args, 'loss', None))
+    needed = getattr(args, 'labels', 'empirical')=='empirical'
+    how = dict(loss=getattr(args, 'loss', None), labels=needed)
+    data,task = load_rows(args.data, model, **_columns(args, ''), **how)
     length = either(args.max_length, task.max_length)
     return model, data, dict(tokenizer=tokenizer, text=task.text or None, max_length=length)
 

@@ -39,7 +39,7 @@ def _told(o:Agreement)->dict[str,Any]: return {k: v for k,v in asdict(o).items()
 def _fit_head(merged:Merged, task:str, model:PreTrainedModel, average:PreTrainedModel, rows:Calls)->dict:
     "Fit one head, and say how much the average and the merge agree with its own model."
     refit = refit_head(model, merged.body, rows)
-    before,after = agreement(model, average, rows),agreement(model, merged.body, rows, refit)
+    before,after = agreement(model, rows, (average, None), (merged.body, refit))
     for n,v in (refit.numbers(model) if refit else {}).items(): merged[task].get_parameter(n).copy_(v)
     ridge = refit.factor if refit else None
     return dict(rows=rows.num_examples, head_ridge=ridge, average=_told(before), merged=_told(after))

@@ -341,6 +341,12 @@ class MergeRequest(BaseModel):
     def statistic(self)->str|None: return METHODS[self.method].statistic
 
     @property
+    def reads_labels(self)->bool:
+        "Whether labels of rows are needed: something is measured by them, and they are not the model's own."
+        takes = STATISTICS[self.statistic].takes if self.statistic else ()
+        return 'labels' in takes and self.labels=='empirical'
+
+    @property
     def kept_share(self)->float:
         "Share of the rows of each task that are kept apart."
         own = 0. if self.data is None and self.fishers is None else METHODS[self.method].refit_heads

@@ -359,7 +359,7 @@ def _load_spec(request:MergeRequest, task:str, model:PreTrainedModel)->tuple[Any
     "Rows, and what is known of their task; `ValueError` naming it."
     columns = {k: _for_task(getattr(request, k), task) for k in ('text', 'label')}
     loss = request.loss if isinstance(request.loss, str) else None
-    try: return load_rows(request.data[task], model, **columns, loss=loss)
+    try: return load_rows(request.data[task], model, **columns, loss=loss, labels=request.reads_labels)
     except (ValueError, FileNotFoundError) as e: raise ValueError(f'data of {task!r}: {e}') from None
 
 def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[str,Any]]:

@@ -8,7 +8,7 @@ __all__ = ['Explained', 'Choices', 'Agreement', 'agreement']
 # %% ../../nbs/methods/07b_agreement.ipynb #1e47cb1f
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 import torch
 from torch import Tensor, nn
@@ -112,22 +112,17 @@ class Agreement:
     same:float|None=None # share of the choices that are the same
 
 class _Comparison:
-    "Adds up batches."
-    def __init__(self, model:PreTrainedModel, body:PreTrainedModel, refit:Refit|None):
-        self.model,self.body,self.refit = model,body,refit
-        answers = can_refit(model) or class_head(model) is not None and body_of(model) is model
-        self.head = known_head(model) if answers else None
+    "Adds up what another body makes of every batch."
+    def __init__(self, model:PreTrainedModel, head:Head|None, body:PreTrainedModel, refit:Refit|None):
+        self.model,self.head,self.body,self.refit = model,head,body,refit
         self.layers,self.said,self.chosen,self.seen = {},Explained(),Choices(),0
 
-    def add(self, call:Any, mask:Tensor|None):
-        "Take in one batch."
-        here = as_given(call, self.model)
-        def run(): return self.head.logits(self.model, here) if self.head else body_of(self.model)(**here)
-        with _layers(self.model) as own: had = run()
+    def add(self, call:Any, mask:Tensor|None, own:list[Tensor], had:Tensor|None):
+        "Take in one batch, beside what the own model's layers gave and what it answered."
         with _layers(self.body) as new: out = self.body(**as_given(call, self.body))
         for i,pair in enumerate(zip(own, new)):
             self.layers.setdefault(i, Explained()).add(*(tokens(o, mask) for o in pair))
-        if self.head: self._add_answers(here, had, out, mask)
+        if self.head: self._add_answers(as_given(call, self.model), had, out, mask)
 
     def _add_answers(self, here:Any, had:Tensor, out:Any, mask:Tensor|None):
         "Take in what is answered."
@@ -138,16 +133,27 @@ class _Comparison:
         if self.head.chooses: self.chosen.add(had[at], got[at])
         self.seen += len(had)
 
+    def found(self, rows:int)->Agreement:
+        "What came of it."
+        out,n = Agreement(rows, [o.share for o in self.layers.values()], self.said.share),self.chosen.n
+        return replace(out, kl=self.chosen.kl/n, same=self.chosen.same/n) if n else out
+
+def _answering(model:PreTrainedModel)->Head|None:
+    "The head whose answers can be compared; None where there is none, or one for several texts."
+    whole = class_head(model) is not None and body_of(model) is model
+    return known_head(model) if whole or can_refit(model) else None
+
 @torch.no_grad()
 def agreement(
     model:PreTrainedModel, # a task's own, in evaluation mode
-    body:PreTrainedModel, # another one; where heads are merged too, a whole model
-    rows:Calls, # that neither was fitted on
-    refit:Refit|None=None, # how the head was fitted to `body` on these rows
-)->Agreement:
-    "Compare what a model says on its own body and on another."
-    c = _Comparison(model, body, refit)
-    for call,mask in zip(rows.calls, rows.masks): c.add(call, mask)
-    found = Agreement(rows.num_examples, [o.share for o in c.layers.values()], c.said.share)
-    if c.chosen.n: found.kl,found.same = c.chosen.kl/c.chosen.n,c.chosen.same/c.chosen.n
-    return found
+    rows:Calls, # that no body was fitted on
+    *others:tuple[PreTrainedModel,Refit|None], # a body, or a whole model; and how the head was fitted to it here
+)->list[Agreement]: # one for each of the others
+    "Compare what a model says on its own body and on others."
+    head = _answering(model)
+    found = [_Comparison(model, head, *o) for o in others]
+    for call,mask in zip(rows.calls, rows.masks):
+        here = as_given(call, model)
+        with _layers(model) as own: had = head.logits(model, here) if head else body_of(model)(**here)
+        for o in found: o.add(call, mask, own, had if head else None)
+    return [o.found(rows.num_examples) for o in found]

@@ -6,7 +6,8 @@
 __all__ = ['GLUE', 'PAPER_TASKS', 'OWN_COLUMNS', 'SplitName', 'METRICS', 'Task', 'as_task', 'check_label_type',
            'check_label_values', 'check_rows', 'as_dataset', 'read_glue', 'label_column', 'stored_names', 'with_label',
            'is_text', 'table_text', 'numbered_names', 'natural', 'label_names', 'with_class_numbers', 'file_task',
-           'load_task', 'correlation', 'from_sklearn', 'task_metric', 'score_predictions', 'check_task', 'load_rows']
+           'load_task', 'correlation', 'from_sklearn', 'task_metric', 'score_predictions', 'check_task', 'text_rows',
+           'load_rows']
 
 # %% ../../nbs/tasks/00_tasks.ipynb #f8c6f460
 import json
@@ -190,16 +191,17 @@ def is_text(
     return str(column.type) in ('string', 'large_string', 'string_view')
 
 def table_text(
-    table:Any, # a `pyarrow.Table` with a column `label`
+    table:Any, # a `pyarrow.Table`
     source:str, # what the message calls it
     text:str|Sequence[str]|None=None, # asked for
     recorded:Sequence[str]=(), # that a model was fine-tuned on
+    label:str|None='label', # column of labels; None if there is none
 )->tuple[str,...]: # one or two column names
     "The columns of text of a table."
     kinds = {c: str(table[c].type) for c in table.column_names}
     some = table.slice(0, LOOKED_AT)
     def read(c): return some[c].to_pylist()
-    try: return tuple(pick_text(kinds, text, recorded, read('label'), read))
+    try: return tuple(pick_text(kinds, text, recorded, label and read(label), read))
     except ValueError as e: raise ValueError(f'{source}: {e}') from None
 
 # %% ../../nbs/tasks/00_tasks.ipynb #baaedf7b
@@ -395,6 +397,23 @@ def check_task(
         raise ValueError(f'task {task.name} has {task.num_labels} labels, but the model has {n}')
 
 # %% ../../nbs/tasks/00_tasks.ipynb #0b47b1a1
+def text_rows(
+    spec:str|Path, # a file of rows
+    split:str='train',
+    text:str|Sequence[str]|None=None, # columns of text; None goes by record and names
+    label:str|None=None, # column of labels, which is left out; None is `label` or `labels`, if they are there
+    recorded:Sequence[str]=(), # columns of text that a model was fine-tuned on
+)->tuple[Any,Any]: # a `datasets.Dataset` and its `Task`, which has no labels
+    "Rows of a file whose labels are not read, and need not be there."
+    from datasets import Dataset, NamedSplit
+    table,source = read_table(spec),Path(spec).name
+    if not len(table): raise ValueError(f'{source}: no rows')
+    if label: label_column(table, source, label) # refuses a name that is not there
+    labels = [c for c in (label, 'label', 'labels') if c in table.column_names]
+    names = table_text(table, source, text, recorded, labels[0] if labels else None)
+    rows = Dataset(table.drop_columns(labels), split=NamedSplit(split))
+    return rows, Task(split_suffix(source)[0], names)
+
 def load_rows(
     spec:str|Path, # data spec
     model:PreTrainedModel|str|Path, # that the rows are for: a model, folder or Hub id
@@ -402,10 +421,13 @@ def load_rows(
     text:str|Sequence[str]|None=None, # columns of text of a file; None goes by record and names
     label:str|None=None, # column of labels of a file; None is `label` or `labels`
     loss:str|None=None, # 'bce' for a reranker with one output; None is the head's own
+    labels:bool=True, # whether they are needed
 )->tuple[Any,Any]: # a `datasets.Dataset` and its `Task`
     "The rows of a data spec as a model means them; `ValueError` for a task that it cannot have."
     model = load_model(model)
     head = head_of(model, loss)
+    if not labels and head.name not in OWN_COLUMNS and not str(spec).startswith('glue:'):
+        return text_rows(spec, split, text, label, recorded_text(model))
     names = None if is_regression(model) else head_names(model.config)
     rows,task = load_task(spec, split, names, text, label, recorded_text(model), head.name)
     check_task(model, task, head)

@@ -184,6 +184,21 @@ def test_regmean_fits_a_conv1d(monkeypatch):
     assert_close(merged.body.state_dict()[name], want, rtol=1e-7, atol=1e-10)
     assert (want-(w[0]+w[1])/2).abs().max() > .01
 
+@pytest.mark.parametrize('method', ['wudi'])
+def test_task_vectors_of_a_conv1d_are_turned(method, monkeypatch):
+    "A `Conv1D` has inputs in its rows; one with as many inputs as outputs would hide a wrong turn from the shapes."
+    monkeypatch.setitem(FAMILIES, 'gpt2', ROWS['gpt2'])
+    base, models = make('gpt2', 0), dict(a=make('gpt2', 1), b=make('gpt2', 2))
+    merged = merge(models, base=base, method=method, progress=False)
+    assert 'task vector' in merged.report['roles']['query']['weight']
+    for name in ('h.1.mlp.c_fc.weight', 'h.0.attn.c_proj.weight'):
+        start, *w = [m.transformer.state_dict()[name].T for m in (base, *models.values())]
+        τ = [o-start for o in w]
+        size = [o.norm() if method == 'wudi' else 1. for o in τ]
+        tall, answers = torch.cat([o/n for o, n in zip(τ, size)]), torch.cat([o@o.T/n for o, n in zip(τ, size)])
+        want = start.T+torch.linalg.lstsq(tall, answers, driver='gelsd').solution
+        assert_close(merged.body.state_dict()[name], want, rtol=1e-6, atol=0)
+
 class Odd(nn.Module):
     "A linear layer that torch does not know as one."
     def __init__(self, n, m):

@@ -22,7 +22,8 @@ from test_purity import unchanged
 SIZE, D, H = dict(vocab=30, positions=20, hidden=16, heads=4, intermediate=24), 16, 4
 TASKS = 'alpha', 'beta', 'gamma'
 UNEQUAL = dict(alpha=1, beta=.3, gamma=2.5)
-VECTORS = 'task-arithmetic', 'ties', 'dare'
+VECTORS = 'task-arithmetic', 'ties', 'dare', 'wudi'
+FITTED = {'regmean': 'gram', 'wudi': 'task vector'} # what weights linear layers, where the rest is averaged
 
 # --- models and evidence --------------------------------------------------------------------
 
@@ -178,6 +179,24 @@ def yadav(base, models, lam, keep, scale):
     start = arrays(base)
     return {k: start[k] + scale*v for k, v in unflatten(merged, start).items()}
 
+def cheng(base, models, lam, normalise=True, ridge=0.):
+    """Of all task vectors the smallest one that answers the rows of each as that one does, by a solver of least squares: no Gram
+    matrix, and none inverted. What is noise in the precision of the models is cut off; a ridge is more rows, which ask for nothing."""
+    out, start = plain(models, lam), arrays(base)
+    eps = max(torch.finfo(torch.promote_types(p.dtype, torch.float32)).eps for m in (base, *models.values()) for p in m.base_model.parameters())
+    for name in linear_weights(base):
+        rows, answers = [], []
+        for w, m in zip(lam, models.values()):
+            tau = arrays(m)[name]-start[name]
+            size = np.linalg.norm(tau) if normalise else 1.
+            if size: rows.append(w**.5*tau/size); answers.append(w**.5*tau @ tau.T/size)
+        width = start[name].shape[1]
+        if not rows: out[name] = start[name]; continue
+        tall, wide = np.concatenate(rows), np.concatenate(answers)
+        if ridge: tall, wide = [np.concatenate([a, b]) for a, b in ((tall, (ridge*(tall**2).sum()/width)**.5*np.eye(width)), (wide, np.zeros((width, wide.shape[1]))))]
+        out[name] = start[name]+np.linalg.lstsq(tall, wide, rcond=None if ridge else (width*eps)**.5)[0].T
+    return out
+
 def layer_mean(models, lam, fishers):
     "Queries and keys of a layer by the mean Fisher of its heads, its first FFN linear by that of its rows."
     def weight(f, name):
@@ -243,6 +262,36 @@ def test_regmean_is_the_regression_it_is_named_after(weights):
         tall = np.concatenate([w**.5*xs[t][name] for w, t in zip(lam, models)])
         answers = np.concatenate([w**.5*xs[t][name] @ arrays(m)[name].T for w, (t, m) in zip(lam, models.items())])
         assert_close(merged[name], np.linalg.lstsq(tall, answers, rcond=None)[0].T, rtol=1e-6, atol=0)
+
+@pytest.mark.parametrize('n,weights', [(1, None), (2, UNEQUAL), (3, UNEQUAL)], ids=['one', 'two', 'three'])
+@pytest.mark.parametrize('ridge', [0., .3])
+@pytest.mark.parametrize('method', ['wudi'])
+def test_least_interference(family, method, n, weights, ridge):
+    "One model has fewer rows than inputs in half its matrices, so that all of them can only be inverted in part."
+    base, models = make(family, n)
+    weights = some(weights, models)
+    merged = call(method, base, models, weights, ridge=ridge)
+    same(merged, models, cheng(base, models, lambdas(models, weights), method == 'wudi', ridge), rtol=1e-6)
+    assert n == 1 or differ(merged.body, call('task-arithmetic', base, models, weights, scale=1/n).body)
+
+@pytest.mark.parametrize('method', ['wudi'])
+def test_what_no_task_vector_reads_stays_at_the_base(method):
+    base, models = make(own=True)
+    name, start = 'encoder.layer.0.output.dense.weight', arrays(base)
+    with torch.no_grad():
+        for m in models.values(): m.base_model.get_parameter(name)[:, 3] = base.base_model.get_parameter(name)[:, 3]
+        models['beta'].base_model.get_parameter('pooler.dense.weight').copy_(base.base_model.get_parameter('pooler.dense.weight'))
+    for ridge in (0., .3):
+        merged = arrays(call(method, base, models, ridge=ridge).body)
+        assert_close(merged[name][:, 3], start[name][:, 3], rtol=1e-9, atol=0)
+    alone = arrays(call(method, base, models).body)['pooler.dense.weight']
+    assert_close(alone, arrays(models['alpha'])['pooler.dense.weight'], rtol=1e-6, atol=0)
+
+@pytest.mark.parametrize('method', ['wudi'])
+def test_a_ridge_that_is_too_small_is_refused(method):
+    "With fewer rows than inputs; the error names the matrix."
+    base, models = make(n=1)
+    refused(r'output\.dense\.weight: cannot be inverted with ridge=1e-30; give a larger one, or 0', method, base, models, ridge=1e-30)
 
 def test_inputs_that_no_model_sees_are_averaged():
     base, models = make()
@@ -411,7 +460,7 @@ def test_models_that_did_not_move_are_the_base(method):
     base, models = make(noise=0.)
     same(call(method, base, models), models, arrays(base), rtol=1e-15)
 
-@pytest.mark.parametrize('method', ['average', 'fisher', 'regmean', 'ties', 'layer-mean'])
+@pytest.mark.parametrize('method', ['average', 'fisher', 'regmean', 'ties', 'wudi', 'layer-mean'])
 def test_only_ratios_of_weights_count(method):
     base, models = make(n=3)
     want = arrays(call(method, base, models, UNEQUAL).body)
@@ -494,6 +543,7 @@ def by_hand(method, base, models, lam, evidence):
     if method == 'fisher': return matena_raffel(models, lam, evidence)
     if method == 'regmean': return jin(models, lam, evidence)
     if method == 'layer-mean': return layer_mean(models, lam, evidence)
+    if method == 'wudi': return cheng(base, models, lam)
     if method == 'ties': return yadav(base, models, lam, total(base), 1.)
     return ilharco(base, models, lam, .4)
 
@@ -524,7 +574,7 @@ def test_a_base_of_another_dtype(method, other):
     "The result has the dtype of the models."
     base, models = make(dtype=torch.float32, positive=True, own=True)
     base = base.to(other)
-    options = dict(density=1.) if method != 'task-arithmetic' else {}
+    options = dict(density=1.) if method in ('ties', 'dare') else {}
     merged = call(method, base, models, **options)
     assert merged.body.dtype == torch.float32
     same(merged, models, by_hand(method, base, models, [1, 1], None), rtol=1e-5)
@@ -557,7 +607,7 @@ def test_the_report_names_how_every_role_is_weighted(method):
     assert roles.keys() >= {'embeddings', 'attention_norm', 'ffn_norm', *GRAM-{'pooler'}}
     def want(role):
         if method == 'layer-mean': return {'query': 'head_mean', 'key': 'head_mean', 'ffn_in': 'row_mean'}.get(role, 'one')
-        if method == 'regmean': return 'gram and one' if role in GRAM else 'one'
+        if method in FITTED: return f'{FITTED[method]} and one' if role in GRAM else 'one'
         return {'average': 'one', 'fisher': 'parameter'}.get(method, 'task vector')
     assert roles == {k: want(k) for k in roles}
     assert sum(v['elements'] for v in report['roles'].values()) == total(base) and not report['copied']
@@ -567,14 +617,14 @@ def test_the_report_names_how_every_role_is_weighted(method):
     assert (report['base'] is not None) == (method in VECTORS)
 
 OPTIONS = [('fisher', dict(normalise=True, floor=1e-4)), ('regmean', dict(off_diagonal=.99)), ('task-arithmetic', dict(scale=.7)),
-           ('ties', dict(density=.3, scale=.8)), ('dare', dict(density=.4, scale=.6))]
+           ('ties', dict(density=.3, scale=.8)), ('dare', dict(density=.4, scale=.6)), ('wudi', dict(ridge=.1))]
 
 @pytest.mark.parametrize('method,options', OPTIONS, ids=lambda x: x if isinstance(x, str) else '')
 def test_the_report_names_all_options_given_or_not(method, options):
     base, models = make()
     assert call(method, base, models, **options).report['options'] == options
     first = dict(list(options.items())[:1])
-    defaults = dict(normalise=False, floor=1e-6, off_diagonal=.9, density={'ties': .2, 'dare': .1}.get(method),
+    defaults = dict(normalise=False, floor=1e-6, ridge=0., off_diagonal=.9, density={'ties': .2, 'dare': .1}.get(method),
                     scale=1. if method == 'ties' else .4)
     assert call(method, base, models, **first).report['options'] == {k: first.get(k, defaults[k]) for k in options}
 
@@ -641,6 +691,7 @@ BAD_OPTIONS = {
     'dare': [dict(density=d) for d in (0, 2, -.1, 1.0001, float('nan'), '0.2', None)] + [dict(scale=s) for s in (float('nan'), float('inf'), '1')],
     'task-arithmetic': [dict(scale=s) for s in (float('nan'), float('inf'), '1', None)],
     'regmean': [dict(off_diagonal=o) for o in (-.1, 1.1, float('nan'), '0.9', None)],
+    'wudi': [dict(ridge=o) for o in (-.1, float('nan'), float('inf'), '0', None)],
     'fisher': [dict(floor=f) for f in (-1e-6, float('nan'), float('inf'), '0', None)],
 }
 

@@ -184,7 +184,7 @@ def test_regmean_fits_a_conv1d(monkeypatch):
     assert_close(merged.body.state_dict()[name], want, rtol=1e-7, atol=1e-10)
     assert (want-(w[0]+w[1])/2).abs().max() > .01
 
-@pytest.mark.parametrize('method', ['wudi'])
+@pytest.mark.parametrize('method', ['wudi', 'actmat'])
 def test_task_vectors_of_a_conv1d_are_turned(method, monkeypatch):
     "A `Conv1D` has inputs in its rows; one with as many inputs as outputs would hide a wrong turn from the shapes."
     monkeypatch.setitem(FAMILIES, 'gpt2', ROWS['gpt2'])
@@ -217,7 +217,7 @@ def odd(family):
 def test_a_body_in_which_regmean_finds_nothing_is_refused(monkeypatch):
     "0.1 averaged it without a word."
     monkeypatch.setitem(FAMILIES, 'phi3', ROWS['phi3'])
-    with pytest.raises(ValueError, match='Phi3Model has no linear layer, so that RegMean would be the plain average'):
+    with pytest.raises(ValueError, match='Phi3Model has no linear layer, so that the merge would be the plain average'):
         linear_grams(odd('phi3'), batches(), progress=False)
     models = dict(a=odd('phi3'), b=odd('phi3'))
     with pytest.raises(ValueError, match='no linear layer'): merge(models, data=dict(a=batches(), b=batches()), method='regmean', progress=False)

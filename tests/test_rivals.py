@@ -22,8 +22,8 @@ from test_purity import unchanged
 SIZE, D, H = dict(vocab=30, positions=20, hidden=16, heads=4, intermediate=24), 16, 4
 TASKS = 'alpha', 'beta', 'gamma'
 UNEQUAL = dict(alpha=1, beta=.3, gamma=2.5)
-VECTORS = 'task-arithmetic', 'ties', 'dare', 'wudi'
-FITTED = {'regmean': 'gram', 'wudi': 'task vector'} # what weights linear layers, where the rest is averaged
+VECTORS = 'task-arithmetic', 'ties', 'dare', 'wudi', 'actmat'
+FITTED = {'regmean': 'gram', 'wudi': 'task vector', 'actmat': 'task vector'} # what weights linear layers, where the rest is averaged
 
 # --- models and evidence --------------------------------------------------------------------
 
@@ -135,8 +135,9 @@ def matena_raffel(models, lam, fishers, normalise=False, floor=1e-6):
         return weighted(xs, [w/n*max(f[name][place], floor) for w, n, f in zip(lam, norms, F)])
     return each_number([arrays(m) for m in models.values()], one)
 
-def jin(models, lam, grams, off_diagonal=.9):
-    "(ΣλG̃)⁻¹ ΣλG̃W for the weight W, of shape (in, out), of every linear layer; the average of all else."
+def jin(models, lam, grams, off_diagonal=.9, anchor=0.):
+    """(ΣλG̃)⁻¹ ΣλG̃W for the weight W, of shape (in, out), of every linear layer; the average of all else. An anchor adds
+    γ times the mean size of an input to the left, and that times the average to the right."""
     out, first = plain(models, lam), next(iter(models.values()))
     for name in linear_weights(first):
         left, right = 0, 0
@@ -144,6 +145,8 @@ def jin(models, lam, grams, off_diagonal=.9):
             G = g.values[name].double().numpy()
             G = np.array([[G[i, j]*(1 if i == j else off_diagonal) for j in range(len(G))] for i in range(len(G))])
             left, right = left + w*G, right + w*G @ arrays(m)[name].T
+        pull = anchor*np.trace(left)/len(left)
+        left, right = left + pull*np.eye(len(left)), right + pull*out[name].T
         out[name] = (np.linalg.inv(left) @ right).T
     return out
 
@@ -252,6 +255,30 @@ def test_regmean(family, n, weights, off_diagonal):
     weights, grams = some(weights, models), make_grams(models)
     same(call('regmean', base, models, weights, grams, **options), models, jin(models, lambdas(models, weights), grams, **options))
 
+@two_or_three
+@pytest.mark.parametrize('anchor', [1e-3, 2.])
+def test_an_anchored_regmean(family, n, weights, anchor):
+    base, models = make(family, n)
+    weights, grams = some(weights, models), make_grams(models)
+    merged = call('regmean', base, models, weights, grams, anchor=anchor)
+    same(merged, models, jin(models, lambdas(models, weights), grams, anchor=anchor))
+    assert differ(merged.body, call('regmean', base, models, weights, grams).body, by=1e-5)
+
+def test_an_anchor_does_what_the_scale_of_grams_does_not():
+    "None is RegMean bit for bit; a common factor on all grams changes nothing; a large one is the average."
+    base, models = make()
+    grams = make_grams(models)
+    scaled = {t: Grams({k: 7*v for k, v in g.values.items()}, 8) for t, g in grams.items()}
+    equal_bits(call('regmean', base, models, None, grams, anchor=0.).body.state_dict(), call('regmean', base, models, None, grams).body.state_dict())
+    same(call('regmean', base, models, None, scaled, anchor=.5), models, arrays(call('regmean', base, models, None, grams, anchor=.5).body))
+    same(call('regmean', base, models, None, grams, anchor=1e12), models, plain(models, [1, 1]), rtol=1e-5)
+
+def test_an_anchor_is_enough_for_fewer_tokens_than_inputs():
+    base, models = make()
+    grams = make_grams(models, rows=3)
+    with pytest.raises(ValueError, match='cannot be inverted'): call('regmean', base, models, None, grams, off_diagonal=1.)
+    same(call('regmean', base, models, None, grams, off_diagonal=1., anchor=1e-2), models, jin(models, [1, 1], grams, 1., 1e-2), rtol=1e-6)
+
 @any_weights
 def test_regmean_is_the_regression_it_is_named_after(weights):
     "Of all weights, the one whose outputs are closest to every model's on that model's own inputs."
@@ -265,7 +292,7 @@ def test_regmean_is_the_regression_it_is_named_after(weights):
 
 @pytest.mark.parametrize('n,weights', [(1, None), (2, UNEQUAL), (3, UNEQUAL)], ids=['one', 'two', 'three'])
 @pytest.mark.parametrize('ridge', [0., .3])
-@pytest.mark.parametrize('method', ['wudi'])
+@pytest.mark.parametrize('method', ['wudi', 'actmat'])
 def test_least_interference(family, method, n, weights, ridge):
     "One model has fewer rows than inputs in half its matrices, so that all of them can only be inverted in part."
     base, models = make(family, n)
@@ -274,7 +301,7 @@ def test_least_interference(family, method, n, weights, ridge):
     same(merged, models, cheng(base, models, lambdas(models, weights), method == 'wudi', ridge), rtol=1e-6)
     assert n == 1 or differ(merged.body, call('task-arithmetic', base, models, weights, scale=1/n).body)
 
-@pytest.mark.parametrize('method', ['wudi'])
+@pytest.mark.parametrize('method', ['wudi', 'actmat'])
 def test_what_no_task_vector_reads_stays_at_the_base(method):
     base, models = make(own=True)
     name, start = 'encoder.layer.0.output.dense.weight', arrays(base)
@@ -287,11 +314,20 @@ def test_what_no_task_vector_reads_stays_at_the_base(method):
     alone = arrays(call(method, base, models).body)['pooler.dense.weight']
     assert_close(alone, arrays(models['alpha'])['pooler.dense.weight'], rtol=1e-6, atol=0)
 
-@pytest.mark.parametrize('method', ['wudi'])
+@pytest.mark.parametrize('method', ['wudi', 'actmat'])
 def test_a_ridge_that_is_too_small_is_refused(method):
     "With fewer rows than inputs; the error names the matrix."
     base, models = make(n=1)
     refused(r'output\.dense\.weight: cannot be inverted with ridge=1e-30; give a larger one, or 0', method, base, models, ridge=1e-30)
+
+def test_longer_task_vectors_weigh_more_unless_normalised():
+    base, models = make(own=True)
+    with torch.no_grad():
+        for p, b in zip(models['alpha'].base_model.parameters(), base.base_model.parameters()): p.copy_(b+5*(p-b))
+    def far(method):
+        merged, own = arrays(call(method, base, models).body), arrays(models['alpha'])
+        return [np.linalg.norm(merged[k]-own[k]) for k in linear_weights(base)]
+    assert all(a < b for a, b in zip(far('actmat'), far('wudi')))
 
 def test_inputs_that_no_model_sees_are_averaged():
     base, models = make()
@@ -460,7 +496,7 @@ def test_models_that_did_not_move_are_the_base(method):
     base, models = make(noise=0.)
     same(call(method, base, models), models, arrays(base), rtol=1e-15)
 
-@pytest.mark.parametrize('method', ['average', 'fisher', 'regmean', 'ties', 'wudi', 'layer-mean'])
+@pytest.mark.parametrize('method', ['average', 'fisher', 'regmean', 'ties', 'wudi', 'actmat', 'layer-mean'])
 def test_only_ratios_of_weights_count(method):
     base, models = make(n=3)
     want = arrays(call(method, base, models, UNEQUAL).body)
@@ -543,7 +579,7 @@ def by_hand(method, base, models, lam, evidence):
     if method == 'fisher': return matena_raffel(models, lam, evidence)
     if method == 'regmean': return jin(models, lam, evidence)
     if method == 'layer-mean': return layer_mean(models, lam, evidence)
-    if method == 'wudi': return cheng(base, models, lam)
+    if method in ('wudi', 'actmat'): return cheng(base, models, lam, method == 'wudi')
     if method == 'ties': return yadav(base, models, lam, total(base), 1.)
     return ilharco(base, models, lam, .4)
 
@@ -616,15 +652,15 @@ def test_the_report_names_how_every_role_is_weighted(method):
     assert [v['weight'] for v in report['tasks'].values()] == [1, .5]
     assert (report['base'] is not None) == (method in VECTORS)
 
-OPTIONS = [('fisher', dict(normalise=True, floor=1e-4)), ('regmean', dict(off_diagonal=.99)), ('task-arithmetic', dict(scale=.7)),
-           ('ties', dict(density=.3, scale=.8)), ('dare', dict(density=.4, scale=.6)), ('wudi', dict(ridge=.1))]
+OPTIONS = [('fisher', dict(normalise=True, floor=1e-4)), ('regmean', dict(off_diagonal=.99, anchor=.1)), ('task-arithmetic', dict(scale=.7)),
+           ('ties', dict(density=.3, scale=.8)), ('dare', dict(density=.4, scale=.6)), ('wudi', dict(ridge=.1)), ('actmat', dict(ridge=.1))]
 
 @pytest.mark.parametrize('method,options', OPTIONS, ids=lambda x: x if isinstance(x, str) else '')
 def test_the_report_names_all_options_given_or_not(method, options):
     base, models = make()
     assert call(method, base, models, **options).report['options'] == options
     first = dict(list(options.items())[:1])
-    defaults = dict(normalise=False, floor=1e-6, ridge=0., off_diagonal=.9, density={'ties': .2, 'dare': .1}.get(method),
+    defaults = dict(normalise=False, floor=1e-6, ridge=0., anchor=0., off_diagonal=.9, density={'ties': .2, 'dare': .1}.get(method),
                     scale=1. if method == 'ties' else .4)
     assert call(method, base, models, **first).report['options'] == {k: first.get(k, defaults[k]) for k in options}
 
@@ -690,7 +726,7 @@ BAD_OPTIONS = {
     'ties': [dict(density=d) for d in (0, 2, -.1, 1.0001, float('nan'), '0.2', None)] + [dict(scale=s) for s in (float('nan'), float('inf'), '1')],
     'dare': [dict(density=d) for d in (0, 2, -.1, 1.0001, float('nan'), '0.2', None)] + [dict(scale=s) for s in (float('nan'), float('inf'), '1')],
     'task-arithmetic': [dict(scale=s) for s in (float('nan'), float('inf'), '1', None)],
-    'regmean': [dict(off_diagonal=o) for o in (-.1, 1.1, float('nan'), '0.9', None)],
+    'regmean': [dict(off_diagonal=o) for o in (-.1, 1.1, float('nan'), '0.9', None)] + [dict(anchor=o) for o in (-.1, float('nan'), float('inf'), '0', None)],
     'wudi': [dict(ridge=o) for o in (-.1, float('nan'), float('inf'), '0', None)],
     'fisher': [dict(floor=f) for f in (-1e-6, float('nan'), float('inf'), '0', None)],
 }

@@ -64,7 +64,7 @@ def linear_modules(
     found = {n: owners[p] for n,p in body_of(model).named_parameters() if _multiplies(n, p, owners[p])}
     if found: return found
     body = type(body_of(model)).__name__
-    raise ValueError(f'{body} has no linear layer, so that RegMean would be the plain average')
+    raise ValueError(f'{body} has no linear layer, so that the merge would be the plain average')
 
 def gram_shapes(model:PreTrainedModel)->dict[str,tuple]: # name of a weight within the body -> shape
     "What the `Grams` of a model must have."
@@ -161,14 +161,17 @@ def regression_mean(
     weights:Tensor, # λ, shape `(M,)`
     off_diagonal:float=.9,
     what:str='the weight', # for the message
+    anchor:float=0., # γ, the pull towards the average
 )->tuple[Tensor,int]: # shape `(out, in)`, and the number of inputs that no model used
     "The weight that does best what all models do, by least squares (RegMean)."
     total,right,dtype,λ = 0,0,None,weights.tolist()
-    unused = sum(g.diagonal().double()*w for g,w in zip(grams(), λ))==0
+    sizes = sum(g.diagonal().double()*w for g,w in zip(grams(), λ))
+    unused,pull = sizes==0,anchor*sizes.mean()/sum(λ)
     for t,g,w in zip(tensors, grams(), λ):
         eps,dtype = torch.finfo(g.dtype).eps,torch.promote_types(t.dtype, dtype or t.dtype)
         wide = shrink(g.to(t.device), off_diagonal).mul_(w)
         wide.diagonal().add_(unused.to(wide)*w)
+        if anchor: wide.diagonal().add_(pull.to(wide)*w)
         total,right = total+wide,right+wide @ t.detach().T.double()
     out = solve_positive(total, right, eps)
     if out is None:
@@ -181,6 +184,7 @@ def regression_mean(
 def regmean_rule(
     job:Job, # statistics are `Grams`
     off_diagonal:Annotated[float, Ge(0), Le(1)]=.9, # factor on the entries of the grams off the diagonal
+    anchor:Annotated[float, Ge(0)]=0., # γ, the pull towards the average
 )->Rule:
     "RegMean for the weights of linear layers, the average for the rest."
     grams = [g.values for g in job.statistics.values()]
@@ -191,7 +195,7 @@ def regmean_rule(
         if kinds[name]=='one': return weighted_mean(tensors, plain_shares(job.weights), job.dtype(name))
         weights = (t.T for t in tensors) if name in turned else tensors
         def of_name(): return (g[name] for g in grams)
-        out,unused = regression_mean(weights, of_name, job.weights, off_diagonal, name)
+        out,unused = regression_mean(weights, of_name, job.weights, off_diagonal, name, anchor)
         counts['unused_inputs'] += unused
         return out.T.contiguous() if name in turned else out
     return Rule(combine, kinds, counts, once=True, whole={n for n,k in kinds.items() if k=='gram'})

@@ -88,7 +88,8 @@ def call(method, base, models, weights=None, fishers=None, **kw):
     if method in VECTORS: kw['base'] = base
     return merge(models, method=method, weights=weights, progress=False, **kw)
 
-ALL = [m for m in METHODS if m not in ('mask-fisher', 'residual-regression')] + ['layer-mean'] # the latter runs models: test_residual.py
+RUN = 'residual-regression', 'prodistill' # they run models: test_residual.py, test_prodistill.py
+ALL = [m for m in METHODS if m not in ('mask-fisher', *RUN)] + ['layer-mean']
 
 def lambdas(models, weights): return [float((weights or {}).get(t, 1)) for t in models]
 
@@ -739,7 +740,7 @@ def test_options_out_of_range(method, options):
 @pytest.mark.parametrize('method', VECTORS)
 def test_no_base(method): refused(f"'{method}'.*`base`", method, None, make()[1])
 
-@pytest.mark.parametrize('method', [m for m in METHODS if m not in (*VECTORS, 'residual-regression')])
+@pytest.mark.parametrize('method', [m for m in METHODS if m not in (*VECTORS, *RUN)])
 def test_a_base_that_is_not_needed(method):
     base, models = make()
     kw = dict(fishers=EVIDENCE[method](models)) if method in EVIDENCE else {}

@@ -111,7 +111,7 @@ def test_a_weight_of_zero_is_absence(three):
     more = merge(models | dict(c=tiny(3)), base=base, data=data | dict(c=data['a']), weights=dict(a=1, b=1, c=0), **HOW)
     for (n, p), q in zip(body(fewer.body).items(), body(more.body).values()): assert_close(q, p, rtol=0, atol=0, msg=lambda m: f'{n}: {m}')
 
-FAMILIES = ['gpt2', 'llama'] # columns, key heads and gates
+FAMILIES = ['gpt2', 'llama', 't5'] # columns, key heads and gates, two stacks
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_other_families_come_nearer_to_their_owners(name):

@@ -24,11 +24,11 @@ from fisher_nodes.methods.method import Rule
 from reference import tiny
 
 SIZE = dict(hidden=64, heads=4, intermediate=96, vocab=131) # blocks of eight rows, with many_blocks
-BASED = 'task-arithmetic', 'ties', 'dare', 'wudi', 'actmat'
+BASED = 'task-arithmetic', 'ties', 'dare', 'wudi'
 METHODS = 'average', 'mask-fisher', 'fisher', 'regmean', *BASED
 OPTIONS = {'average': [{}], 'regmean': [{}, dict(off_diagonal=.5)], 'fisher': [{}, dict(normalise=True, floor=0)],
            'mask-fisher': [{}, dict(variant='released'), dict(scheme='with-value', variant='paper')],
-           'task-arithmetic': [{}], 'ties': [{}, dict(density=.9)], 'dare': [{}, dict(density=.5, seed=7)], 'wudi': [dict(ridge=.1)], 'actmat': [{}]}
+           'task-arithmetic': [{}], 'ties': [{}, dict(density=.9)], 'dare': [{}, dict(density=.5, seed=7)], 'wudi': [dict(ridge=.1)]}
 CASES = [(m, o) for m, options in OPTIONS.items() for o in options]
 
 @pytest.fixture(autouse=True)

@@ -88,7 +88,7 @@ def call(method, base, models, weights=None, fishers=None, **kw):
     if method in VECTORS: kw['base'] = base
     return merge(models, method=method, weights=weights, progress=False, **kw)
 
-RUN = 'residual-regression', 'prodistill' # they run models: test_residual.py, test_prodistill.py
+RUN = [m for m, o in METHODS.items() if o.runs_models] # test_residual.py, test_prodistill.py
 ALL = [m for m in METHODS if m not in ('mask-fisher', *RUN)] + ['layer-mean']
 
 def lambdas(models, weights): return [float((weights or {}).get(t, 1)) for t in models]

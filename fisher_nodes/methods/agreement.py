@@ -147,7 +147,7 @@ def _answering(model:PreTrainedModel)->Head|None:
 def agreement(
     model:PreTrainedModel, # a task's own, in evaluation mode
     rows:Calls, # that no body was fitted on
-    *others:tuple[PreTrainedModel,Refit|None], # a body, or a whole model; and how the head was fitted to it here
+    *others:tuple[PreTrainedModel,Refit|None], # a body, or a whole model, and how the head was fitted to it
 )->list[Agreement]: # one for each of the others
     "Compare what a model says on its own body and on others."
     head = _answering(model)

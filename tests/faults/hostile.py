@@ -541,7 +541,8 @@ def on_old(here, r): return planted(here, r, here/'old', 'convert.json')
 
 def on_page(here, r): return planted(here, r, here/'old-page', 'report.json')
 
-ADAPTER = [('base_model_name_or_path', o) for o in ('../outside', '/etc', '', 'a\0', 'la', 'nobody/nothing', '~', 'x'*5000, 3, 'p')] + [('peft_type', o) for o in ('IA3', 'EVIL', None, 3)] + [
+# a base elsewhere is no harm: an adapter may name any, as SECURITY.md says
+ADAPTER = [('base_model_name_or_path', o) for o in ('/etc', '', 'a\0', 'la', 'nobody/nothing', '~', 'x'*5000, 3, 'p')] + [('peft_type', o) for o in ('IA3', 'EVIL', None, 3)] + [
     ('r', 10**9), ('r', 0), ('r', -1), ('r', '2'), ('lora_alpha', float('nan')), ('lora_alpha', 10**400), ('lora_alpha', -1), ('target_modules', '(a+)+$'), ('rank_pattern', {'(a+)+$': 2}), ('rank_pattern', {'query': 10**9}),
     ('alpha_pattern', {'query': float('inf')}), ('auto_mapping', {'base_model_class': 'Evil', 'parent_library': 'evil'}), ('modules_to_save', ['..']), ('init_lora_weights', 'evil'), ('use_dora', True), ('bias', 'all'),
     ('task_type', 'EVIL'), ('task_type', 'CAUSAL_LM'), ('revision', '../x'), ('fan_in_fan_out', True), ('layer_replication', [[0, 10**6]]), ('corda_config', {'a': 1}), ('megatron_config', {'a': 1}), ('trainable_token_indices', [10**9])]
@@ -563,7 +564,7 @@ def on_adapter(here, r):
     if what == 'table': data = path.read_bytes(); i = r.randrange(400); path.write_bytes(data[:i]+bytes([r.randrange(256)])+data[i+1:]); return f'byte {i}'
     tensors = load_file(path)
     n = r.choice(list(tensors)); t = tensors.pop(n)
-    tensors |= r.choice([{}, {n: t[:-1].clone()}, {n: t.T.contiguous()}, {n: torch.full_like(t, float('nan'))}, {n: t.to(torch.float16)}, {n: t.to(torch.int8)}, {n.replace('base_model.model.', ''): t}, {n.replace('query', 'evil'): t},
+    tensors |= r.choice([{}, {n: t[:-1].clone()}, {n: t.mT.contiguous() if t.ndim > 1 else t[None]}, {n: torch.full_like(t, float('nan'))}, {n: t.to(torch.float16)}, {n: t.to(torch.int8)}, {n.replace('base_model.model.', ''): t}, {n.replace('query', 'evil'): t},
                          {n: t, n.replace('lora_A', 'lora_C'): t.clone()}, {n: t, 'base_model.model.classifier.weight': torch.ones(2, 99)}, {n: t, 'x\x1b': t.clone()}, {n.replace('layer.0', 'layer.99'): t}, {n: torch.zeros(0)}, {n: torch.zeros(10**6)}])
     save_file(tensors, path)
     return f'tensors {n}'

@@ -20,7 +20,7 @@ def noted(kind, f, key):
     return run
 
 grid.run_group = noted('merge', grid.run_group, lambda group, cell, *a, **k: [cell.file, '+'.join(group)])
-grid.evaluate = noted('evaluate', grid.evaluate, lambda model, data, task, **k: [task.name, len(data)])
+grid._score = noted('evaluate', grid._score, lambda model, checkpoint, **k: [checkpoint.task.name, len(checkpoint.validation)])
 def statistic(checkpoint, cell, **how):
     "Which statistic of which model a cell asks for."
     choices = sorted((grid.measure_choices(checkpoint, cell) | how).items())

@@ -17,6 +17,7 @@ from fisher_nodes.core.families import body_of
 from fisher_nodes.core.walk import Walk
 from fisher_nodes.engine.guard import frozen_eval
 from fisher_nodes.engine.measure import measure
+from fisher_nodes.methods import residual
 from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
 from fisher_nodes.methods.agreement import agreement
 from fisher_nodes.methods.calls import Calls
@@ -210,6 +211,26 @@ def test_half_precision_is_fitted_in_float32():
         assert p.dtype == torch.bfloat16
         assert (p.float()-body(b)[n]).norm() <= .02*body(b)[n].norm(), n
 
+def test_goes_on_where_it_was_interrupted(two, tmp_path, monkeypatch):
+    "After a stop in the second layer the first is taken from the folder, and the result is the same to the bit."
+    data, work, fitted = as_data(texts(1)), tmp_path/'work', []
+    whole = merge(two, data=data, **HOW)
+    fit = residual.fit_stage
+    def stops(stage, *args):
+        if fitted: raise KeyboardInterrupt
+        fitted.append(stage.path)
+        return fit(stage, *args)
+    monkeypatch.setattr(residual, 'fit_stage', stops)
+    with pytest.raises(KeyboardInterrupt): merge(two, data=data, work=work, **HOW)
+    assert [o.name for o in work.iterdir() if o.suffix == '.safetensors'] == ['fit.encoder.layer.0.safetensors']
+    later = []
+    monkeypatch.setattr(residual, 'fit_stage', lambda stage, *args: later.append(stage.path) or fit(stage, *args))
+    same(merge(two, data=data, work=work, **HOW), whole)
+    assert (fitted, later) == (['encoder.layer.0'], ['encoder.layer.1', ''])
+    same(merge(two, data=data, work=work, **HOW), whole)
+    with pytest.raises(ValueError, match='is of another merge: other models, rows or options'): merge(two, data=as_data(texts(2)), work=work, **HOW)
+    with pytest.raises(ValueError, match="`work` keeps the layers that a method fits; 'average' fits none"): merge(two, method='average', work=work, **QUIET)
+
 @pytest.mark.parametrize('wrong, said', [
     (dict(ridge=0), '`ridge` is 0; expected a finite number above 0'), (dict(ridge=-1.), '`ridge` is -1.0; expected a finite number above 0'),
     (dict(labels='exact'), "reads no labels, so they cannot be 'exact'"), (dict(data=None), 'needs either `fishers` or `data`'),
@@ -318,4 +339,5 @@ def test_heads_of_every_kind(cls):
 def test_too_few_rows_for_heads(two):
     data = as_data({t: v[:3] for t, v in texts(1).items()})
     with pytest.raises(ValueError, match="'a' has 3 rows, too few to keep a share of 0.25 for its head; give more, or refit_heads=0"): merge(two, data=data, **ALL)
-    with pytest.raises(ValueError, match='`refit_heads` is 1; expected a finite number below 1'): merge(two, data=data, **ALL | dict(refit_heads=1))
+    with pytest.raises(ValueError, match='`refit_heads` is 2; expected a finite number of at most 1'): merge(two, data=data, **ALL | dict(refit_heads=2))
+    with pytest.raises(ValueError, match='too few to keep a share of 1.0'): merge(two, data=data, **ALL | dict(refit_heads=1))

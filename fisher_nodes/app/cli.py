@@ -205,6 +205,8 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     if args.data is None and args.checkpointing:
         raise ValueError('--checkpointing is for measuring, but without --data nothing is measured')
+    if args.work and Path(args.work).resolve()==Path(args.out).resolve():
+        raise ValueError('--work and --out are one folder; layers that are fitted need one of their own')
     check_shard_size(args.max_shard_size)
     return models
 
@@ -217,7 +219,7 @@ def _merge_models(args:argparse.Namespace):
     write = dict(overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if not request.in_memory: merge_stored(request, args.out, device=either(args.device, 'cpu'), **write)
     else:
-        merged = merge_loaded(request, args.device, checkpointing=args.checkpointing)
+        merged = merge_loaded(request, args.device, checkpointing=args.checkpointing, work=args.work)
         merged.save_pretrained(args.out, **write)
 
 # %% ../../nbs/app/02_cli.ipynb #b8031b25
@@ -409,11 +411,11 @@ def count(text:str)->int:
     raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got {text!r}')
 
 def share(text:str)->float:
-    "A number from 0 on, below 1."
+    "A number from 0 to 1."
     try: value = float(text)
-    except ValueError: value = 1.
-    if 0<=value<1: return value
-    raise argparse.ArgumentTypeError(f'expected a number from 0 on, below 1, got {text!r}')
+    except ValueError: value = -1.
+    if 0<=value<=1: return value
+    raise argparse.ArgumentTypeError(f'expected a number from 0 to 1, got {text!r}')
 
 def positive(text:str)->float:
     "A finite number above 0."
@@ -444,7 +446,8 @@ class Parser(argparse.ArgumentParser):
 def _option(*names, **kwargs): return names,kwargs
 
 ASKED = ('method', 'base', 'variant', 'scheme', 'seed', 'num_samples', 'labels', 'precision',
-         'loss', 'reduction', 'max_length', 'text', 'label', 'merge_adapters', 'refit_heads') # fields of a request
+         'loss', 'reduction', 'max_length', 'text', 'label', 'merge_adapters',
+         'refit_heads') # fields of a request
 
 def _words_of(name:str)->list[str]|None:
     "The words that an option may be, where they are registered somewhere."
@@ -546,6 +549,7 @@ OWN_OPTIONS = dict(
                help='training rows to measure Fishers on; glue:TASK, or a file of rows'),
            _option('--fisher', nargs='+', metavar='TASK=FILE', help='Fishers measured before'),
            _option('--weights', nargs='+', metavar='TASK=NUMBER', help='λ of Equation 5; 1 by default'),
+           _option('--work', metavar='DIR', help='folder for layers that are fitted, to go on after a stop'),
            _option('--max-shard-size', default='5GB', metavar='SIZE', help='of one file of the body (5GB)'),
            _option('--options', nargs='+', metavar='NAME=VALUE',
                help='options of the method, such as off_diagonal=0.99')],

@@ -249,7 +249,7 @@ def stopwatch(
     finally: seconds[step] = round(time.perf_counter()-start, 2)
 
 # %% ../../nbs/app/00_demo.ipynb #57fb4f57
-MERGES = {'average':'average', 'mask Fisher':'mask-fisher'}
+MERGES = {'average':'average', 'mask Fisher':'mask-fisher', 'best':'best'}
 
 def merge_all(
     models:dict, # task name to model
@@ -265,9 +265,13 @@ def merge_all(
         with stopwatch(seconds, f'mask Fisher of {name}'):
             fishers[name] = mask_fisher(models[name], corpus.train, num_samples=num_samples, seed=seed,
                 tokenizer=tokenizer, max_length=corpus.task.max_length, progress=False)
+    rows = dict(data={t: o.train for t,o in data.items()}, num_samples=num_samples, tokenizer=tokenizer,
+        max_length={t: o.task.max_length for t,o in data.items()})
+    given = {'mask-fisher': dict(fishers=fishers), 'best': rows}
     for label,method in MERGES.items():
         with stopwatch(seconds, f'merge by {label}'):
-            merged[label] = merge(models, None if method=='average' else fishers, method=method)
+            how = given.get(method, {}) | dict(method=method, seed=seed, progress=False)
+            merged[label] = merge(models, **how)
     return fishers, merged
 
 # %% ../../nbs/app/00_demo.ipynb #cd35ddac
@@ -312,10 +316,10 @@ def _run_demo(out:Path, num_samples:int, train_samples:int, test_samples:int, ma
         with stopwatch(seconds, f'fine-tune or load {name}'):
             models[name] = checkpoint(corpus, out/name, train_samples, seed, **kwargs)
     fishers, merged = merge_all(models, data, num_samples, tokenizer, seconds, seed)
-    with stopwatch(seconds, 'score three methods'):
+    with stopwatch(seconds, 'score four ways'):
         scores = score_all({'own model':models} | merged, data, test_samples, tokenizer, seed)
     with stopwatch(seconds, 'save and reload'):
-        equal = save_merged(merged['mask Fisher'], out/'merged', data, tokenizer)
+        equal = save_merged(merged['best'], out/'merged', data, tokenizer)
     with stopwatch(seconds, 'draw'): draw(fishers, scores, out/'demo.png')
     training = {name: training_seconds(out/name) for name in data}
     return dict(scores=scores, reload_equal=equal, seconds=seconds, training=training)

@@ -40,7 +40,7 @@ from .checkpoints import find_checkpoints
 from ..merging.run import load_base, merge
 from ..methods.method import METHODS, STATISTICS, Count, PathName, Statistic, checked, quoted
 from ..methods.released import RELEASED
-from ..tasks.evaluation import evaluate
+from ..tasks.evaluation import run_model, score_logits
 from ..tasks.labels import check_alignment, reorder_labels
 from ..tasks.tasks import PAPER_TASKS, Task, load_task
 
@@ -53,6 +53,7 @@ class Entry:
     scheme:Any=None # a name in `SCHEMES` or a table, role -> kind; None is the variant's own
     labels:str='empirical' # a name in `ESTIMATORS`
     options:Mapping[str,Any]=field(default_factory=dict) # of the method
+    refit_heads:float|None=None # share of the rows kept for heads; None is the method's own
 
     @property
     def statistic(self)->Statistic|None: # None if nothing is measured
@@ -83,7 +84,14 @@ ENTRIES = {
     'regmean-0.99': Entry('regmean', options=dict(off_diagonal=.99)),
     'task-arithmetic': Entry('task-arithmetic'),
     'ties': Entry('ties'),
-    'dare': Entry('dare')}
+    'dare': Entry('dare'),
+    'average-heads': Entry('average', refit_heads=1.),
+    'mask-fisher-heads': Entry('mask-fisher', refit_heads=1.),
+    'regmean-0.99-heads': Entry('regmean', options=dict(off_diagonal=.99), refit_heads=1.),
+    'sequential-regmean': Entry('sequential-regmean'),
+    'chain-of-merges': Entry('chain-of-merges'),
+    'residual-body': Entry('residual-regression', refit_heads=0.),
+    'residual-regression': Entry('residual-regression')}
 
 # %% ../../nbs/experiment/01_grid.ipynb #ca4f58a6
 def _towards(*roles:str)->Entry:
@@ -127,6 +135,11 @@ class Cell:
         return find_entry(self.name)
 
     @property
+    def needs_rows(self)->bool:
+        "Whether heads are fitted on rows that the method itself does not take."
+        return bool(self.entry.refit_heads) and METHODS[self.entry.method].statistic!='calls'
+
+    @property
     def file(self)->str:
         "The name of the file."
         n = '' if self.num_samples is None else f'-n{self.num_samples}'
@@ -155,7 +168,7 @@ def plan_cells(
         raise ValueError(f'nothing to do: `{next(k for k,v in given.items() if not v)}` is empty')
     drawn,none = _sample_seeds(samples, seeds),[(None, None)]
     alone = [(None, s) for s in range(max(seeds))]
-    def of(e): return drawn if e.statistic else alone if e.is_random else none
+    def of(e): return drawn if e.statistic or e.refit_heads else alone if e.is_random else none
     def row(o): return [name for name,e in entries.items() if o in of(e)]
     return [Cell(name, k, *o) for k in group_sizes for o in none+alone+drawn for name in row(o)]
 
@@ -169,6 +182,17 @@ class Checkpoint:
     train:Any # `datasets.Dataset` of raw text
     validation:Any # `datasets.Dataset` of tokens
     key:str # fingerprint of all weights, head included, and of the training rows
+    _own:Tensor|None=None
+
+    def answers(self, model:PreTrainedModel, **how)->tuple[Tensor,Tensor]: # `(N, classes)`, and labels
+        "What a model says of the validation rows."
+        logits,labels = run_model(model, self.validation, True, progress=False, **how)
+        return torch.stack(logits).squeeze(1),torch.stack(labels)
+
+    def own_answers(self, **how)->Tensor:
+        "What its own model says of them; worked out once."
+        if self._own is None: self._own = self.answers(self.model, **how)[0]
+        return self._own
 
     @cached_property
     def fingerprint(self)->str:
@@ -301,13 +325,16 @@ def _bar(items:Any=None, **kwargs)->tqdm:
     "A progress bar, in the main process."
     return tqdm(items, disable=not is_main(), **kwargs)
 
-def _score(model:PreTrainedModel, checkpoint:Checkpoint, **how)->dict[str,float]:
-    "What a model scores on the validation rows of a checkpoint."
-    return evaluate(model, checkpoint.validation, checkpoint.task, progress=False, **how)
+def _score(model:PreTrainedModel, checkpoint:Checkpoint, **how)->tuple[dict[str,float],float]:
+    "What a model scores on the validation rows of a checkpoint, and the KL from its own model's answers."
+    logits,labels = checkpoint.answers(model, **how)
+    own = checkpoint.own_answers(**how).double().log_softmax(1)
+    kl = (own.exp()*(own-logits.double().log_softmax(1))).sum(1).mean().item()
+    return score_logits(model, logits[:,None], labels, checkpoint.task, checkpoint.validation), kl
 
 def _own_score(c:Checkpoint, **how)->dict[str,Any]:
     "What a model scores on its own task, and what it was."
-    return dict(model=model_name(c.model), weight_hash=c.fingerprint, scores=_score(c.model, c, **how),
+    return dict(model=model_name(c.model), weight_hash=c.fingerprint, scores=_score(c.model, c, **how)[0],
                 majority=c.majority, rows=len(c.validation), train_rows=len(c.train))
 
 def own_scores(
@@ -322,9 +349,19 @@ def own_scores(
 def _merge(group:Sequence[str], cell:Cell, checkpoints:Mapping, statistics:Mapping, base:Any)->Any:
     "Merge one group as a cell says."
     e,models = cell.entry,{t: checkpoints[t].model for t in group}
-    fishers = {t: statistics[t] for t in group} if statistics else None
+    fishers = {t: statistics[t] for t in group} if e.statistic else None
+    heads = _head_rows(group, cell, checkpoints) if cell.needs_rows else {}
     return merge(models, fishers, method=e.method, variant=e.variant, scheme=e.scheme, seed=cell.seed or 0,
-                 base=base if e.needs_base else None, **e.options)
+                 base=base if e.needs_base else None, refit_heads=e.refit_heads, progress=False, **heads,
+                 **e.options)
+
+def _head_rows(group:Sequence[str], cell:Cell, checkpoints:Mapping)->dict[str,Any]:
+    "Rows to fit heads on, where the method itself takes none."
+    found = [checkpoints[t] for t in group]
+    text,length = ({t: o for t,o in zip(group, v)} for v in
+                   ([c.task.text for c in found], [c.task.max_length for c in found]))
+    return dict(data={t: c.train for t,c in zip(group, found)}, num_samples=cell.num_samples,
+                tokenizer=found[0].tokenizer, text=text, max_length=length)
 
 def run_group(
     group:Sequence[str], # tasks to merge
@@ -338,10 +375,12 @@ def run_group(
     start = time.perf_counter()
     merged = _merge(group, cell, checkpoints, statistics, base)
     halfway = time.perf_counter()
-    scores = {t: _score(merged[t], checkpoints[t], **how) for t in group}
+    found = {t: _score(merged[t], checkpoints[t], **how) for t in group}
     end = time.perf_counter()
-    return dict(scores=scores, merge_seconds=halfway-start, evaluate_seconds=end-halfway,
-                zero_fisher=merged.report['zero_fisher'])
+    scores,kl = ({t: o[i] for t,o in found.items()} for i in (0, 1))
+    agreed = dict(agreement=o) if (o := merged.report.get('agreement')) else {}
+    return dict(scores=scores, kl=kl, merge_seconds=halfway-start, evaluate_seconds=end-halfway,
+                zero_fisher=merged.report['zero_fisher'], **agreed)
 
 # %% ../../nbs/experiment/01_grid.ipynb #5aa5ed9d
 def open_record(
@@ -352,7 +391,8 @@ def open_record(
     "The content of a result file, new or as an earlier run left it."
     if not cell.entry.needs_base: about = about | dict(base=None)
     found = read_result(out/cell.file, ['groups'], **asdict(cell), **about)
-    new = dict(schema=SCHEMA, **asdict(cell), merge=asdict(cell.entry), **about, groups={})
+    said = {k: v for k,v in asdict(cell.entry).items() if k!='refit_heads' or v is not None}
+    new = dict(schema=SCHEMA, **asdict(cell), merge=said, **about, groups={})
     return found or new
 
 def _is_done(result:Any, group:Sequence[str])->bool:

@@ -66,6 +66,7 @@ class OwnFile(TypedDict):
 class GroupScores(TypedDict):
     "Scores of one merge."
     scores:dict[str,TaskScores] # task -> scores
+    kl:NotRequired[dict[str,float]] # task -> mean divergence from its own model's answers, in nats
 
 class ResultFile(TypedDict):
     "Content of a result file."
@@ -190,6 +191,7 @@ def result_rows(
         for task in group.split('+'):
             if task not in scores: raise _wrong(path, f'{group}: no {task!r}, only {sorted(scores)}')
             about = setting | dict(group=group, file=Path(path).name)
+            about['kl'] = found.get('kl', {}).get(task, float('nan'))
             yield about | task_row(task, scores[task], own['models'][task])
 
 # %% ../../nbs/experiment/02_results.ipynb #df439d7f

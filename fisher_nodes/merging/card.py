@@ -483,7 +483,8 @@ def _agreement(report:Mapping[str,Any])->str:
     found = report.get('agreement') or {}
     if not found: return ''
     def row(t, o):
-        same,explained = ([_percent(o[k][what]) for k in ('average', 'merged')] for what in ('same', 'explained'))
+        kinds = ('average', 'merged')
+        same,explained = ([_percent(o[k][what]) for k in kinds] for what in ('same', 'explained'))
         kl = '–' if o['merged']['kl'] is None else f'{o["merged"]["kl"]:.3g}'
         return t,o['rows'],*same,*explained,kl
     head = ['task', 'rows', 'same answers, average', 'this merge', 'explained, average', 'this merge', 'KL']

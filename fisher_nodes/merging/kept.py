@@ -24,10 +24,11 @@ from ..methods.refit import refit_head
 def keep_rows(
     rows:Mapping[str,Calls], # task -> rows
     share:float, # of each task's, that is kept apart
+    fits:bool, # whether the body is fitted to the others
 )->tuple[dict[str,Calls],dict[str,Calls]]: # the others, and those kept
     "Divide every task's rows; `ValueError` naming a task that has too few."
     found = {t: split_calls(o, share) for t,o in rows.items()}
-    few = next((t for t,o in found.items() if not all(p.calls for p in o)), None)
+    few = next((t for t,(rest,kept) in found.items() if not kept.calls or fits and not rest.calls), None)
     if few is None: return {t: o[0] for t,o in found.items()}, {t: o[1] for t,o in found.items()}
     raise ValueError(f'{few!r} has {rows[few].num_examples} rows, too few to keep a share of {share} for its '
                      'head; give more, or refit_heads=0')

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le
 from pydantic import (
     AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator)
 from torch import Tensor
@@ -54,7 +54,7 @@ ReductionName = Annotated[str, one_of(lambda: REDUCTIONS)]
 
 # %% ../../nbs/merging/00_request.ipynb #7964f5b4
 Number = Annotated[float, Ge(0)] # finite, as all numbers here are
-Share = Annotated[float, Ge(0), Lt(1)]
+Share = Annotated[float, Ge(0), Le(1)]
 
 def _whole(o:Any)->bool: return isinstance(o, int) and not isinstance(o, bool) and o>=1
 
@@ -227,7 +227,8 @@ def _check_options(method:str, given:Mapping[str,Any], near:Sequence[str]):
 def _check_given(method:str, given:Sequence[str], heads:bool):
     "`ValueError` unless a method that needs a statistic has one, or data to measure it on, and no other has."
     needed = METHODS[method].statistic
-    if heads and not needed and given==['data'] or METHODS[method].optional and not given: return
+    if heads and given==(['fishers', 'data'] if needed else ['data']): return
+    if METHODS[method].optional and not given: return
     if needed and len(given)!=1:
         raise ValueError(f'method {method!r} needs either `fishers` or `data`, got {given or "neither"}')
     if not needed and given:

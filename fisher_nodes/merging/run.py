@@ -56,6 +56,7 @@ from .merged import (
 from .recipe import check_named, check_pinned, load_recipe, read_recipe, without_pins
 from .record import describe_base, merge_recipe, merge_report
 from .request import READING, MergeRequest, ask
+from .shelf import Shelf, work_key
 from .skeletons import open_model, outline
 from .store import (
     FileStore, MemoryStore, TensorSlot, check_stamp, file_stamp, make_file, read_slots)
@@ -395,11 +396,10 @@ def measure_all(
     quiet = not run['progress'] or len(read)<3
     bar = tqdm(read.items(), desc='measure', unit='model', delay=2, disable=quiet)
     run['precision'] = request.precision
-    found = {t: measure(about.name, inputs.models[t], rows, **how, **what, **asked, **run)
-             for t,(rows,how) in bar}
-    if request.statistic is None: inputs.kept = found
-    else: inputs.statistics = found
-    if about.name!='calls' and request.kept_share: inputs.kept = _hear_all(inputs, read, what, run)
+    if request.statistic and not inputs.statistics:
+        inputs.statistics = {t: measure(about.name, inputs.models[t], rows, **how, **what, **asked, **run)
+                             for t,(rows,how) in bar}
+    if request.statistic!='calls' and request.kept_share: inputs.kept = _hear_all(inputs, read, what, run)
 
 def _hear_all(inputs:Inputs, read:Mapping[str,tuple], what:Mapping, run:Mapping)->dict[str,Calls]:
     "The same rows as bodies are called with them, by task."
@@ -439,7 +439,7 @@ def _keep_rows(request:MergeRequest, inputs:Inputs):
     "Keep rows apart. A body that is fitted to rows is fitted to the others."
     if not request.kept_share: return
     fits = request.statistic=='calls'
-    rest,inputs.kept = keep_rows(inputs.statistics if fits else inputs.kept, request.kept_share)
+    rest,inputs.kept = keep_rows(inputs.statistics if fits else inputs.kept, request.kept_share, fits)
     if fits: inputs.statistics = rest
 
 def load_inputs(
@@ -571,9 +571,10 @@ def run(
     inputs:Inputs,
     store:Any, # a `MemoryStore` or a `FileStore`
     progress:bool=True, # show a progress bar when it takes more than two seconds
+    shelf:Shelf|None=None, # of finished layers
 )->tuple[Job,Rule]: # which say what was done
     "Merge every parameter; the first failure ends it."
-    job = replace(make_job(request, inputs), progress=progress)
+    job = replace(make_job(request, inputs), progress=progress, shelf=shelf)
     with ExitStack() as stack:
         for m in job.models.values(): stack.enter_context(frozen_eval(m, inputs.device))
         rule = METHODS[request.method].rule(job, **request.options)
@@ -618,19 +619,33 @@ def _stamps(request:MergeRequest)->dict[Path,tuple]:
     folders = [Path(o) for o in (*named, *map(adapter_base, named)) if o]
     return {f: file_stamp(f) for o in folders if o.is_dir() for f in o.glob('*.safetensors')}
 
+def _check_work(request:MergeRequest, work:Any):
+    "`ValueError` for a folder that would have no use."
+    if work is None or METHODS[request.method].runs_models: return
+    raise ValueError(f'`work` keeps the layers that a method fits; {request.method!r} fits none')
+
+def _open_shelf(request:MergeRequest, inputs:Inputs, work:Any)->Shelf|None:
+    "The finished layers of this very merge."
+    if work is None: return None
+    about = {k: getattr(request, k) for k in ('method', 'options', 'weights')}
+    about['models'] = {t: hash_weights(m) for t,m in inputs.models.items()}
+    return Shelf(work, work_key(about, inputs.statistics))
+
 def merge_loaded(
     request:MergeRequest,
     device:Any=None, # where statistics are measured; None is where each model is
     progress:bool=True, # show progress bars
     checkpointing:bool=False, # as in `mask_fisher`
+    work:Any=None, # as in `merge`
 )->Merged:
     "Do in memory what was asked."
     check_checkpointing(STATISTICS.get(request.statistic) if request.data else None, checkpointing)
+    _check_work(request, work)
     stamps = _stamps(request)
     inputs = load_inputs(request, device, progress, checkpointing)
     store = MemoryStore(inputs.bodies)
     for path,o in stamps.items(): check_stamp(path, o) # a mapped file that was cut off would end the process
-    done = run(request, inputs, store, progress)
+    done = run(request, inputs, store, progress, _open_shelf(request, inputs, work))
     for path,o in stamps.items(): check_stamp(path, o)
     merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers))
     how = dict(device=inputs.device, progress=progress)
@@ -674,6 +689,7 @@ def merge(
     refit_heads:float|None=None, # share of the rows kept apart for heads; None is the method's
     checkpointing:bool=False, # as in `mask_fisher`
     merge_adapters:bool=False, # whether LoRA adapters are merged into their base first, in a copy
+    work:PathName|None=None, # folder for layers that are fitted, from which an interrupted merge goes on
     progress:bool=True, # show progress bars
     **kwargs, # of the method, see `METHODS`
 )->Merged:
@@ -682,7 +698,7 @@ def merge(
     how |= dict(precision=precision, loss=loss, reduction=reduction, merge_adapters=merge_adapters)
     how['refit_heads'] = refit_heads
     request = ask(models, fishers=fishers, data=data, **how, **kwargs)
-    return merge_loaded(request, device, progress, checkpointing)
+    return merge_loaded(request, device, progress, checkpointing, work)
 
 # %% ../../nbs/merging/07_run.ipynb #bf029de3
 class CheckedBlocks(Blocks):
@@ -875,7 +891,7 @@ def merge_stored(
 def _check_no_measuring(given:Mapping[str,Any]):
     "`ValueError` for what only `merge` takes, since measuring runs models."
     only = ('data', 'num_samples', 'labels', 'precision', 'loss', 'reduction', 'checkpointing',
-            'refit_heads', *READING, 'result', 'versions')
+            'refit_heads', 'work', *READING, 'result', 'versions')
     odd = [k for k in only if k in given]
     if odd: raise ValueError(f'`merge_files` measures nothing; it takes no {odd}')
     if given.get('merge_adapters'):

@@ -42,6 +42,7 @@ class Job:
     model:PreTrainedModel|None=None # any of the models; tells roles and layers
     models:Mapping[str,PreTrainedModel]=field(default_factory=dict) # task -> model, if the method runs them
     progress:bool=False # whether long work shows a bar
+    shelf:Any=None # has `load` and `save` for finished parts of long work, if these are kept
 
     @property
     def names(self)->list[str]:
@@ -73,7 +74,7 @@ class Rule:
     counts:dict[str,int]=field(default_factory=dict) # what was averaged, while combining
     once:bool=False # whether `combine` goes through the tensors once; then they need not be there together
     whole:Collection[str]|None=None # names that are never cut into blocks of rows; None is all
-    chosen:Mapping[str,str]=field(default_factory=dict) # `method` and `why`, for a method that chooses another
+    chosen:Mapping[str,str]=field(default_factory=dict) # `method` and `why`, if it chose another
 
     def takes_whole(self, name:str)->bool:
         "Whether `combine` must see all rows of a parameter at once."
@@ -142,9 +143,10 @@ SHELL = { # words of Python -> words of the shell
     'data': '--data', 'fishers': '--fisher', 'weights': '--weights', 'base': '--base', 'method': '--method',
     'options': '--options', 'num_samples': '--num-samples', 'max_length': '--max-length', 'seed': '--seed',
     'precision': '--precision', 'variant': '--variant', 'scheme': '--scheme', 'device': '--device',
-    'loss': '--loss', 'refit_heads': '--refit-heads', 'reduction': '--reduction', 'merge_adapters': '--merge-adapters',
+    'loss': '--loss', 'refit_heads': '--refit-heads', 'reduction': '--reduction',
+    'merge_adapters': '--merge-adapters',
     'checkpointing': '--checkpointing', 'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
-    'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
+    'work': '--work', 'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
 _SWITCH = re.compile(r'pass (\w+)=True \((--[\w-]+)\)')
 
 def in_shell(

@@ -222,23 +222,45 @@ def _stages(lanes:Sequence[Lane], maps:Mapping[str,nn.Module], order:Sequence[st
     after = {n: m for n,m in maps.items() if n not in before and not any(n in o for o in of.values())}
     return [Stage(lanes, of[p], p, targets) for p in order] + [Stage(lanes, after, targets=targets)]
 
+def _fit(stage:Stage, groups:Sequence[Sequence[str]], writers:set[str], ridge:float)->int:
+    "Fit one stage; the number of inputs that no model used."
+    if stage.path: stage.find_sums([n for g in groups for n in g if n in writers])
+    unused = fit_stage(stage, groups, ridge)
+    for o in stage.lanes if stage.path else (): o.new.advance(stage.path)
+    return unused
+
+def _take(stage:Stage, found:Mapping[str,Tensor])->int:
+    "Take over what was fitted before, and go on from there; the number of inputs that no model used."
+    for n,m in stage.maps.items():
+        for k,p in m.named_parameters():
+            if f'{n}.{k}' in found: p.copy_(found[f'{n}.{k}'])
+    for o in stage.lanes if stage.path else ():
+        for walk in (o.own, o.new): walk.advance(stage.path)
+    return int(found['unused'])
+
+def _parameters(maps:Mapping[str,nn.Module])->dict[str,Tensor]:
+    return {f'{n}.{k}': p.detach() for n,m in maps.items() for k,p in m.named_parameters()}
+
 def fit_body(
     model:PreTrainedModel, # whose body begins as the average and is fitted in place
     lanes:Sequence[Lane], # of all tasks, whose second walk is through that body
     ridge:float, # ρ
     targets:str='sums', # as in `Stage`
     progress:bool=False, # show a bar over layers
+    shelf:Any=None, # has layers that were fitted before, and takes others
 )->tuple[list[str],int]: # the matrices that were fitted, and the inputs that no model used
     "Fit every layer from below, then what comes after the last."
     writers,stages = _writers(model),_stages(lanes, fitted_maps(model), _in_order(lanes), targets)
     fitted,unused = [],0
     for stage in tqdm(stages, desc='fit', unit='layer', delay=2, disable=not progress):
         groups = _groups(lanes, stage.maps, stage.layer(lanes[0].new))
-        names = [n for g in groups for n in g]
-        if stage.path: stage.find_sums([n for n in names if n in writers])
-        unused += fit_stage(stage, groups, ridge)
-        fitted += names
-        for o in lanes if stage.path else (): o.new.advance(stage.path)
+        names,part = [n for g in groups for n in g],stage.path or 'after'
+        found = shelf.load(part) if shelf else None
+        more = _fit(stage, groups, writers, ridge) if found is None else _take(stage, found)
+        if shelf and found is None:
+            of_stage = _parameters({n: stage.maps[n] for n in names})
+            shelf.save(part, of_stage | dict(unused=torch.tensor(more)))
+        fitted,unused = fitted+names,unused+more
     return fitted, unused
 
 # %% ../../nbs/methods/08_residual.ipynb #daf6194c
@@ -256,7 +278,7 @@ def fit_rule(
     "What `fit_body` makes of the average, as a rule that looks it up."
     if not job.models: raise ValueError('this method runs the models, so they must be in memory; use `merge`')
     model = average_model(job)
-    fitted,unused = fit_body(model, _lanes(job, model), ridge, targets, job.progress)
+    fitted,unused = fit_body(model, _lanes(job, model), ridge, targets, job.progress, job.shelf)
     state = dict(body_of(model).named_parameters())
     names = {f'{n}.{o}' for n in fitted for o in ('weight', 'bias')}
     kinds = {n: 'fit' if n in names else 'one' for n in job.names}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gather', 'run_model', 'predict', 'class_order', 'data_order', 'as_task_counts', 'default_task', 'task_text',
-           'gather_choices', 'evaluate']
+           'gather_choices', 'score_logits', 'evaluate']
 
 # %% ../../nbs/tasks/01_evaluation.ipynb #cdb33008
 from collections.abc import Callable, Sequence
@@ -183,16 +183,27 @@ def gather_choices(
         found += answered(head, batch, batch_logits(model, batch, head))
     return _in_order(rows, found)
 
-def _evaluate_classes(model:PreTrainedModel, data:Any, task:Task|str|None, text, **how)->dict[str,float]:
-    "Score one choice, or one number, a row."
-    task = default_task(model, task)
+def score_logits(
+    model:PreTrainedModel, # with a task head of one choice, or one number, a row
+    logits:Tensor, # that it gives, shape `(N, 1, classes)` or `(N, outputs)`
+    labels:Tensor, # of the data, in the same order
+    task:Task,
+    data:Any, # whose classes may have names
+)->dict[str,float]: # metric name to a float
+    "What logits score."
     order = class_order(model, task, _is_named(data))
-    logits,labels = map(torch.stack, run_model(model, data, True, text=text or task_text(task, data), **how))
     if not task.labels: return score_predictions(task, logits.flatten(1).squeeze(-1).numpy(), labels.numpy())
     answers,labels = as_task_counts(logits[:,0].argmax(-1), order),as_task_counts(labels, order)
     meant = data_order(model, task, data)
     if meant is not None: labels = torch.tensor(meant)[labels]
     return score_predictions(task, answers.numpy(), labels.numpy())
+
+def _evaluate_classes(model:PreTrainedModel, data:Any, task:Task|str|None, text, **how)->dict[str,float]:
+    "Score one choice, or one number, a row."
+    task = default_task(model, task)
+    class_order(model, task, _is_named(data)) # refuses before long work
+    logits,labels = map(torch.stack, run_model(model, data, True, text=text or task_text(task, data), **how))
+    return score_logits(model, logits, labels, task, data)
 
 @checked
 def evaluate(

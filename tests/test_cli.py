@@ -1,6 +1,7 @@
 """The command line as a shell user meets it: whole runs, one line for each mistake, models by Hub id from a local cache."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,32 @@ def test_whole_way(here, tmp_path, capsys):
     record = json.loads((tmp_path/'scores.json').read_text())
     assert set(scores)=={'x', 'y'} and record['scores']==scores and record['source']['tasks']['y']['weight']==.5
     assert {'versions', 'commit', 'date', 'machine'}<=set(record)
+
+def test_best_and_heads(here, tmp_path, capsys):
+    "The best merge says what it chose, and how often it answers as its models; layers wait in a folder."
+    both = '--data x=x.csv y=y.csv --num-samples 12'
+    said = run(f'merge x=x y=y {both} --method best --work {tmp_path}/work --out {tmp_path}/best', capsys)
+    assert said['chosen'] == 'residual-regression' and '% of 3 rows' in said['answers_like_its_own_model']['y']
+    assert len(list((tmp_path/'work').glob('fit.*.safetensors'))) == 3
+    assert '## Does it answer as its models do?' in (tmp_path/'best'/'README.md').read_text()
+    said = run(f'merge x=x y=y {both} --method average --refit-heads 1 --out {tmp_path}/heads', capsys)
+    assert '% of 12 rows' in said['answers_like_its_own_model']['x'] and 'chosen' not in said
+    plain = run(f'merge x=x y=y --method average --out {tmp_path}/plain', capsys)
+    assert 'answers_like_its_own_model' not in plain
+    a, b = (Merged.from_pretrained(tmp_path/o) for o in ('plain', 'heads'))
+    for n, t in a.body.state_dict().items(): assert_close(b.body.state_dict()[n], t, rtol=0, atol=0)
+
+@pytest.mark.parametrize('line, said', [
+    ('--method average --refit-heads .5', "needs either `--fisher` or `--data`|--data|without"), ('--method average --work w', "--work keeps the layers that a method fits; 'average' fits none"),
+    ('--method best --work w', "'best' fits none without --data"),
+    ('--method best --data x=x.csv y=y.csv --refit-heads 2', "from 0 to 1, got '2'"), ('--method best --data x=x.csv y=y.csv --work out', '--work and --out are one folder'),
+    ('--method best --data x=x.csv y=y.csv --num-samples 2', "'x' has 2 rows, too few to keep a share of 0.25")])
+def test_best_and_heads_asked_wrongly(line, said, tmp_path, capsys):
+    try: status = main(f'merge x=x y=y {line} --out out'.split())
+    except SystemExit as e: status = e.code
+    err = capsys.readouterr().err
+    assert status == 2 and re.search(said, err), err
+    assert not Path('out').exists()
 
 def test_data_or_files_the_same(tmp_path, capsys):
     for k in 'xy': run(f'fisher {k} --data {k}.csv --num-samples 5 --seed 3 --out {tmp_path}/{k}.safetensors', capsys)

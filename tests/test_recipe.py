@@ -38,6 +38,10 @@ CASES = dict(
     released=dict(data=data, variant='released', num_samples=8),
     scheme=dict(data=data, scheme={'query': 'head', 'value': 'head'}, num_samples=4, max_length=dict(a=6, b=7)),
     regmean=dict(data=data, method='regmean', off_diagonal=.9, num_samples=8),
+    heads=dict(data=data, method='average', refit_heads=.5, num_samples=12),
+    masks_heads=dict(data=data, refit_heads=1., num_samples=12, labels='exact'),
+    residual=dict(data=data, method='residual-regression', num_samples=12, seed=2),
+    best=dict(data=data, method='best', refit_heads=.5, num_samples=12),
     ties=dict(method='ties', base=lambda here: here/'base'),
     dare=dict(method='dare', base=lambda here: here/'base', seed=5, density=.5))
 

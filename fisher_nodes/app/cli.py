@@ -213,9 +213,10 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
 def _merge_models(args:argparse.Namespace):
     "Merge the models that are named, and save; from file to file where none must be loaded."
     from fisher_nodes.merging.request import ask
-    from fisher_nodes.merging.run import merge_loaded, merge_stored
+    from fisher_nodes.merging.run import check_work, merge_loaded, merge_stored
     models = _named_models(args)
     request = ask(models, **_asked(args, models))
+    check_work(request, args.work)
     write = dict(overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if not request.in_memory: merge_stored(request, args.out, device=either(args.device, 'cpu'), **write)
     else:

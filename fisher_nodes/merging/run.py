@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'OF_HEADS', 'READ_BY_BODIES', 'all_finite', 'check_models', 'widest_body', 'narrowest_body', 'Inputs',
            'find_tokenizers', 'one_tokenizer', 'load_base', 'check_measured_on', 'check_alike', 'measure_all',
-           'load_inputs', 'make_job', 'keep_memory', 'run', 'assemble', 'merge_loaded', 'merge_options', 'merge',
-           'CheckedBlocks', 'open_statistic', 'open_base', 'hash_base', 'open_inputs', 'check_read', 'make_files',
-           'source_names', 'merge_stored', 'merge_files', 'RecipeDiffers', 'run_recipe']
+           'load_inputs', 'make_job', 'keep_memory', 'run', 'assemble', 'check_work', 'merge_loaded', 'merge_options',
+           'merge', 'CheckedBlocks', 'open_statistic', 'open_base', 'hash_base', 'open_inputs', 'check_read',
+           'make_files', 'source_names', 'merge_stored', 'merge_files', 'RecipeDiffers', 'run_recipe']
 
 # %% ../../nbs/merging/07_run.ipynb #8ec12d5c
 import inspect
@@ -619,10 +619,15 @@ def _stamps(request:MergeRequest)->dict[Path,tuple]:
     folders = [Path(o) for o in (*named, *map(adapter_base, named)) if o]
     return {f: file_stamp(f) for o in folders if o.is_dir() for f in o.glob('*.safetensors')}
 
-def _check_work(request:MergeRequest, work:Any):
+def check_work(
+    request:MergeRequest,
+    work:Any, # as in `merge`
+):
     "`ValueError` for a folder that would have no use."
-    if work is None or METHODS[request.method].runs_models: return
-    raise ValueError(f'`work` keeps the layers that a method fits; {request.method!r} fits none')
+    fits = METHODS[request.method].runs_models and (request.data or request.fishers)
+    if work is None or fits: return
+    without = ' without `data`' if METHODS[request.method].optional else ''
+    raise ValueError(f'`work` keeps the layers that a method fits; {request.method!r} fits none{without}')
 
 def _open_shelf(request:MergeRequest, inputs:Inputs, work:Any)->Shelf|None:
     "The finished layers of this very merge."
@@ -640,7 +645,7 @@ def merge_loaded(
 )->Merged:
     "Do in memory what was asked."
     check_checkpointing(STATISTICS.get(request.statistic) if request.data else None, checkpointing)
-    _check_work(request, work)
+    check_work(request, work)
     stamps = _stamps(request)
     inputs = load_inputs(request, device, progress, checkpointing)
     store = MemoryStore(inputs.bodies)

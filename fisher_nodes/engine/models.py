@@ -574,7 +574,8 @@ def _set_classes(config:PretrainedConfig, adapter:Adapter, cls:type):
     head = {n: [*t.shape] for n,t in head_tensors(empty_model(config, cls)).items()}
     changed = {n: adapter.shapes[n] for n in head if adapter.shapes.get(n, head[n])!=head[n]}
     for n,shape in changed.items():
-        weight = adapter.shapes.get(f'{n.removesuffix("bias")}weight', head.get(f'{n.removesuffix("bias")}weight'))
+        beside = f'{n.removesuffix("bias")}weight'
+        weight = adapter.shapes.get(beside, head.get(beside))
         if shape and (weight is None or shape[0] in weight): continue
         raise ValueError(f'{adapter.folder}: {n} has shape {shape}, but its weight has {weight}')
     found = {o[0] for o in changed.values()}

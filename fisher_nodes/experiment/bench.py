@@ -407,7 +407,8 @@ def _check_out(out:Path):
     if not os.path.lexists(out): return
     try: found = load_json(out)
     except ValueError: found = {}
-    if 'steps' not in found: raise OutputExistsError(f'--out {out} is there and holds no timings; give another')
+    if 'steps' in found: return
+    raise OutputExistsError(f'--out {out} is there and holds no timings; give another')
 
 def _shape_options(argv:Sequence[str]|None)->argparse.Namespace:
     "What the shell asks for."

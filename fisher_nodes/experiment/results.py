@@ -162,8 +162,8 @@ def check_groups(
         raise _wrong(path, f'{quoted(odd[0])} occurs twice or is no group of {size} of {tasks}')
     if partial or len(found)>=(count := comb(len(tasks), size)): return
     missing = next(g for g in map('+'.join, combinations(tasks, size)) if g not in found)
-    raise ValueError(f'{one_line(path)} is incomplete: {count-len(found)} of {count} groups are missing, such '
-        f'as {one_line(missing)}; finish it with `fisher-nodes reproduce`, or pass partial=True')
+    raise ValueError(f'{one_line(path)} is incomplete: {count-len(found)} of {count} groups are missing, '
+        f'such as {one_line(missing)}; finish it with `fisher-nodes reproduce`, or pass partial=True')
 
 # %% ../../nbs/experiment/02_results.ipynb #97f97a7d
 def task_row(
@@ -459,7 +459,8 @@ def commands(
     results = load_results(folder, partial=True) if results is None else results
     models, place = quote(str(checkpoints or own['checkpoints'])), quote(str(out or folder))
     def line(options):
-        given = [f'--{k.replace("_", "-")} {quote(",".join(map(str, v)))}' for k,v in options.items() if v]
+        said = {k.replace('_', '-'): quote(','.join(map(str, v))) for k,v in options.items() if v}
+        given = [f'--{k} {v}' for k,v in said.items()]
         return ' '.join(['fisher-nodes reproduce --checkpoints', models, *given, '--out', place])
     return [line(_options(own, setting, names, base)) for setting,names in _settings(results).items()]
 

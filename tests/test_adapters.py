@@ -357,6 +357,8 @@ TENSORS = {
     'no head': (lambda t: {k: v for k, v in t.items() if 'classifier' not in k}, 'base has no weights for classifier.bias, classifier.weight, nor has the adapter'),
     'more': (lambda t: t | {'base_model.model.bert.other.weight': torch.ones(2)}, 'its base has no place for bert.other.weight'), 'other names': (lambda t: {'x': torch.ones(2)}, 'x does not begin with base_model.model.'),
     'nan': (lambda t: {k: v*float('nan') if 'lora_B' in k else v for k, v in t.items()}, 'lora_B.weight is not finite'), 'bytes': (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, 'is of type I8'),
+    'empty': (lambda t: t | {'base_model.model.classifier.bias': torch.zeros(0)}, r'classifier.bias is empty: its shape is \[0\]'),
+    'a bias of another head': (lambda t: t | {'base_model.model.classifier.bias': torch.zeros(10**6)}, r'classifier.bias has shape \[1000000\], but its weight has \[3, 16\]'),
     'nothing': (lambda t: {}, 'its rank is 4, but no tensor is larger than 0'), 'only a head': (lambda t: {k: v for k, v in t.items() if 'classifier' in k}, 'has no layer with an adapter')}
 
 @pytest.mark.parametrize('f,says', TENSORS.values(), ids=TENSORS)

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from torch.utils.flop_counter import FlopCounterMode
 
+import fisher_nodes.experiment.bench as timing
 from fisher_nodes.engine.batches import Batch
 from fisher_nodes.experiment.bench import (
     ROW_STEPS, SHAPE_STEPS, bare_pass, bench, bench_shapes, pass_flops, take_turns)
@@ -102,6 +103,18 @@ def test_shapes(tmp_path, capsys):
     depths = [o['layers'] for o in found['steps'] if o['varies'] == 'depth']
     assert depths == [1, 1, 2, 2]
     assert [(o['what'], o['num_examples']) for o in found['steps'] if o['varies'] == 'host'] == [('batches', 16*33), ('mask Fisher from rows', 16*33)]
+
+def test_shapes_replace_timings_only(tmp_path, monkeypatch, capsys):
+    "Before anything is timed."
+    def found(*args): return dict(steps=[dict(what='floor', varies='nothing', precision=None, examples_per_second=1., floor_share=1., flops_per_second=1., peak_flops_per_second=1.)])
+    monkeypatch.setattr(timing, 'bench_shapes', found)
+    mine = tmp_path/'notes.txt'
+    for text in ('my words', '{"a": 1}'):
+        mine.write_text(text)
+        with pytest.raises(SystemExit): timing.run_bench_shapes(['--out', str(mine)])
+        assert mine.read_text() == text and 'holds no timings' in capsys.readouterr().err
+    for _ in range(2): timing.run_bench_shapes(['--out', str(tmp_path/'new'/'a.json')])
+    assert len(json.loads((tmp_path/'new'/'a.json').read_text())['steps']) == 1
 
 def test_the_committed_shapes_have_the_rows_that_are_made():
     "In their order, and with no key that is not made; compiled layers come on top."

@@ -407,3 +407,12 @@ def test_a_folder_that_is_not_there_beside_one_that_is(tmp_path, hub, monkeypatc
     assert not asked
     assert hub_module.hub_file('m/cached', 'config.json') is hub_module.hub_file('org/name', 'config.json') is None
     assert asked==['m/cached', 'org/name']
+
+
+@pytest.mark.parametrize('n', [10**8, 10**13])
+def test_a_pickle_holds_what_its_tensors_are(n, tmp_path):
+    "A number that is shown many times would be written as many."
+    state = pickled(tmp_path/'x', tiny(dtype=torch.float32))
+    torch.save(state | dict(big=torch.zeros(1).expand(n)), tmp_path/'x'/'pytorch_model.bin')
+    with refuses('pytorch_model.bin', 'big would be'): convert_pickle(tmp_path/'x', tmp_path/'new')
+    assert not (tmp_path/'new').exists()

@@ -45,11 +45,16 @@ def both(here):
 
 # --- by chance ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('door', hostile.DOORS)
+@pytest.mark.parametrize('door', [o for o in hostile.DOORS if o not in hostile.COMMANDS])
 def test_a_sample_of_hostile_inputs(door):
     "Fine or clear, every one; the long run is tests/faults/hostile.py."
     counts, bad = hostile.run(12, {door: hostile.DOORS[door]}, start=70000)
     assert sum(counts[door].values())==12 and not bad, json.dumps(bad, indent=1)
+
+def test_a_sample_at_commands_that_write():
+    doors = {k: o for k, o in hostile.COMMANDS.items() if 'adapters' not in k and k!='shell_reproduce'}
+    counts, bad = hostile.run(1, doors, start=70000)
+    assert all(sum(o.values())==1 for o in counts.values()) and not bad, json.dumps(bad, indent=1)
 
 
 # --- names are data -------------------------------------------------------------------------

@@ -413,3 +413,47 @@ def test_a_mapped_model_that_was_cut_off_is_named(here, monkeypatch):
         return found
     monkeypatch.setattr(run, 'load_inputs', and_cut)
     with pytest.raises(ValueError, match='b/model.safetensors was changed while it was being read'): merge(models(here), method='average', progress=False)
+
+
+# --- one file, and what lies hidden beside it --------------------------------------------------
+
+def cut_late(path, text='new'):
+    "A writer that is killed when its file is there and the hidden one too."
+    if not (pid := os.fork()):
+        Path.unlink = lambda *args, **kw: os.kill(os.getpid(), signal.SIGKILL)
+        with whole_file(path) as o: o.write_text(text)
+    os.waitpid(pid, 0)
+
+def test_a_file_that_nobody_was_told_of_may_be_replaced(here):
+    from fisher_nodes.app.cli import check_file
+    path = here/'o.json'
+    cut_late(path)
+    assert path.read_text() == 'new' and check_file(str(path), False) == path
+    path.write_text('mine now, after the kill')
+    with pytest.raises(OutputExistsError, match='give --overwrite'): check_file(str(path), False)
+    assert hidden(here) == ['.o.json.lock']
+    with whole_file(path) as o: o.write_text('again')
+    assert not hidden(here) and path.read_text() == 'again'
+
+def test_a_file_that_was_there_before_is_not_free(here):
+    "The writer was killed before its own came in."
+    path = here/'o.json'
+    path.write_text('mine')
+    if not (pid := os.fork()):
+        os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        with whole_file(path) as o: o.write_text('new')
+    os.waitpid(pid, 0)
+    assert path.read_text() == 'mine' and files._state(here/'.o.json.lock')['done'] and not files.is_untold(path)
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda o: o.symlink_to('/dev/zero')], ids=['pipe', 'folder', 'link'])
+def test_a_hidden_file_is_a_file(here, make):
+    make(here/'.o.json.lock')
+    with pytest.raises(OSError, match='.o.json.lock'), whole_file(here/'o.json') as o: o.write_text('new')
+    assert not files.is_untold(here/'o.json') and not (here/'o.json').exists()
+
+@pytest.mark.parametrize('name', ['../a/config.json', '/etc/passwd', '..', '.', '', 'a/../b', './x', 'a//b', 'x\n'])
+def test_a_list_names_files_of_its_folder(here, name):
+    (here/'r.json').write_text(json.dumps(dict(files={name: {}, 'a/b.json': {}})))
+    assert files.read_list(here/'r.json') is None
+    (here/'r.json').write_text(json.dumps(dict(files={'a/b.json': {}})))
+    assert files.read_list(here/'r.json') == {'a/b.json': {}}

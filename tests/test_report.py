@@ -622,9 +622,24 @@ def test_report(folder, tmp_path, table):
     assert all(f']({o})' in text for o in plots) and 'most frequent class: mrpc.' in text and '## Merges of 4' in text
     for o in plots: assert plt.imread(tmp_path/'out'/o).std() > .02
     with pytest.raises(OutputExistsError): report(folder, tmp_path/'out')
-    (tmp_path/'out'/'report-old.png').touch()
-    report(folder, tmp_path/'out', overwrite=True)
-    assert not (tmp_path/'out'/'report-old.png').exists()
+    (tmp_path/'out'/'report-mine.png').touch()
+    report(write(tmp_path/'in', dict(own=own(), a=result('average'))), tmp_path/'out', overwrite=True)
+    assert {o.name for o in (tmp_path/'out').glob('*.png')} == {'report-mine.png', 'report-pairs-average.png', 'report-scores-k2.png', 'report-samples-k2.png'}
+    (tmp_path/'out'/'report.md').write_text(text)
+    with pytest.raises(OutputExistsError, match='report.md is not as'): report(folder, tmp_path/'out', overwrite=True)
+
+
+def test_a_report_without_a_list_is_known_by_its_page(tmp_path, folder):
+    out, few = tmp_path/'out', write(tmp_path/'in', dict(own=own(), a=result('average')))
+    report(few, out)
+    (out/'report.json').unlink()
+    (out/'report-mine.png').touch()
+    report(few, out, overwrite=True)
+    assert (out/'report-mine.png').exists() and (out/'report.json').exists()
+    (out/'report.json').unlink()
+    (out/'report.md').write_text('what I think')
+    with pytest.raises(OutputExistsError, match='is there and not from'): report(few, out, overwrite=True)
+    assert (out/'report.md').read_text() == 'what I think' and len(list(out.glob('*.png'))) > 1
 
 
 def test_each_plot_is_of_its_own_setting(table):

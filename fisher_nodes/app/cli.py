@@ -65,9 +65,9 @@ def check_file(
     *sources:str, # what is read: paths, or names that are none
 )->Path:
     "The path; `OutputExistsError` if the file is there, or belongs to what is read."
-    from fisher_nodes.engine.files import OutputExistsError
+    from fisher_nodes.engine.files import OutputExistsError, is_untold
     path = Path(path)
-    if path.is_dir() or (path.exists() and not overwrite):
+    if path.is_dir() or (path.exists() and not (overwrite or is_untold(path))):
         hint = ' and is a folder' if path.is_dir() else '; give --overwrite to replace it'
         raise OutputExistsError(f'--out {path} exists{hint}')
     places = (path.resolve(), *path.resolve().parents) if path.exists() else ()

@@ -112,6 +112,7 @@ def _read_shapes(folder:Path)->dict[str,list[int]]:
     for n,o in table.items():
         if not n.startswith(_START): raise ValueError(f'{one_line(n)} does not begin with {_START}')
         if o['dtype'] not in _FLOATS: raise ValueError(f'{one_line(n)} is of type {o["dtype"]}')
+        if 0 in o['shape']: raise ValueError(f'{one_line(n)} is empty: its shape is {o["shape"]}')
     return {n.removeprefix(_START): o['shape'] for n,o in table.items()}
 
 def read_adapter(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['fcntl', 'PATIENCE', 'RECORDS', 'TRAINED', 'MERGED', 'CONVERTED', 'RECIPE', 'WEIGHTS', 'TOKENIZER', 'LOCK', 'NEW',
-           'OLD', 'OutputExistsError', 'HeldFile', 'hold', 'sync', 'settle', 'whole_file', 'is_merged', 'sign',
-           'describe_file', 'read_list', 'list_files', 'replaced', 'check_free', 'check_apart', 'check_folder',
-           'whole_folder', 'open_saved', 'read_meta', 'versions', 'find_commit', 'write_record', 'differences']
+           'OLD', 'OutputExistsError', 'HeldFile', 'hold', 'sync', 'settle', 'is_untold', 'clear_beside', 'whole_file',
+           'is_merged', 'sign', 'describe_file', 'read_list', 'list_files', 'replaced', 'check_free', 'check_apart',
+           'check_folder', 'whole_folder', 'open_saved', 'read_meta', 'versions', 'find_commit', 'write_record',
+           'differences']
 
 # %% ../../nbs/engine/01_files.ipynb #5d61c4df
 import json
@@ -15,6 +16,7 @@ import platform
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from contextlib import contextmanager
 from datetime import date, datetime
 from fnmatch import fnmatchcase
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 import torch
 import transformers
@@ -30,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_64_hexdigest
 from .. import __version__
 from .processes import is_main
+from .reading import TEXT_BYTES, check_regular, load_json
 
 # %% ../../nbs/engine/01_files.ipynb #b3f0a002
 fcntl = import_module('fcntl') if os.name=='posix' else None
@@ -39,8 +42,9 @@ class OutputExistsError(FileExistsError, ValueError):
 
 def _state(path:Path)->dict[str,Any]:
     "What a hidden file says; the end of a longer text that stood there before is passed over."
-    try: found = json.JSONDecoder().raw_decode(path.read_text())[0]
-    except (ValueError, FileNotFoundError): return {}
+    if path.is_symlink(): return {}
+    try: found = json.JSONDecoder().raw_decode(check_regular(path, TEXT_BYTES).read_text())[0]
+    except (ValueError, RecursionError, FileNotFoundError): return {}
     return found if isinstance(found, dict) else {}
 
 class HeldFile:
@@ -65,9 +69,13 @@ class HeldFile:
 def _lock(path:Path)->HeldFile|None: # None if another process holds it, or has just removed it
     "Lock a hidden file, which is made if it is not there."
     if fcntl is None: raise OSError('writing needs `flock`, which this system lacks; use Linux, macOS or WSL')
+    if path.is_symlink(): raise OutputExistsError(f'{path} is a link; move it away')
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR|os.O_CREAT|os.O_NOFOLLOW
     file = open(path, 'r+b', buffering=0, opener=lambda o,_: os.open(o, flags, 0o666))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OutputExistsError(f'{path} is not a regular file; move it away')
     try:
         fcntl.flock(file, fcntl.LOCK_EX|fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()): return HeldFile(path, file)
@@ -125,6 +133,35 @@ def _remove(path:Path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
+def _hidden(path:Path, end:str)->Path: return path.with_name(f'.{path.name}.{end}')
+
+def _mark(path:Path)->list[int]|None:
+    "By what a file is known wherever it is moved."
+    if path.is_file(): return [path.stat().st_ino, path.stat().st_mtime_ns]
+
+@contextmanager
+def _hold_file(path:Path)->Iterator[HeldFile]:
+    "Nobody else writes a file; what killed runs left beside it goes."
+    old = re.compile(rf'\.{re.escape(path.name)}\.(\d+\.)?part') # version 0.1 had the number of the process
+    with hold(_hidden(path, 'lock'), path, PATIENCE) as held:
+        held.left.clear()
+        for o in list(path.parent.iterdir()):
+            if old.fullmatch(o.name): _remove(o)
+        yield held
+
+def is_untold(
+    path:Path, # a file
+)->bool:
+    "Whether the run that wrote it was cut off before it could say so."
+    return path.is_file() and _state(_hidden(path, 'lock')).get('done')==_mark(path)
+
+def clear_beside(
+    path:Path, # a file that is there, or will be
+):
+    "Remove what a killed run left beside a file."
+    if not os.path.lexists(_hidden(path, 'lock')): return
+    with _hold_file(path): pass
+
 @contextmanager
 def whole_file(
     path:str|Path, # file to write; its folder must exist
@@ -133,17 +170,19 @@ def whole_file(
     path = Path(path)
     if not path.parent.is_dir(): raise FileNotFoundError(f'cannot write {path}: its folder does not exist')
     if path.is_dir(): raise IsADirectoryError(f'cannot write {path}: it is a folder')
-    part = path.with_name(f'.{path.name}.part')
-    old = re.compile(rf'\.{re.escape(path.name)}\.(\d+\.)?part') # version 0.1 had the number of the process
-    with hold(path.with_name(f'.{path.name}.lock'), path, PATIENCE) as held:
-        for o in list(path.parent.iterdir()):
-            if old.fullmatch(o.name): _remove(o)
+    part = _hidden(path, 'part')
+    with _hold_file(path) as held:
         try:
             yield part
             settle(part, held.mode)
+            held.note(done=_mark(part))
             os.replace(part, path)
             sync(path.parent)
-        finally: part.unlink(missing_ok=True)
+        except BaseException:
+            if held.left.get('done')!=_mark(path): held.left.clear()
+            part.unlink(missing_ok=True)
+            raise
+        held.left.clear()
 
 # %% ../../nbs/engine/01_files.ipynb #4b7ee384
 RECORDS = TRAINED,MERGED,CONVERTED = 'finetune.json','merge_report.json','convert.json' # complete if there
@@ -182,15 +221,19 @@ def describe_file(
     if said and said[2].decode()==xxh3_64_hexdigest(data[:said.start()]): return dict(signed=True)
     return dict(size=path.stat().st_size, hash=xxh3_64_hexdigest(data))
 
+def _is_inside(name:str)->bool:
+    "Whether a name can be of a file in a folder, or in a folder there."
+    parts = PurePosixPath(name).parts
+    return bool(parts) and '..' not in parts and name=='/'.join(parts) and name.isprintable()
+
 def read_list(
     record:Path, # a JSON file
 )->dict[str,dict]|None: # file, as seen from the record's folder -> `describe_file`; None without a list
     "What a record says of the files beside it."
-    try: found = json.loads(record.read_text())
+    try: files = load_json(record).get('files')
     except ValueError: return None
-    files = found.get('files') if isinstance(found, dict) else None
     known = isinstance(files, dict) and all(isinstance(o, dict) for o in files.values())
-    return files if known else None
+    return files if known and all(map(_is_inside, files)) else None
 
 def list_files(
     folder:Path,
@@ -213,7 +256,7 @@ def _files(path:Path)->list[Path]:
 def _check_own(out:Path, names:Sequence[str], is_own:Callable[[str,Path],bool], record:str):
     "`OutputExistsError` naming a file that is not what the record's writer wrote."
     for o in (o for n in names for o in _files(out/n)):
-        if not o.is_symlink() and is_own(o.relative_to(out).as_posix(), o): continue
+        if o.is_file() and not o.is_symlink() and is_own(o.relative_to(out).as_posix(), o): continue
         raise OutputExistsError(f'{o} is not as {out/record} lists it; move it away, or give another folder')
 
 def _listed(out:Path, record:str, listed:Mapping[str,dict])->list[str]:

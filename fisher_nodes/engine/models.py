@@ -571,8 +571,14 @@ def _set_classes(config:PretrainedConfig, adapter:Adapter, cls:type):
         own = AutoConfig.from_pretrained(adapter.folder, trust_remote_code=False)
         for k in ('id2label', 'label2id', 'problem_type'): setattr(config, k, getattr(own, k, None))
         return
-    head = head_tensors(empty_model(config, cls))
-    found = {adapter.shapes[n][0] for n,t in head.items() if adapter.shapes.get(n, [*t.shape])!=[*t.shape]}
+    head = {n: [*t.shape] for n,t in head_tensors(empty_model(config, cls)).items()}
+    changed = {n: adapter.shapes[n] for n in head if adapter.shapes.get(n, head[n])!=head[n]}
+    for n,shape in changed.items():
+        beside = f'{n.removesuffix("bias")}weight'
+        weight = adapter.shapes.get(beside, head.get(beside))
+        if shape and (weight is None or shape[0] in weight): continue
+        raise ValueError(f'{adapter.folder}: {n} has shape {shape}, but its weight has {weight}')
+    found = {o[0] for o in changed.values()}
     if len(found)==1: config.num_labels = found.pop()
 
 def _load_base(adapter:Adapter)->PreTrainedModel:

@@ -22,7 +22,7 @@ from .files import (
     CONVERTED, TOKENIZER, WEIGHTS, check_apart, check_folder, check_free, replaced, versions, whole_folder)
 from .models import check_index, check_source, model_errors, model_name
 from .processes import once
-from .reading import check_inside, check_regular, is_memory_error, load_json
+from .reading import MEGA, check_inside, check_regular, is_memory_error, load_json
 from ..methods.method import PathName, checked, one_line
 
 # %% ../../nbs/engine/05f_pickles.ipynb #c71debaf
@@ -62,6 +62,9 @@ def _check_tensors(path:Path, found:Any):
         if plain: continue
         kind = 'a tensor without plain numbers' if is_tensor else type(t).__name__
         raise ValueError(f'{path}: {one_line(n)} is {kind}, expected a tensor')
+    for n,t in found.items():
+        if t.nbytes<=max(MEGA, t.untyped_storage().nbytes()): continue
+        raise ValueError(f'{path}: {one_line(n)} would be {t.nbytes} bytes, but the file holds fewer of it')
 
 def read_pickle(
     path:Path, # a pickle of tensors

@@ -13,6 +13,7 @@ __all__ = ['BY_LENGTH', 'SMALLER', 'ONE', 'EIGHTS', 'THIRTY_TWOS', 'IN_ORDER', '
 # %% ../../nbs/experiment/05_bench.ipynb #4ec49151
 import argparse
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,13 +34,14 @@ from ..core.places import find_nodes
 from ..core.heads import head_of
 from ..engine.batches import Batch, collate, plan_lengths
 from ..engine.devices import find_device, precision_context, to_device
-from ..engine.files import write_record
+from ..engine.files import OutputExistsError, write_record
 from ..engine.fingerprints import hash_weights
 from ..engine.guard import frozen_eval
 from ..engine.measure import (
     describe_run, linear_grams, mask_fisher, parameter_fisher, statistic_batches)
 from ..engine.memory import batch_budget, padded_tokens
 from ..engine.models import model_name
+from ..engine.reading import load_json
 from ..methods.method import STATISTICS, Count, checked
 from ..tasks.evaluation import predict
 
@@ -400,6 +402,14 @@ def summary(found:dict[str,Any])->str:
         of_floor=rows.floor_share, of_peak=rows.flops_per_second/rows.peak_flops_per_second)
     return shown.to_string(na_rep='', float_format='{:.3f}'.format)
 
+def _check_out(out:Path):
+    "`OutputExistsError` unless timings may be written there: nothing is there, or earlier ones."
+    if not os.path.lexists(out): return
+    try: found = load_json(out)
+    except ValueError: found = {}
+    if 'steps' in found: return
+    raise OutputExistsError(f'--out {out} is there and holds no timings; give another')
+
 def _shape_options(argv:Sequence[str]|None)->argparse.Namespace:
     "What the shell asks for."
     parser = argparse.ArgumentParser(
@@ -410,8 +420,11 @@ def _shape_options(argv:Sequence[str]|None)->argparse.Namespace:
     add('--num-samples', 'examples; 2,048 on a GPU, 128 elsewhere', type=int)
     add('--rounds', 'how often to time each step (3)', type=int, default=3)
     add('--compiled', 'time compiled layers too (on a GPU)', action=argparse.BooleanOptionalAction)
-    add('--out', 'JSON file to write', required=True)
-    return parser.parse_args(argv)
+    add('--out', 'JSON file to write; earlier timings there are replaced', required=True)
+    found = parser.parse_args(argv)
+    try: _check_out(Path(found.out))
+    except ValueError as e: parser.error(str(e))
+    return found
 
 def _time_compiled(shape:str, device, rounds:int, steps:Sequence[Mapping])->list[dict[str,Any]]:
     "Compiled layers, with the examples and the precision of earlier steps."

@@ -11,6 +11,7 @@ __all__ = ['ENTRIES', 'ABLATIONS', 'SCHEMA', 'Entry', 'all_entries', 'find_entry
 # %% ../../nbs/experiment/01_grid.ipynb #5994183a
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,16 +28,17 @@ from ..core.fisher import MaskFisher
 from ..core.schemes import PAPER
 from ..engine.batches import sample_rows
 from ..engine.devices import find_device
-from ..engine.files import differences, write_record
+from ..engine.files import clear_beside, differences, write_record
 from ..engine.fingerprints import hash_tensors
 from ..engine.measure import measure
 from ..engine.models import load_model, load_tokenizer, model_errors, model_name
+from ..engine.reading import check_inside, check_regular, load_json
 from ..engine.text import tokenize
 from ..engine.processes import (
     alone, exchange, find_rank, from_main, is_main, own_share, together)
 from .checkpoints import find_checkpoints
 from ..merging.run import load_base, merge
-from ..methods.method import METHODS, STATISTICS, Count, PathName, Statistic, checked
+from ..methods.method import METHODS, STATISTICS, Count, PathName, Statistic, checked, quoted
 from ..methods.released import RELEASED
 from ..tasks.evaluation import run_model, score_logits
 from ..tasks.labels import check_alignment, reorder_labels
@@ -260,6 +262,13 @@ def _measure(checkpoint:Checkpoint, cell:Cell, **how)->Any:
     found.meta['seconds'] = time.perf_counter()-start
     return found
 
+def _is_there(path:Path)->bool:
+    "Whether an earlier run wrote a file; without what a killed one left, an error for what is no file."
+    clear_beside(path)
+    if not os.path.lexists(path): return False
+    check_inside(path, path.parent)
+    return check_regular(path).is_file()
+
 def measure_once(
     checkpoint:Checkpoint,
     cell:Cell,
@@ -268,7 +277,7 @@ def measure_once(
 )->Any: # `MaskFisher`, `ParameterFisher` or `Grams`, with `seconds` in its `meta`
     "Measure what a cell needs of a model, or read it from the cache."
     path = cache_path(checkpoint, cell, cache, how.get('precision'))
-    if path.is_file():
+    if _is_there(path):
         try: return cell.entry.statistic.kind.load(path)
         except ValueError as e: tqdm.write(f'{path.name} is corrupt and is measured again: {e}')
     found = _measure(checkpoint, cell, **how)
@@ -285,13 +294,12 @@ def check_schema(
     "`ValueError` for a file that another version laid out otherwise."
     schema = found.get('schema', SCHEMA)
     if schema!=SCHEMA:
-        raise ValueError(f'{path} has schema {schema!r}, but this version reads {SCHEMA}; '
+        raise ValueError(f'{path} has schema {quoted(schema)}, but this version reads {SCHEMA}; '
                          'update fisher-nodes, or give another folder')
 
 def _read_parts(path:Path, tables:Sequence[str], needed:Sequence[str])->dict:
     "The object in a file; `ValueError` for what it lacks."
-    found = json.loads(path.read_text())
-    if not isinstance(found, dict): raise ValueError(f'expected an object, got {type(found).__name__}')
+    found = load_json(path)
     for k in (*tables, *needed):
         if k not in found: raise ValueError(f'{k!r} is missing')
         if k in tables and not isinstance(found[k], dict): raise ValueError(f'{k!r} is no table')
@@ -303,12 +311,12 @@ def read_result(
     **expected, # what it must agree with
 )->dict|None: # None if there is no such file, or none that can be read
     "Read what an earlier run wrote; `ValueError` if it comes from another experiment."
-    if not path.is_file(): return None
+    if not _is_there(path): return None
     try: found = _read_parts(path, parts, list(expected))
     except ValueError as e: return tqdm.write(f'{path.name} is corrupt and is made again: {e}')
     check_schema(found, path)
     for k,(there,now) in differences(found, expected).items():
-        raise ValueError(f'{path} is from another experiment: {k} is {there!r}, now {now!r}; '
+        raise ValueError(f'{path} is from another experiment: {k} is {quoted(there)}, now {quoted(now)}; '
                          'give another --out')
     return found
 

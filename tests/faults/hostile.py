@@ -2,13 +2,15 @@
 
 `python tests/faults/hostile.py --out FILE` runs 500 a door and writes the counts; tests/test_hostile.py runs a seeded sample.
 A case is a door (what is called), a kind (which file is wrong) and a seed; the same three give the same input again."""
-import argparse, json, os, random, resource, select, shutil, signal, socket, struct, sys, tempfile, time, traceback
+import argparse, json, os, pickle, random, re, resource, select, shlex, shutil, signal, socket, struct, sys, tempfile, time, traceback, zipfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 
+import pandas as pd
 import torch
 torch.set_num_threads(1)
 import transformers
@@ -19,9 +21,13 @@ from tokenizers import Tokenizer, models as words, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fisher_nodes
-from fisher_nodes import Merged, evaluate, mask_fisher, merge, merge_files, run_recipe
+from fisher_nodes import Merged, evaluate, mask_fisher, merge, merge_files, reproduce, run_recipe
 from fisher_nodes.app.cli import main
-from fisher_nodes.engine.files import write_record
+from fisher_nodes.engine.files import find_commit, versions, write_record
+from fisher_nodes.engine.pickles import convert_pickle
+from fisher_nodes.experiment.report import report
+from fisher_nodes.experiment.results import commands, load_bench, load_errors, load_results, provenance
+from fisher_nodes.tasks.tasks import GLUE
 from reference import examples, tiny
 
 transformers.utils.logging.set_verbosity_error()
@@ -61,6 +67,71 @@ def make_sandbox(here):
     (here/'rows.jsonl').write_text('\n'.join(json.dumps(dict(sentence=a, label=int(b))) for a, b in (o.split(',') for o in rows)))
     for t in 'ab': mask_fisher(models[t], Dataset.from_list(examples(6, 2)), progress=False).save(here/f'{t}.fisher.safetensors')
     merge({t: here/t for t in 'ab'}, method='average').save_pretrained(here/'merged')
+
+def make_pickles(here):
+    "A checkpoint from before safetensors, whole and in parts; and a folder of an earlier conversion."
+    for folder, parts in (('p', 1), ('q', 2)):
+        state = list(tiny(num_labels=2, dtype=torch.float32).state_dict().items())
+        (here/folder).mkdir()
+        for o in (here/'a').glob('*.json'): shutil.copy(o, here/folder)
+        names = ['pytorch_model.bin'] if parts == 1 else [f'pytorch_model-0000{i+1}-of-00002.bin' for i in range(2)]
+        for i, name in enumerate(names): torch.save(dict(state[i::parts]), here/folder/name)
+        if parts > 1: (here/folder/'pytorch_model.bin.index.json').write_text(json.dumps(dict(metadata={}, weight_map={n: names[i%2] for i, (n, _) in enumerate(state)})))
+    convert_pickle(here/'p', here/'old')
+
+def make_adapters(here):
+    "An adapter of model a for each task, which names its base by a path from here."
+    from peft import LoraConfig, get_peft_model
+    for t in 'ab':
+        config = LoraConfig(task_type='SEQ_CLS', r=2, target_modules=['query'], init_lora_weights=False)
+        get_peft_model(tiny(num_labels=2, dtype=torch.float32), config).save_pretrained(here/f'l{t}')
+        path = here/f'l{t}'/'adapter_config.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(base_model_name_or_path='a')))
+
+def results(label, ways=2):
+    "Files of results as `reproduce` leaves them, of one way to merge or two."
+    about = dict(limit=2, device='cpu', versions=versions(), date='today', commit=None)
+    own = {t: dict(weight_hash=t, scores=dict(accuracy=.9), majority=.5) for t in ('rte', 'sst2')}
+    cell = dict(about, group_size=2, models={t: t for t in own}, groups={'rte+sst2': dict(scores={t: dict(accuracy=.8) for t in own})})
+    made = {'average-k2': dict(cell, name='average', num_samples=None, seed=None), 'mask-fisher-k2-n2-s0': dict(cell, name='mask-fisher', num_samples=2, seed=0)}
+    return dict(own=dict(about, checkpoints=label, models=own), **dict(list(made.items())[:ways]))
+
+def put_results(folder, files):
+    folder.mkdir(parents=True)
+    for name, o in files.items(): (folder/f'{name}.json').write_text(json.dumps(o))
+
+STEP = dict(what='mask Fisher', seconds=1.5, num_examples=8, labels='empirical', precision=None, device='cpu', model='toy', examples='one at a time', batch_tokens=64)
+
+def make_results(here):
+    "Results, the errors of Fishers, an earlier page of them, and timings."
+    error = dict(task='rte', name='mask-fisher', variant='paper', num_samples=2, seed=0, reference=4, heads=.1, rows=.1, heads_rank=.9, rows_rank=.9)
+    put_results(here/'results', results('two tasks') | dict(fisher_error=dict(errors=[error])))
+    put_results(here/'bench', dict(cost=dict(model='toy', steps=[STEP, STEP | dict(what='full Fisher', batch=1)])))
+    put_results(here/'plain', results('one way', 1))
+    report(here/'plain', here/'old-page')
+
+def make_grid(here):
+    "Checkpoints of two tasks, and rows in GLUE's columns."
+    for i, t in enumerate(('sst2', 'rte')):
+        model = tiny(num_labels=2, seed=i, dtype=torch.float32)
+        model.config.id2label, model.config.label2id = dict(enumerate(GLUE[t].labels)), {o: k for k, o in enumerate(GLUE[t].labels)}
+        model.save_pretrained(here/'models'/t)
+        tokenizer().save_pretrained(here/'models'/t)
+        (here/'glue'/t).mkdir(parents=True)
+        for split in ('train', 'validation'):
+            pd.DataFrame([{c: f'w{k} w{k+3}' for c in GLUE[t].text} | dict(label=k%2) for k in range(6)]).to_parquet(here/'glue'/t/f'{split}.parquet')
+
+def go_on(here):
+    "Go on with a run; the exit status."
+    with mock.patch.dict(os.environ, FISHER_NODES_GLUE='glue'):
+        return main('reproduce --checkpoints models --tasks sst2,rte --methods average,mask-fisher --samples 2 --out done'.split())
+
+def make_run(here):
+    "What `reproduce` left when it was stopped: all but one file."
+    make_grid(here)
+    with mock.patch.dict(os.environ, FISHER_NODES_GLUE=str(here/'glue')):
+        reproduce(here/'models', here/'done', tasks=('sst2', 'rte'), methods=('average', 'mask-fisher'), samples=(2,))
+    (here/'done'/'mask-fisher-k2-n2-s0.json').unlink()
 
 def outside(here): return here.parent/'outside'
 
@@ -403,7 +474,159 @@ def on_data(here, r):
         path.write_text('\n'.join(rows))
     return what
 
-KINDS = dict(config=on_config, tokenizer=on_tokenizer, index=on_index, names=on_names, header=on_header, card=on_card, report=on_report, fisher=on_fisher, merged=on_merged, recipe=on_recipe,
+class Bad:
+    "Runs something when it is unpickled."
+    def __init__(self, call, *args): self.call, self.args = call, args
+    def __reduce__(self): return self.call, self.args
+
+def on_pickle(here, r):
+    "A pickle that is damaged, or holds what is no plain tensor, or more than it seems; and what stands beside it."
+    folder, path = here/'p', here/'p'/'pytorch_model.bin'
+    if r.random() < .15: return special(path, r, here)
+    what = r.choice(['bytes', 'cut', 'flip', 'call', 'call', 'object', 'object', 'names', 'expanded', 'zipped', 'old', 'both', 'config', 'shell'])
+    state, data, n = torch.load(path, weights_only=True), path.read_bytes(), 'bert.pooler.dense.weight'
+    if what == 'bytes': path.write_bytes(r.choice([o.encode() for o in RAW]+BYTES_))
+    elif what == 'cut': path.write_bytes(data[:r.randrange(len(data))])
+    elif what == 'flip': i = r.randrange(2000); path.write_bytes(data[:i]+bytes([r.randrange(256)])+data[i+1:])
+    elif what == 'call':
+        bad = r.choice([Bad(open, str(outside(here)/'RAN'), 'w'), Bad(eval, f'open({str(outside(here)/"RAN")!r}, "w")'), Bad(os.system, f'touch {outside(here)}/RAN'), Bad(getattr, torch, 'load'), Bad(list, range(10**9)),
+                        Bad(bytearray, 10**12), Bad(torch.hub.load, 'x/y', 'z')])
+        o = r.choice([bad, {n: bad}, state | {n: bad}, [bad], {'x': {'y': bad}}])
+        path.write_bytes(pickle.dumps(o)) if r.random() < .5 else torch.save(o, path)
+    elif what == 'object':
+        o = r.choice([None, [], {}, 3, 'x', {1: torch.ones(2)}, {n: 3}, {n: None}, {n: [torch.ones(2)]}, {n: torch.ones(2).to_sparse()}, {n: torch.ones(2, dtype=torch.complex64)}, {n: torch.ones((), device='meta')},
+                      {n: torch.quantize_per_tensor(torch.ones(2), .1, 0, torch.qint8)}, {n: torch.nn.Linear(2, 2)}, {'state_dict': state}, {n: torch.ones(2, requires_grad=True)}, state | {'x\x1b\n': torch.ones(2)},
+                      state | {'x'*10**5: torch.ones(2)}, state | {'__metadata__': torch.ones(2)}, state | {n: torch.full((16, 16), float('nan'))}])
+        torch.save(o, path)
+    elif what == 'names': torch.save({r.choice(['module.', '_orig_mod.', '', 'x/', '../'])+k: v for k, v in state.items()}, path)
+    elif what == 'expanded': torch.save(state | {n: torch.zeros(1).expand(r.choice([10**6, 10**9, 10**12, 2**40]))}, path)
+    elif what == 'zipped':
+        with zipfile.ZipFile(path) as z: parts = {o: z.read(o) for o in z.namelist()}
+        big = max(parts, key=lambda o: len(parts[o]))
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+            for o, b in parts.items(): z.writestr(o, b+b'\0'*(10**8 if o == big else 0))
+    elif what == 'old': torch.save(state, path, _use_new_zipfile_serialization=False); path.write_bytes(path.read_bytes()[:r.choice([-1, -1000, 10**9])])
+    elif what == 'both': shutil.copy(here/'a'/'model.safetensors', folder)
+    elif what == 'config': return mutate_json(folder/'config.json', r, here, CONFIG)
+    elif what == 'shell': return special(folder/r.choice(['tokenizer.json', 'README.md', 'generation_config.json', 'vocab.txt']), r, here)
+    return what
+
+def on_parts(here, r):
+    "The index of a pickle in parts, or one of these."
+    path = here/'q'/'pytorch_model.bin.index.json'
+    parts = sorted(o.name for o in (here/'q').glob('*.bin'))
+    if r.random() < .3: return special(here/'q'/parts[0], r, here)
+    if r.random() < .4: return mutate_json(path, r, here, [('weight_map', []), ('weight_map', {})])
+    table = json.loads(path.read_text())
+    name, new = r.choice(list(table['weight_map'])), r.choice(['../outside/pytorch_model-00001-of-00002.bin', '/etc/passwd', '', 3, None, [], parts[0], parts[1], 'pytorch_model-00003-of-00002.bin', 'pytorch_model.bin', 'x'*10**4])
+    table['weight_map'][name] = new
+    if r.random() < .2: table['weight_map'][r.choice(['zzz', 'x\x1b'])] = parts[0]
+    path.write_text(json.dumps(table))
+    return f'{name} -> {str(new)[:40]!r}'
+
+LISTED = ['../outside/secret.json', '/etc/passwd', '..', '.', '', 'a/../../outside/secret.json', './config.json', 'config.json', 'pipe', 'link', 'mine.txt', 'sub/mine.txt', '../in/rows.csv', 'x\0', 'x'*5000, '//', 'sub/']
+
+def planted(here, r, folder, record):
+    "A folder of ours in which somebody says that other files are of it too; those stay."
+    for o in ('mine.txt', 'sub/mine.txt'): (folder/o).parent.mkdir(exist_ok=True); (folder/o).write_text('mine')
+    os.mkfifo(folder/'pipe'); (folder/'link').symlink_to(outside(here)/'secret.json')
+    if r.random() < .4: return mutate_json(folder/record, r, here, [('files', []), ('files', {'x': 3})])
+    name = r.choice(LISTED)
+    said = json.loads((folder/record).read_text())
+    said['files'][name] = r.choice([{}, dict(size=4, hash='0'*16), dict(signed=True), dict(tokenizer=True), dict(size='x')])
+    (folder/record).write_text(json.dumps(said))
+    return f'lists {name[:40]!r}'
+
+def on_old(here, r): return planted(here, r, here/'old', 'convert.json')
+
+def on_page(here, r): return planted(here, r, here/'old-page', 'report.json')
+
+# a base elsewhere is no harm: an adapter may name any, as SECURITY.md says
+ADAPTER = [('base_model_name_or_path', o) for o in ('/etc', '', 'a\0', 'la', 'nobody/nothing', '~', 'x'*5000, 3, 'p')] + [('peft_type', o) for o in ('IA3', 'EVIL', None, 3)] + [
+    ('r', 10**9), ('r', 0), ('r', -1), ('r', '2'), ('lora_alpha', float('nan')), ('lora_alpha', 10**400), ('lora_alpha', -1), ('target_modules', '(a+)+$'), ('rank_pattern', {'(a+)+$': 2}), ('rank_pattern', {'query': 10**9}),
+    ('alpha_pattern', {'query': float('inf')}), ('auto_mapping', {'base_model_class': 'Evil', 'parent_library': 'evil'}), ('modules_to_save', ['..']), ('init_lora_weights', 'evil'), ('use_dora', True), ('bias', 'all'),
+    ('task_type', 'EVIL'), ('task_type', 'CAUSAL_LM'), ('revision', '../x'), ('fan_in_fan_out', True), ('layer_replication', [[0, 10**6]]), ('corda_config', {'a': 1}), ('megatron_config', {'a': 1}), ('trainable_token_indices', [10**9])]
+
+def on_adapter(here, r):
+    "The configuration of an adapter, its table, its numbers, or what lies beside it."
+    folder = here/r.choice(['la', 'lb'])
+    path = folder/'adapter_model.safetensors'
+    what = r.choice(['config', 'config', 'extra', 'extra', 'table', 'tensors', 'tensors', 'special', 'pickle', 'code'])
+    if what == 'config': return mutate_json(folder/'adapter_config.json', r, here, ADAPTER)
+    if what == 'extra':
+        k, v = r.choice(ADAPTER)
+        said = json.loads((folder/'adapter_config.json').read_text())
+        (folder/'adapter_config.json').write_text(json.dumps(said | {k: v}))
+        return f'{k} {str(v)[:40]!r}'
+    if what == 'special': return special(r.choice([path, folder/'adapter_config.json', folder/'tokenizer.json', folder/'tokenizer_config.json', folder/'config.json']), r, here)
+    if what == 'pickle': path.unlink(); (folder/'adapter_model.bin').write_bytes(pickle.dumps(Bad(open, str(outside(here)/'RAN'), 'w'))); return what
+    if what == 'code': evil_code(folder, here); (folder/'config.json').write_text(json.dumps(dict(CONFIG[:2]))); return what
+    if what == 'table': data = path.read_bytes(); i = r.randrange(400); path.write_bytes(data[:i]+bytes([r.randrange(256)])+data[i+1:]); return f'byte {i}'
+    tensors = load_file(path)
+    n = r.choice(list(tensors)); t = tensors.pop(n)
+    tensors |= r.choice([{}, {n: t[:-1].clone()}, {n: t.mT.contiguous() if t.ndim > 1 else t[None]}, {n: torch.full_like(t, float('nan'))}, {n: t.to(torch.float16)}, {n: t.to(torch.int8)}, {n.replace('base_model.model.', ''): t}, {n.replace('query', 'evil'): t},
+                         {n: t, n.replace('lora_A', 'lora_C'): t.clone()}, {n: t, 'base_model.model.classifier.weight': torch.ones(2, 99)}, {n: t, 'x\x1b': t.clone()}, {n.replace('layer.0', 'layer.99'): t}, {n: torch.zeros(0)}, {n: torch.zeros(10**6)}])
+    save_file(tensors, path)
+    return f'tensors {n}'
+
+NAMES = ['x; touch RAN', '$(touch RAN)', '`touch RAN`', "a'b", '<script>alert(1)</script>', '\n# Evil\n', '[a](javascript:x)', '\x1b[31mred', 'x'*10**5, '../up', 'a|b', 'change-x', '', '\u202e', 'average', 'mask-fisher', '-x', '--out']
+
+def on_result(here, r):
+    "Files of results that somebody else gives: other values, other names, a great many groups, no files."
+    folder = here/'results'
+    path = folder/r.choice(['own.json', 'own.json', 'average-k2.json', 'mask-fisher-k2-n2-s0.json', 'fisher_error.json'])
+    what = r.random()
+    if what < .5: return f'{path.name}: '+mutate_json(path, r, here, [('schema', 9), ('schema', 'x'*9999), ('versions', []), ('versions', {'a': {'b': 1}}), ('limit', 3), ('commit', NAMES[5]), ('date', NAMES[4])])
+    if what < .6:
+        tasks = [f't{i}' for i in range(r.choice([30, 60, 200]))]
+        own = json.loads((folder/'own.json').read_text())
+        one = next(iter(own['models'].values()))
+        (folder/'own.json').write_text(json.dumps(own | dict(models={t: one for t in tasks})))
+        for o in ('average-k2.json', 'mask-fisher-k2-n2-s0.json'):
+            cell = json.loads((folder/o).read_text())
+            (folder/o).write_text(json.dumps(cell | dict(models={t: one['weight_hash'] for t in tasks}, group_size=len(tasks)//2, groups={})))
+        return f'{len(tasks)} tasks'
+    if what < .7: new = folder/r.choice(['x.json', 'own2.json', 'a\nb.json', '\x1b.json', 'x'*200+'.json']); new.write_text(r.choice(['{}', '[]', DEEP, path.read_text()])); return f'file {new.name[:20]!r}'
+    name = r.choice(NAMES)
+    if what < .8: o = json.loads((folder/'own.json').read_text()); (folder/'own.json').write_text(json.dumps(o | dict(checkpoints=name))); return f'checkpoints {name[:20]!r}'
+    if what < .9: o = json.loads((folder/'average-k2.json').read_text()); (folder/'average-k2.json').write_text(json.dumps(o | dict(name=name))); return f'name {name[:20]!r}'
+    for o in folder.glob('*.json'): o.write_text(json.dumps(json.loads(o.read_text().replace('rte', '@TASK@').replace('"@TASK@"', json.dumps(name)).replace('@TASK@', json.dumps(name)[1:-1]))))
+    return f'task {name[:20]!r}'
+
+def on_run(here, r):
+    "What lies in the folder of a run that goes on: results, measurements, and hidden files."
+    out = here/'done'
+    what = r.choice(['own', 'own', 'cell', 'cell', 'cache', 'cache', 'hidden', 'hidden', 'new'])
+    fishers = sorted((out/'cache').glob('*.safetensors'))
+    if what in ('own', 'cell'): return f'{what}: '+mutate_json(out/dict(own='own.json', cell='average-k2.json')[what], r, here, [('schema', 9), ('models', []), ('groups', {'sst2+rte': 3})])
+    if what == 'new': return special(out/r.choice(['mask-fisher-k2-n2-s0.json', 'fisher_error.json', 'x-k2.json']), r, here)
+    if what == 'cache':
+        path = r.choice(fishers)
+        if r.random() < .4: return special(path, r, here)
+        data = path.read_bytes(); path.write_bytes(r.choice([b'', data[:-3], *BYTES_, *(o.encode() for o in RAW)])); return what
+    path = r.choice([out/'own.json', out/'average-k2.json', out/'mask-fisher-k2-n2-s0.json', *fishers])
+    hidden = path.with_name(f'.{path.name}.{r.choice(["lock", "lock", "part", "7.part"])}')
+    if r.random() < .6: return f'{hidden.name}: '+special(hidden, r, here)
+    hidden.write_text(r.choice([*RAW, '{"done": [1, 2]}', '{"done": '+DEEP+'}', '{"moving": ["../../outside"], "done": "x"}', '{"pid": "'+'x'*10**5+'"}']))
+    return f'{hidden.name} of text'
+
+def on_steps(here, r):
+    "A file of timings."
+    path = here/'bench'/'cost.json'
+    if r.random() < .2: path = here/'bench'/r.choice(['x.json', 'x\n.json']); path.write_text(r.choice([*RAW, json.dumps(dict(steps=[{}]))])); return path.name
+    return mutate_json(path, r, here, [('steps', {}), ('steps', []), ('steps', [3]), ('batch', 'x'), ('batch_tokens', 'x'), ('batch_tokens', 10**30), ('num_examples', 0), ('seconds', 1e308), ('ms', 'x'), ('file', '../x'), ('schema', 2)])
+
+def on_out(here, r):
+    "What lies at the place of a file to write, and hidden beside it."
+    out = here/'o.json'
+    hidden = here/f'.o.json.{r.choice(["lock", "lock", "part", "7.part"])}'
+    if r.random() < .3: return 'out: '+special(out, r, here)
+    if r.random() < .3: out.write_text('{"steps": 3}')
+    if r.random() < .5: return f'{hidden.name}: '+special(hidden, r, here)
+    hidden.write_text(r.choice([*RAW, '{"done": [1, 2]}', '{"done": true}', '{"pid": "\x1b"}']))
+    return f'{hidden.name} of text'
+
+KINDS = dict(pickle=on_pickle, parts=on_parts, old=on_old, page=on_page, adapter=on_adapter, result=on_result, run=on_run, steps=on_steps, out=on_out, config=on_config, tokenizer=on_tokenizer, index=on_index, names=on_names, header=on_header, card=on_card, report=on_report, fisher=on_fisher, merged=on_merged, recipe=on_recipe,
              folder=on_folder, words=on_words, data=on_data)
 
 
@@ -439,6 +662,35 @@ def load_and_save(here):
 
 def shell(here): return main(json.loads((here/'line.json').read_text()) if (here/'line.json').exists() else LINES[0].split())
 
+def check_page(here):
+    "What a stranger's results become: text that means nothing to Markdown or a terminal, and pictures in the folder."
+    text = (here/'new'/'report.md').read_text()
+    assert text.replace('\n', '').isprintable() and '<script>' not in text and '\n# Evil' not in text and '[a](' not in text, text[:500]
+    assert {*re.findall(r'\]\((.+?\.png)\)', text)} == {o.name for o in (here/'new').glob('*.png')}
+    sys.stdout.flush()
+    said = (here.parent/'log').read_text(errors='replace')
+    assert said.replace('\n', '').isprintable(), said[-500:]
+
+def show(here):
+    status = main(['report', 'results', '--out', 'new'])
+    if not status: check_page(here)
+    return status
+
+def tables(here):
+    "All that a page reads of a folder of results; its commands are words for a shell and nothing else."
+    found = load_results(here/'results', partial=True)
+    provenance(here/'results'), load_errors(here/'results')
+    for line in commands(here/'results', results=found): assert ' '.join(map(shlex.quote, shlex.split(line))) == line, line[:500]
+
+def again(here, folder, *line):
+    "Write once more into a folder in which other files lie; they stay."
+    mine = ('mine.txt', 'sub/mine.txt', 'pipe', 'link')
+    status = main([*line, '--out', folder, '--overwrite'])
+    assert all(os.path.lexists(here/folder/o) for o in mine)
+    return status
+
+def adapters(here): merge({t: here/f'l{t}' for t in 'ab'}, method='average', merge_adapters=True).save_pretrained(here/'new')
+
 MODEL = ['config', 'tokenizer', 'index', 'names', 'header', 'card', 'folder']
 DOORS = dict( # what is called -> the kinds of input that reach it
     merge=(lambda h: merge(pair(h), method='average').save_pretrained(h/'new'), MODEL),
@@ -453,6 +705,21 @@ DOORS = dict( # what is called -> the kinds of input that reach it
     shell=(shell, ['words', 'words', 'config', 'folder', 'header', 'tokenizer']),
     shell_recipe=(lambda h: main(['merge', str(h/'r.yml'), '--out', str(h/'new')]), ['recipe']),
     shell_merged=(lambda h: main(['evaluate', str(h/'merged'), '--data', 'a=rows.csv', 'b=rows.csv']), ['report', 'merged']))
+COMMANDS = dict( # the same, of commands that write
+    shell_convert=(lambda h: main(['convert', 'p', '--out', 'new']), ['pickle']),
+    shell_convert_parts=(lambda h: main(['convert', 'q', '--out', 'new']), ['parts']),
+    shell_convert_again=(lambda h: again(h, 'old', 'convert', 'p'), ['old']),
+    adapters=(adapters, ['adapter', 'adapter', 'adapter', 'config']),
+    shell_adapters=(lambda h: main('merge a=la b=lb --method average --merge-adapters --out new'.split()), ['adapter']),
+    shell_report=(show, ['result']),
+    shell_report_again=(lambda h: again(h, 'old-page', 'report', 'plain'), ['page']),
+    tables=(tables, ['result']),
+    shell_reproduce=(go_on, ['run']),
+    load_bench=(lambda h: load_bench(h/'bench'), ['steps']),
+    shell_out=(lambda h: main(['evaluate', 'a', '--data', 'rows.csv', '--out', 'o.json']), ['out']))
+DOORS |= COMMANDS
+MORE = dict(dict.fromkeys(['shell_convert', 'shell_convert_parts', 'shell_convert_again'], make_pickles), adapters=make_adapters, shell_adapters=make_adapters, shell_reproduce=make_run,
+            **dict.fromkeys(['shell_report', 'shell_report_again', 'tables', 'load_bench'], make_results)) # what a door needs in the sandbox
 DATA_DOORS = dict(shell_fisher=(lambda h: main(['fisher', 'a', '--data', 'rows.csv', '--num-samples', '4', '--out', 'new.safetensors']), ['data']),
                   shell_evaluate=(lambda h: main(['evaluate', 'a', '--data', 'rows.csv']), ['data']))
 
@@ -569,6 +836,7 @@ def run(number, doors=DOORS, seconds=None, tell=lambda *_: None, start=0):
         sandbox, work = Path(d)/'sandbox', Path(d)/'work'
         sandbox.mkdir(); work.mkdir(); (work/'log').touch()
         make_sandbox(sandbox)
+        for make in {MORE[d]: None for d in doors if d in MORE}: make(sandbox)
         todo = list(cases(number, doors))
         if seconds: random.Random(start).shuffle(todo)
         for door, kind, i in todo:
@@ -579,6 +847,13 @@ def run(number, doors=DOORS, seconds=None, tell=lambda *_: None, start=0):
             tell(door, kind, i+start, outcome, done, said)
     return counts, bad
 
+def earlier(path, doors):
+    "The doors of a record that are not tried now, each with its commit, and the seconds of all; `ValueError` for other versions."
+    said = json.loads(path.read_text())
+    if said['versions'] != versions(): raise ValueError(f'{path} has versions {said["versions"]}, here are {versions()}')
+    commits = said.get('commits', {})
+    return [dict(door=d, commit=commits.get(d, said['commit']), counts=c) for d, c in said['doors'].items() if d not in doors], said['seconds']
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser()
     p.add_argument('--out', type=Path, required=True)
@@ -586,13 +861,17 @@ if __name__ == '__main__':
     p.add_argument('--start', type=int, default=0, help='the first seed')
     p.add_argument('--door', nargs='+', default=list(DOORS), help='some of them; data doors by name')
     p.add_argument('--verbose', action='store_true')
+    p.add_argument('--add', action='store_true', help='keep the other doors of FILE')
     args = p.parse_args()
     doors = {k: v for k, v in {**DOORS, **DATA_DOORS}.items() if k in args.door}
     tell = (lambda *o: print(*o[:4], o[4][:100].replace('\n', ' '), '|', o[5][:300].replace('\n', ' '), flush=True)) if args.verbose else (lambda *_: None)
     began = time.time()
     counts, bad = run(args.number, doors, tell=tell, start=args.start)
-    total = sum(map(Counter, counts.values()), Counter())
-    write_record(args.out.absolute(), what='hostile inputs', cases=sum(total.values()), seconds=round(time.time()-began), total={o: total[o] for o in OUTCOMES},
-                 doors={d: dict(c) for d, c in counts.items()}, bad=bad)
+    kept, seconds = earlier(args.out, doors) if args.add else ([], 0)
+    found = {o['door']: o for o in [*kept, *(dict(door=d, commit=find_commit(), counts=dict(c)) for d, c in counts.items())]}
+    bad = [o for o in (json.loads(args.out.read_text())['bad'] if args.add else []) if o['door'] not in doors]+bad
+    total = sum((Counter(o['counts']) for o in found.values()), Counter())
+    write_record(args.out.absolute(), what='hostile inputs', cases=sum(total.values()), seconds=seconds+round(time.time()-began), total={o: total[o] for o in OUTCOMES},
+                 doors={d: o['counts'] for d, o in found.items()}, commits={d: o['commit'] for d, o in found.items()}, bad=bad)
     for o in OUTCOMES: print(f'{o:14}{total[o]}')
     sys.exit(bool(bad))

@@ -1,22 +1,27 @@
 """Every write, cut off before each of its file operations: killed, interrupted, out of space. Nothing may be lost.
 
-    python tests/faults/kills.py --out FILE [--stride N] [--cases NAME …] [--ways WAY …]
+    python tests/faults/kills.py --out FILE [--stride N] [--cases NAME …] [--ways WAY …] [--add]
 
 A process that has everything imported is forked for each trial. In the child an audit hook counts the operations on
 files, and the n-th does not happen: the process is killed there, or an exception is raised. Then the parent looks:
 inputs and other people's files are as they were, an old or a new result is whole, at once or once the folder is put
-right, and the same command, run again, completes."""
+right, and the same command, run again, completes. With `--add` the cases of FILE that are not run now stay in it, each
+with the commit that it was run at."""
 import argparse
 import errno
+import gc
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -28,17 +33,22 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
+import fisher_nodes.experiment.bench as timing
 import fisher_nodes.tasks.finetuning as finetuning
 from fisher_nodes import MaskFisher, Merged, merge, run_recipe
-from fisher_nodes.engine.files import check_folder, write_record
+from fisher_nodes.app.cli import main as shell_main
+from fisher_nodes.engine.files import CONVERTED, check_folder, describe_file, find_commit, read_list, versions, write_record
 from fisher_nodes.engine.models import load_model
 from fisher_nodes.experiment.checkpoints import kept_record
+from fisher_nodes.experiment.results import ERRORS, load_bench, load_errors, load_results
 from fisher_nodes.merging.run import merge_files
 from fisher_nodes.merging.store import OpenFile
+from hostile import make_grid, put_results, results, tokenizer
 from reference import examples, tiny
 
 WAYS = 'kill', 'interrupt', 'error', 'full'
-MINE = {'notes.txt': 'years of work', '2024_Pooling/config.json': '{}', 'rte.safetensors': 'a Fisher, of another day'}
+MINE = {'notes.txt': 'years of work', '2024_Pooling/config.json': '{}', 'rte.safetensors': 'a Fisher, of another day', 'report-for-the-boss.png': 'a picture',
+        '.mine.lock': 'of another program'}
 
 
 # --- what is cut off --------------------------------------------------------------------------
@@ -119,6 +129,125 @@ def save_fisher(here, n):
     (here/'out').mkdir(exist_ok=True)
     fisher(n).save(here/'out'/'f.safetensors')
 
+# --- what commands write ----------------------------------------------------------------------
+
+def shell(*line):
+    "A command as it is typed; an error where it fails."
+    said = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(said): status = shell_main([str(o) for o in line])
+    if status: raise SystemExit(said.getvalue() or status)
+
+def marked(n):
+    "A model that can be told from others by its bias."
+    model = tiny(num_labels=2, seed=n, dtype=torch.float32)
+    model.classifier.bias.data[0] = n
+    return model
+
+def make_pickles(here):
+    "Two checkpoints from before safetensors; the first has a file more, which must not stay beside the second."
+    for n in (1, 2):
+        folder, model = here/'in'/f'm{n}', marked(n)
+        model.config.save_pretrained(folder)
+        torch.save(model.state_dict(), folder/'pytorch_model.bin')
+        tokenizer().save_pretrained(folder)
+    (here/'in'/'m1'/'vocab.txt').write_text('[PAD]')
+
+def convert(here, n, *more): shell('convert', here/'in'/f'm{n}', '--out', here/'out', *more)
+
+def as_listed(out, record):
+    "`ValueError` unless all files are there that a record lists, as it describes them, and no other of a model."
+    files = read_list(out/record)
+    if not all(describe_file(out/n).items() <= o.items() for n, o in files.items()): raise ValueError('not as listed')
+    if (out/'vocab.txt').exists() and 'vocab.txt' not in files: raise ValueError('a file of the earlier one')
+
+def converted_of(here):
+    as_listed(here/'out', CONVERTED)
+    n = int(load_model(here/'out').classifier.bias[0])
+    if not json.loads((here/'out'/CONVERTED).read_text())['model'].endswith(f'm{n}'): raise ValueError('the record of another')
+    return n
+
+def make_adapters(here):
+    "A base, and an adapter of it for each task."
+    from peft import LoraConfig, get_peft_model
+    base = here/'in'/'base'
+    marked(1).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    for i, t in enumerate(('rte', 'sst2')):
+        torch.manual_seed(i)
+        model = get_peft_model(load_model(base), LoraConfig(task_type='SEQ_CLS', r=2, target_modules=['query'], init_lora_weights=False))
+        model.save_pretrained(here/'in'/f'{t}')
+
+def adapted(here, n, *more):
+    shell('merge', f'rte={here}/in/rte', f'sst2={here}/in/sst2', '--method', 'average', '--weights', 'rte=1', f'sst2={n}', '--merge-adapters', '--out', here/'out', *more)
+
+def adapted_saved(here, n): merge({t: here/'in'/t for t in ('rte', 'sst2')}, method='average', weights=[1, n], merge_adapters=True, progress=False).save_pretrained(here/'out', overwrite=True)
+
+def make_rows(here):
+    "Two models and rows for them; the name of a file of rows says which."
+    for n in (1, 2):
+        marked(n).save_pretrained(here/'in'/f'm{n}')
+        tokenizer().save_pretrained(here/'in'/f'm{n}')
+        (here/'in'/f'rows{n}.csv').write_text('sentence,label\n'+'w1 w2,0\nw3,1\n'*n)
+
+def score(here, n, *more): shell('evaluate', here/'in'/'m1', '--data', here/'in'/f'rows{n}.csv', '--out', here/'out'/'o.json', *more)
+
+def scored_of(here):
+    found = json.loads((here/'out'/'o.json').read_text())
+    (name,) = found['scores'].keys() & found['data'].keys()
+    return int(name[4])
+
+def measured(here, n, *more): shell('fisher', here/'in'/'m1', '--data', here/'in'/'rows2.csv', '--num-samples', n, '--out', here/'out'/'f.safetensors', *more)
+
+def timed(f):
+    "A benchmark with everything but the clock."
+    def turns(calls, rounds, device): return {k: [1.]*(rounds+1) for k in calls}
+    def run(*args):
+        with mock.patch.object(timing, 'take_turns', turns), mock.patch.object(timing, 'peak_flops', lambda *o: 1.): f(*args)
+    return run
+
+@timed
+def bench(here, n, *more): shell('bench', here/'in'/'m1', '--data', here/'in'/'rows2.csv', '--num-samples', n, '--out', here/'out'/'o.json', *more)
+
+@timed
+def shapes(here, n, *more):
+    with redirect_stdout(io.StringIO()): timing.run_bench_shapes(['--shape', 'toy', '--num-samples', str(n), '--compiled', '--out', str(here/'out'/'o.json'), *more])
+
+def timed_of(here): return int(load_bench(here/'out').num_examples[0])
+
+def make_results(here):
+    for n in (1, 2): put_results(here/'in'/f'r{n}', results(f'number {n}', 3-n))
+
+def tell(here, n, *more): shell('report', here/'in'/f'r{n}', '--out', here/'out', *more)
+
+def told_of(here):
+    "Which results a page shows; `ValueError` unless its pictures are there, whole, and no other."
+    text = (here/'out'/'report.md').read_text()
+    named = set(re.findall(r'\]\((.+?\.png)\)', text))
+    if named != {o.name for o in (here/'out').glob('*.png')}-{*MINE}: raise ValueError('other pictures')
+    if not all((here/'out'/o).read_bytes().endswith(b'IEND\xaeB`\x82') for o in named): raise ValueError('half a picture')
+    return int(text[len('# number '):].split()[0])
+
+def grid(here, samples):
+    with mock.patch.dict(os.environ, FISHER_NODES_GLUE=str(here/'in'/'glue')):
+        shell('reproduce', '--checkpoints', here/'in'/'models', '--tasks', 'sst2,rte', '--methods', 'average,mask-fisher', '--samples', samples, '--out', here/'out')
+
+def first_grid(here):
+    "A run, what it found put away."
+    grid(here, '2')
+    shutil.copytree(here/'out', here/'in'/'kept')
+
+def grid_of(here):
+    "1 for a whole run, 2 for one with more samples; `ValueError` unless every file is whole and the older ones are as they were."
+    out, kept = here/'out', here/'in'/'kept'
+    for o in kept.rglob('*.*') if kept.exists() else ():
+        if o.read_bytes() != (out/o.relative_to(kept)).read_bytes(): raise ValueError(f'{o.name} is another')
+    for o in (out/'cache').glob('*.safetensors'): MaskFisher.load(o)
+    there = set(load_results(out).num_samples.dropna())
+    if 4 in there and (out/ERRORS).exists() and len(load_errors(out)) == 2: return 2
+    return int(there >= {2}) or None
+
+INPUTS = dict(convert=make_pickles, adapters=make_adapters, evaluate=make_rows, measure=make_rows, bench=make_rows, shapes=make_rows, report=make_results, reproduce=lambda o: make_grid(o/'in'))
+
 CASES = dict( # what makes the older result, the command, what tells which result is there, and what it tells of a new one
     merge_new=(None, lambda o: save(o, [1, 2]), merged_of, 2),
     merge_overwrite=(lambda o: save(o, [1, 1]), lambda o: save(o, [1, 2], overwrite=True), merged_of, 2),
@@ -131,7 +260,23 @@ CASES = dict( # what makes the older result, the command, what tells which resul
     recipe_new=(None, lambda o: repeat(o), merged_of, 3),
     recipe_overwrite=(lambda o: save(o, [1, 1]), lambda o: repeat(o, overwrite=True), merged_of, 3),
     fisher=(lambda o: save_fisher(o, 1), lambda o: save_fisher(o, 2), fisher_of, 2),
-    record=(lambda o: write_record(o/'out'/'r.json', n=1), lambda o: write_record(o/'out'/'r.json', n=2), record_of, 2))
+    record=(lambda o: write_record(o/'out'/'r.json', n=1), lambda o: write_record(o/'out'/'r.json', n=2), record_of, 2),
+    convert_new=(None, lambda o: convert(o, 2), converted_of, 2),
+    convert_overwrite=(lambda o: convert(o, 1), lambda o: convert(o, 2, '--overwrite'), converted_of, 2),
+    adapters_new=(None, lambda o: adapted(o, 2), merged_of, 2),
+    adapters_overwrite=(lambda o: adapted(o, 1), lambda o: adapted_saved(o, 2), merged_of, 2),
+    report_new=(None, lambda o: tell(o, 2), told_of, 2),
+    report_overwrite=(lambda o: tell(o, 1), lambda o: tell(o, 2, '--overwrite'), told_of, 2),
+    evaluate_new=(None, lambda o: score(o, 2), scored_of, 2),
+    evaluate_overwrite=(lambda o: score(o, 1), lambda o: score(o, 2, '--overwrite'), scored_of, 2),
+    measure_new=(None, lambda o: measured(o, 2), fisher_of, 2),
+    measure_overwrite=(lambda o: measured(o, 1), lambda o: measured(o, 2, '--overwrite'), fisher_of, 2),
+    bench_new=(None, lambda o: bench(o, 2), timed_of, 2),
+    bench_overwrite=(lambda o: bench(o, 1), lambda o: bench(o, 2, '--overwrite'), timed_of, 2),
+    shapes_new=(None, lambda o: shapes(o, 2), timed_of, 2),
+    shapes_again=(lambda o: shapes(o, 1), lambda o: shapes(o, 2), timed_of, 2),
+    reproduce_new=(None, lambda o: grid(o, '2'), grid_of, 1),
+    reproduce_more=(first_grid, lambda o: grid(o, '2,4'), grid_of, 2))
 
 
 # --- trials -----------------------------------------------------------------------------------
@@ -159,7 +304,7 @@ def found(case, here):
 
 def set_up(case, here):
     "Inputs, the older result if there is to be one, and what other people have in the same folder."
-    make_inputs(here)
+    INPUTS.get(case.partition('_')[0], make_inputs)(here)
     old = CASES[case][0]
     if not old: return
     old(here)
@@ -198,13 +343,16 @@ def trial(case, way, n, template, here):
     elif code:
         if in_child(lambda: command(here)): wrong.append('run again, refused')
         elif found(case, here) != new: wrong.append('run again, no new result')
-        hidden = [o.name for o in (here/'out').iterdir() if o.name.startswith('.')]
+        hidden = [o.name for o in (here/'out').rglob('.*') if o.name not in MINE]
         if hidden: wrong.append(f'run again, {hidden} left')
         look('by the second run')
     return wrong, code != 0
 
 def operations(case, template, here):
     "How many there are when nothing is cut off."
+    shutil.copytree(template, here)
+    CASES[case][1](here) # once in this process, so that no trial imports anything
+    shutil.rmtree(here)
     shutil.copytree(template, here)
     told = here.with_name('count')
     def run():
@@ -216,19 +364,30 @@ def operations(case, template, here):
     assert in_child(run) == 0, f'{case} fails by itself'
     return int(told.read_text())
 
-def run_case(case, way, choose=lambda total: range(1, total+1), say=lambda *o: None):
-    "Chosen operations of a case: counts, and what went wrong where."
+@contextmanager
+def prepared(case):
+    "What all trials of a case begin with, where they work, and how many operations there are."
     with tempfile.TemporaryDirectory() as d:
         template, here = Path(d).resolve()/'template', Path(d).resolve()/'work'
         set_up(case, here)
         here.rename(template)
         total = operations(case, template, here)
-        chosen, wrong = list(choose(total)), {}
-        for n in chosen:
-            bad, reached = trial(case, way, n, template, here)
-            if not reached: bad.append(f'operation {n} of {total} was not reached')
-            if bad: wrong[n] = bad; say(case, way, n, bad)
-    return dict(case=case, way=way, operations=total, trials=len(chosen), wrong=wrong)
+        gc.freeze() # or children copy what they only look at
+        try: yield template, here, total
+        finally: gc.unfreeze()
+
+def run_way(case, way, ready, choose=lambda total: range(1, total+1), say=lambda *o: None):
+    "Chosen operations of a prepared case: counts, and what went wrong where."
+    template, here, total = ready
+    chosen, wrong = list(choose(total)), {}
+    for n in chosen:
+        bad, reached = trial(case, way, n, template, here)
+        if not reached: bad.append(f'operation {n} of {total} was not reached')
+        if bad: wrong[n] = bad; say(case, way, n, bad)
+    return dict(case=case, way=way, operations=total, trials=len(chosen), wrong=wrong, commit=find_commit())
+
+def run_case(case, way, *args):
+    with prepared(case) as ready: return run_way(case, way, ready, *args)
 
 KINDS = dict(lost='result lost', refused='run again', changed='inputs changed', deleted='of others deleted')
 
@@ -237,20 +396,30 @@ def summary(runs):
     said = Counter(k for o in runs for bad in o['wrong'].values() for k, word in KINDS.items() if any(word in b for b in bad))
     return dict(trials=sum(o['trials'] for o in runs), **{k: said[k] for k in KINDS})
 
+def earlier(path, now):
+    "The runs of a record that are not run now, each with its commit, and the seconds of all; `ValueError` for other versions."
+    said = json.loads(path.read_text())
+    if said['versions'] != versions(): raise ValueError(f'{path} has versions {said["versions"]}, here are {versions()}')
+    return [o | dict(commit=o.get('commit', said['commit'])) for o in said['runs'] if (o['case'], o['way']) not in now], said['seconds']
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True)
     parser.add_argument('--stride', type=int, default=1)
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES))
     parser.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS))
+    parser.add_argument('--add', action='store_true', help='keep the other cases of FILE')
     args, start, runs = parser.parse_args(), time.time(), []
     quiet()
     for case in args.cases:
-        for way in args.ways:
-            runs.append(run_case(case, way, lambda total: range(1, total+1, args.stride), lambda *o: print(*o, flush=True)))
-            print(case, way, runs[-1]['trials'], f'{time.time()-start:.0f} s', flush=True)
-    write_record(Path(args.out), **summary(runs), seconds=round(time.time()-start), runs=runs)
-    print(json.dumps(summary(runs)))
+        with prepared(case) as ready:
+            for i, way in enumerate(args.ways):
+                chosen = lambda total: range(1+i*args.stride//len(args.ways), total+1, args.stride) # each way begins elsewhere
+                runs.append(run_way(case, way, ready, chosen, lambda *o: print(*o, flush=True)))
+                print(case, way, runs[-1]['trials'], f'{time.time()-start:.0f} s', flush=True)
+    kept, seconds = earlier(Path(args.out), {(o['case'], o['way']) for o in runs}) if args.add else ([], 0)
+    write_record(Path(args.out), **summary(kept+runs), seconds=seconds+round(time.time()-start), runs=kept+runs)
+    print(json.dumps(summary(kept+runs)))
     return int(any(o['wrong'] for o in runs))
 
 def quiet():

@@ -833,8 +833,8 @@ def test_a_request_takes_values_as_they_are():
 def test_merge_hands_on_all_that_it_is_given(monkeypatch):
     monkeypatch.setattr(run, 'merge_loaded', lambda *given: given)
     how = dict(num_samples=3, max_length=4, text='b', label='y', labels='exact', precision='fp32', loss=lambda model, batch: None)
-    request, device, progress, checkpointing = run.merge([tiny()], data=[ragged_batches()], device='cpu', progress=False, checkpointing=True, seed=5, **how)
-    assert {k: getattr(request, k) for k in how} == how and (request.seed, device, progress, checkpointing) == (5, 'cpu', False, True)
+    request, *rest = run.merge([tiny()], data=[ragged_batches()], device='cpu', progress=False, checkpointing=True, seed=5, refit_heads=.5, work='w', **how)
+    assert {k: getattr(request, k) for k in how} == how and (request.seed, request.refit_heads, *rest) == (5, .5, 'cpu', False, True, 'w')
 
 def test_a_statistic_in_files_is_checked_as_it_is_read():
     def blocks(**tensors): return CheckedBlocks(tensors, 'a', STATISTICS['full-fisher'])

@@ -220,7 +220,7 @@ class _Alike(_Told):
 
 class _Compared(_Told):
     rows:int
-    head_ridge:float|None
+    moved:bool
     average:_Alike
     merged:_Alike
 

@@ -41,8 +41,7 @@ def _fit_head(merged:Merged, task:str, model:PreTrainedModel, average:PreTrained
     refit = refit_head(model, merged.body, rows)
     before,after = agreement(model, rows, (average, None), (merged.body, refit))
     for n,v in (refit.numbers(model) if refit else {}).items(): merged[task].get_parameter(n).copy_(v)
-    ridge = refit.factor if refit else None
-    return dict(rows=rows.num_examples, head_ridge=ridge, average=_told(before), merged=_told(after))
+    return dict(rows=rows.num_examples, moved=refit is not None, average=_told(before), merged=_told(after))
 
 @torch.inference_mode(False)
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ..core.families import body_of
 from ..core.heads import Head, class_head, known_head
 from ..core.walk import first_tensor, gives, watching
 from .calls import Calls, as_given, tokens
-from .refit import Refit, can_refit, moves_apart, on_body
+from .refit import Refit, can_refit, on_body
 
 # %% ../../nbs/methods/07b_agreement.ipynb #c4ff5b19
 @dataclass
@@ -87,9 +87,9 @@ def _moved(module:nn.Module, weight:Tensor, bias:Tensor)->Iterator[None]:
 
 def _answers(model:PreTrainedModel, there:nn.Module, call:Any, head:Head, refit:Refit|None, seen:int)->Tensor:
     "What is answered on another body, every row by a head that was fitted without it."
-    if refit is None or refit.factor is None: return head.logits(there, call)
+    if refit is None or not (moves := refit.apart()): return head.logits(there, call)
     said,module = [],model.get_submodule(refit.name)
-    for move in moves_apart(refit.folds, refit.factor):
+    for move in moves:
         with _moved(module, *move): said.append(head.logits(there, call))
     rows = torch.arange(len(said[0]))
     return torch.stack(said)[(seen+rows) % len(said), rows]

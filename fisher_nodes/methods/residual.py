@@ -154,12 +154,13 @@ def _wanted(stage:Stage, lane:Lane, i:int, names:Sequence[str])->dict[str,Tensor
 def _given(stage:Stage, lane:Lane, i:int, names:Sequence[str])->dict[str,Tensor]: # 'in', 'out' and 'sum'
     "What the merged network gives to a group of matrices for one batch, as far as is needed."
     found,walk,last = {},lane.new,names[-1]
+    at = stage.sums.get(last)
     def see(what, o):
         found[what] = o.clone()
-        if what==('sum' if last in stage.sums else 'out'): raise Reached
-    first,layer = stage.maps[names[0]],stage.layer(walk)
-    watch = [reads(first, partial(see, 'in')), gives(stage.maps[last], partial(see, 'out'))]
-    if last in stage.sums: watch.append(watch_sum(layer, stage.sums[last], partial(see, 'sum')))
+        if what==('sum' if at else 'in'): raise Reached
+    watch = [reads(stage.maps[names[0]], partial(see, 'in'))]
+    if at: watch += [gives(stage.maps[last], partial(see, 'out')),
+                     watch_sum(stage.layer(walk), at, partial(see, 'sum'))]
     walk.run(i, *watch)
     return found
 

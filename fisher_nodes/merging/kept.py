@@ -9,6 +9,7 @@ __all__ = ['keep_rows', 'fit_heads']
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 import torch
 from tqdm.auto import tqdm
@@ -34,7 +35,12 @@ def keep_rows(
                      'head; give more, or refit_heads=0')
 
 # %% ../../nbs/merging/06a_kept.ipynb #8d1ee362
-def _told(o:Agreement)->dict[str,Any]: return {k: v for k,v in asdict(o).items() if k!='rows'}
+def _plain(o:Any)->Any:
+    "A number, or a list of them, as JSON can say it; None for what is no number."
+    if isinstance(o, list): return list(map(_plain, o))
+    return o if o is None or isfinite(o) else None
+
+def _told(o:Agreement)->dict[str,Any]: return {k: _plain(v) for k,v in asdict(o).items() if k!='rows'}
 
 def _fit_head(merged:Merged, task:str, model:PreTrainedModel, average:PreTrainedModel, rows:Calls)->dict:
     "Fit one head, and say how much the average and the merge agree with its own model."

@@ -221,6 +221,7 @@ class _Alike(_Told):
 class _Compared(_Told):
     rows:int
     moved:bool
+    says:str|None
     average:_Alike
     merged:_Alike
 
@@ -488,7 +489,8 @@ def _agreement(report:Mapping[str,Any])->str:
         kl = '–' if o['merged']['kl'] is None else f'{o["merged"]["kl"]:.3g}'
         return t,o['rows'],*same,*explained,kl
     head = ['task', 'rows', 'same answers, average', 'this merge', 'explained, average', 'this merge', 'KL']
-    return _ALIKE + table(head, [row(*o) for o in found.items()], escaped)
+    words = [f'- {escaped(t)} {escaped(o["says"])}.' for t,o in found.items() if o.get('says')]
+    return '\n'.join([_ALIKE + table(head, [row(*o) for o in found.items()], escaped), '', *words])
 
 def _tables(report:Mapping[str,Any])->dict[str,str]:
     "The tables of a card, by their places in the text."

@@ -104,7 +104,8 @@ def test_rows_without_labels(here, tmp_path, capsys):
 @pytest.mark.parametrize('line, said', [
     ('--method average --refit-heads .5', "needs either `--fisher` or `--data`|--data|without"), ('--method average --work w', "--work keeps the layers that a method fits; 'average' fits none"),
     ('--method best --work w', "'best' fits none without --data"),
-    ('--method best --data x=x.csv y=y.csv --refit-heads 2', "from 0 to 1, got '2'"), ('--method best --data x=x.csv y=y.csv --work out', '--work and --out are one folder'),
+    ('--method best --data x=x.csv y=y.csv --refit-heads 2', "from 0 to 1, got '2'"), ('--method best --data x=x.csv y=y.csv --work out', '--work and --out are one folder'), ('--method best --data x=x.csv y=y.csv --work x', "is, holds or lies in the model of 'x'"),
+    ('--method best --refit-heads .5', '--refit-heads says how to measure, but without --data nothing is measured'),
     ('--method best --data x=x.csv y=y.csv --num-samples 2', "'x' has 2 rows, too few to keep a share of 0.25")])
 def test_best_and_heads_asked_wrongly(line, said, tmp_path, capsys):
     try: status = main(f'merge x=x y=y {line} --out out'.split())

@@ -3,11 +3,14 @@
 The slow reference runs whole models, one example after the other, with hooks of torch alone, and solves stacked
 least squares. Where a stream is read it knows for the layouts that it checks."""
 from copy import deepcopy
+from threading import Thread
 
 import pytest
 import torch
 import transformers as T
 from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import zoo
@@ -21,6 +24,7 @@ from fisher_nodes.methods import residual
 from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
 from fisher_nodes.methods.agreement import agreement
 from fisher_nodes.methods.calls import Calls
+from fisher_nodes.methods.refit import kept_answers
 
 QUIET = dict(progress=False)
 ALL = dict(method='residual-regression', **QUIET)
@@ -227,7 +231,7 @@ def test_goes_on_where_it_was_interrupted(two, tmp_path, monkeypatch):
     same(merge(two, data=data, work=work, **HOW), whole)
     assert (fitted, later) == (['encoder.layer.0'], ['encoder.layer.1', ''])
     same(merge(two, data=data, work=work, **HOW), whole)
-    with pytest.raises(ValueError, match='is of another merge: other models, rows or options'): merge(two, data=as_data(texts(2)), work=work, **HOW)
+    with pytest.raises(ValueError, match='is of another merge: other models, rows, options or versions'): merge(two, data=as_data(texts(2)), work=work, **HOW)
     with pytest.raises(ValueError, match="`work` keeps the layers that a method fits; 'average' fits none"): merge(two, method='average', work=work, **QUIET)
 
 @pytest.mark.parametrize('wrong, said', [
@@ -333,6 +337,112 @@ def test_heads_of_every_kind(cls):
 
 def test_too_few_rows_for_heads(two):
     data = as_data({t: v[:3] for t, v in texts(1).items()})
-    with pytest.raises(ValueError, match="'a' has 3 rows, too few to keep a share of 0.25 for its head; give more, or refit_heads=0"): merge(two, data=data, **ALL)
+    with pytest.raises(ValueError, match="'a' has 3 rows, too few to keep a share of 0.25 for its head; give more, or none to heads: 0 for `refit_heads`"): merge(two, data=data, **ALL)
     with pytest.raises(ValueError, match='`refit_heads` is 2; expected a finite number of at most 1'): merge(two, data=data, **ALL | dict(refit_heads=2))
-    with pytest.raises(ValueError, match='too few to keep a share of 1.0'): merge(two, data=data, **ALL | dict(refit_heads=1))
+    with pytest.raises(ValueError, match='`refit_heads` is 1, which leaves no rows to fit the body to'): merge(two, data=data, **ALL | dict(refit_heads=1))
+
+def test_a_head_without_a_bias_is_not_centred():
+    "What it then lacks is least squares as it is; a centred fit without its bias can be worse than none."
+    def build(seed):
+        torch.manual_seed(0)
+        model = T.GPT2ForSequenceClassification(T.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4, pad_token_id=0, num_labels=3))
+        torch.manual_seed(seed)
+        for p in model.parameters(): p.data += .05*torch.randn_like(p)
+        return model.double().eval()
+    models, rows = dict(a=build(1), b=build(2)), texts(1, 40)
+    merged = merge(models, data={t: [dict(input_ids=torch.tensor([o])) for o in v] for t, v in rows.items()}, method='average', refit_heads=1., **QUIET)
+    for t, m in models.items():
+        with torch.no_grad(): F = torch.stack([merged.body(torch.tensor([o])).last_hidden_state[0, -1] for o in rows[t]])
+        W = m.score.weight.detach()
+        E = torch.stack([answer(m, o) for o in rows[t]])-F @ W.T
+        pull = (.1*F.square().sum()/len(F))*torch.eye(16).double()
+        move = torch.linalg.solve(F.T @ F+pull, F.T @ E).T
+        assert_close(merged[t].score.weight.detach(), W+move, rtol=1e-7, atol=1e-9)
+        assert (E-F @ move.T).square().sum() < E.square().sum()
+
+def test_the_token_that_answers_in_half_precision():
+    "Earlier tokens may say the same; the last of the row is meant, on whichever side the padding is."
+    out, mask = torch.tensor([[[1.], [2.], [2.], [5.]], [[2.], [3.], [2.], [2.]]]), torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).bool()
+    found = kept_answers(out, torch.tensor([[2.], [2.]]), mask)
+    assert found.nonzero().tolist() == [[0, 2], [1, 3]]
+
+def test_of_several_labels_each_has_its_own_mean():
+    "Their differences explain nothing, and as many labels as tokens are no tokens."
+    def build(seed):
+        torch.manual_seed(seed)
+        model = T.BertForSequenceClassification(T.BertConfig(**SMALL, num_labels=7, problem_type='multi_label_classification')).double().eval()
+        model.classifier.bias.data = torch.linspace(-6, 6, 7).double()
+        return model
+    a, b = build(1), build(2)
+    ids = torch.tensor(texts(1, 12)['a'][0])[None].repeat(6, 1)+torch.arange(6)[:,None]
+    mask = torch.arange(7)[None] < torch.tensor([7, 6, 5, 7, 4, 7])[:,None]
+    rows = Calls({'0.input_ids': ids*mask, '0.attention_mask': mask.long(), '0.*': mask}, 6)
+    told, = agreement(a, rows, (b.bert, None))
+    own = deepcopy(a)
+    own.bert = b.bert
+    with torch.no_grad(): x, y = (m(input_ids=ids*mask, attention_mask=mask.long()).logits for m in (a, own))
+    assert_close(told.explained, (1-(y-x).square().sum()/(x-x.mean(0)).square().sum()).item(), rtol=1e-9, atol=0)
+    p, q = x.sigmoid(), y.sigmoid()
+    assert_close(told.kl, (p*(p/q).log()+(1-p)*((1-p)/(1-q)).log()).mean().item(), rtol=1e-6, atol=0)
+    assert told.same == ((x > 0) == (y > 0)).double().mean().item()
+
+def test_a_head_whose_last_layer_does_not_answer_stays(two):
+    class AuxForSequenceClassification(T.BertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.aux = torch.nn.Linear(16, 2)
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            self.aux(out.logits.new_zeros(1, 16))
+            return out
+    models = {}
+    for t, m in two.items():
+        models[t] = AuxForSequenceClassification(m.config).double().eval()
+        models[t].load_state_dict(m.state_dict(), strict=False)
+    data = as_data(texts(1, 64))
+    merged, plain = (merge(o, data=data, method='average', refit_heads=.5, **QUIET) for o in (models, two))
+    for n in ('weight', 'bias'):
+        assert_close(merged['a'].classifier.get_parameter(n), plain['a'].classifier.get_parameter(n), rtol=0, atol=0)
+        assert_close(merged['a'].aux.get_parameter(n), models['a'].aux.get_parameter(n), rtol=0, atol=0)
+
+def test_one_row_moves_no_head(two):
+    merged = merge(two, data=as_data({t: v[:4] for t, v in texts(1).items()}), method='average', refit_heads=.25, **QUIET)
+    told = merged.report['agreement']['a']
+    assert told['rows'] == 1 and not told['moved'] and torch.equal(merged['a'].classifier.weight, two['a'].classifier.weight)
+
+def test_numbers_of_rows_are_told(two):
+    merged = merge(two, data=as_data(texts(1, 32)), **ALL)
+    assert merged.report['tasks']['a']['fisher']['num_examples'] == 24 and merged.report['agreement']['a']['rows'] == 8
+
+def test_rows_from_generators(two):
+    rows = texts(1)
+    def make(t): return (dict(input_ids=torch.tensor([o])) for o in rows[t])
+    a = merge(two, data={t: make(t) for t in two}, method='regmean', refit_heads=1., **QUIET)
+    b = merge(two, data={t: list(make(t)) for t in two}, method='regmean', refit_heads=1., **QUIET)
+    same(a, b)
+    assert_close(a['b'].classifier.weight, b['b'].classifier.weight, rtol=0, atol=0)
+
+def test_layers_of_another_model_or_damaged_ones_are_refused(two, tmp_path):
+    data, work = as_data(texts(1)), tmp_path/'work'
+    merge(two, data=data, work=work, **HOW)
+    relu = {t: T.BertForSequenceClassification(T.BertConfig(**SMALL, hidden_act='relu')).double().eval() for t in two}
+    for t, m in relu.items(): m.load_state_dict(two[t].state_dict())
+    with pytest.raises(ValueError, match='is of another merge'): merge(relu, data=data, work=work, **HOW)
+    path = next(work.glob('*layer.0*'))
+    found = load_file(path)
+    with safe_open(path, 'pt') as f: about = f.metadata()
+    for wrong in (found | {'unused': found['unused']+1}, {k: v for k, v in found.items() if 'query.weight' not in k}):
+        save_file(wrong, path, about)
+        with pytest.raises(ValueError, match='is damaged, or was changed; remove it'): merge(two, data=data, work=work, **HOW)
+    (tmp_path/'file').touch()
+    with pytest.raises(NotADirectoryError, match='is a file; expected a folder'): merge(two, data=data, work=tmp_path/'file', **HOW)
+
+def test_two_threads_that_share_models(two):
+    "Whichever task comes first in either, both end."
+    data = as_data(texts(1))
+    def go(tasks):
+        for _ in range(6): merge({t: two[t] for t in tasks}, data={t: data[t] for t in tasks}, **HOW)
+    threads = [Thread(target=go, args=(o,), daemon=True) for o in ('ab', 'ba')]
+    for o in threads: o.start()
+    for o in threads: o.join(60)
+    assert not any(o.is_alive() for o in threads)

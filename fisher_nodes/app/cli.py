@@ -175,13 +175,13 @@ def run_merge(args:argparse.Namespace)->dict|None:
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
     from fisher_nodes.merging.run import RecipeDiffers, run_recipe
-    kept = ('--out', '--overwrite', '--device', '--checkpointing', '--json', '--accept-changes', '--import')
+    kept = ('--out', '--overwrite', '--device', '--checkpointing', '--json', '--accept-changes', '--import', '--work')
     own = [o for o in args.given if o not in kept]
     if own: raise ValueError(f'{own[0]} is for the recipe to say; write it into {args.models[0]}')
     with warnings.catch_warnings():
         warnings.simplefilter('error', RecipeDiffers)
         run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device,
-            checkpointing=args.checkpointing, accept_changes=args.accept_changes)
+            checkpointing=args.checkpointing, accept_changes=args.accept_changes, work=args.work)
 
 def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
     "What the options ask of a merge: the fields of a request, and options of the method."
@@ -207,6 +207,7 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     if args.data is None and args.checkpointing:
         raise ValueError('--checkpointing is for measuring, but without --data nothing is measured')
+    if args.work: check_apart(args.work, models)
     if args.work and Path(args.work).resolve()==Path(args.out).resolve():
         raise ValueError('--work and --out are one folder; layers that are fitted need one of their own')
     check_shard_size(args.max_shard_size)

@@ -464,8 +464,9 @@ _UNLIKE = 'The sources do not all state the same licence. Look at each before us
 _HEADS = ('`Merged.from_pretrained({where})` of fisher_nodes loads all tasks on one body; '
           '`logits(**batch)` answers them in one pass.')
 _ALIKE = ('## Does it answer as its models do?\n\nCompared with each task\'s own model, on rows that '
-          'nothing was fitted to, without labels: how often the answers are the same, and how much of the '
-          'variance of what is answered is explained; KL is from the own model, in nats.\n\n')
+          'were kept apart, without labels: how often the answers are the same, and how much of the variance '
+          'of what is answered is explained; KL is from the own model, in nats. The average has the heads as '
+          'they were, the merge those that were fitted to it, each row\'s without that row.\n\n')
 _ONE = 'All tasks are answered by one model: this folder has the same weights as that of each task.'
 _PIPELINES = dict( # class of transformers -> what the Hub calls its use
     AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction',

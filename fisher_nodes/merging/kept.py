@@ -31,8 +31,10 @@ def keep_rows(
     found = {t: split_calls(o, share) for t,o in rows.items()}
     few = next((t for t,(rest,kept) in found.items() if not kept.calls or fits and not rest.calls), None)
     if few is None: return {t: o[0] for t,o in found.items()}, {t: o[1] for t,o in found.items()}
-    raise ValueError(f'{few!r} has {rows[few].num_examples} rows, too few to keep a share of {share} for its '
-                     'head; give more, or refit_heads=0')
+    n = rows[few].num_examples
+    if fits and share==1: raise ValueError('`refit_heads` is 1, which leaves no rows to fit the body to')
+    raise ValueError(f'{few!r} has {n} rows, too few to keep a share of {share} for its head; give more, or '
+                     'none to heads: 0 for `refit_heads`')
 
 # %% ../../nbs/merging/06a_kept.ipynb #8d1ee362
 def _plain(o:Any)->Any:

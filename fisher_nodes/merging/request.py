@@ -318,7 +318,8 @@ class MergeRequest(BaseModel):
         for k in READING: _check_named(getattr(self, k), self.tasks, k)
         measuring = {k: getattr(self, k) for k in ('precision', 'loss', *READING)}
         measuring['reduction'] = None if self.reduction=='sum' else self.reduction
-        if self.statistic!='calls': measuring['refit_heads'] = self.refit_heads or None
+        if self.statistic!='calls' or not (self.data or self.fishers):
+            measuring['refit_heads'] = self.refit_heads or None
         check_needs(self.method, self.fishers, self.data, self.base, self.labels, **measuring)
         return self
 

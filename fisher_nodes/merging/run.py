@@ -32,13 +32,14 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from ..core.averaging import weighted_mean, widest
 from ..core.blocks import Block, Blocks, cut, rows_meant
 from ..core.families import body_of, body_prefix, body_state, find_family
+from ..core.fisher import MaskFisher
 from ..core.heads import class_head
 from ..core.places import find_places
 from ..core.schemes import check_roles
 from ..engine.adapters import adapter_base
 from ..engine.batches import no_collection
 from ..engine.devices import find_device
-from ..engine.files import MERGED, RECIPE, check_apart, check_folder, whole_folder
+from ..engine.files import MERGED, RECIPE, check_apart, check_folder, versions, whole_folder
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
 from ..engine.guard import frozen_eval, keep_rng, turn
 from ..engine.losses import make_objective
@@ -385,6 +386,7 @@ def measure_all(
     "Measure every model on its own data; all data are looked at first."
     about = STATISTICS[request.statistic or 'calls']
     read = {t: _read_data(request, inputs, t) for t in inputs.models}
+    if request.kept_share: read = {t: (_lasting(rows), how) for t,(rows,how) in read.items()}
     inputs.lengths = {t: how['max_length'] for t,(_,how) in read.items()}
     what = dict(num_samples=request.num_samples, seed=request.seed)
     asked = {k: getattr(request, k) for k in ('labels', 'loss', 'reduction') if 'labels' in about.takes}
@@ -400,6 +402,10 @@ def measure_all(
         inputs.statistics = {t: measure(about.name, inputs.models[t], rows, **how, **what, **asked, **run)
                              for t,(rows,how) in bar}
     if request.statistic!='calls' and request.kept_share: inputs.kept = _hear_all(inputs, read, what, run)
+
+def _lasting(rows:Any)->Any:
+    "Rows that can be gone through twice."
+    return list(rows) if isinstance(rows, Iterator) else rows
 
 def _hear_all(inputs:Inputs, read:Mapping[str,tuple], what:Mapping, run:Mapping)->dict[str,Calls]:
     "The same rows as bodies are called with them, by task."
@@ -428,7 +434,7 @@ def _check_weights(request:MergeRequest, inputs:Inputs, task:str, found:str):
     inputs.hashes[task] = found
     if task not in inputs.statistics: return
     about = STATISTICS[request.statistic]
-    what = about.of(task) if about.shapes else f'Fisher of {task!r}'
+    what = f'Fisher of {task!r}' if about.kind is MaskFisher else about.of(task)
     check_measured_on(what, inputs.statistics[task].meta, found)
 
 def _read_statistic(request:MergeRequest, given:Any)->Any:
@@ -576,7 +582,8 @@ def run(
     "Merge every parameter; the first failure ends it."
     job = replace(make_job(request, inputs), progress=progress, shelf=shelf)
     with ExitStack() as stack:
-        for m in job.models.values(): stack.enter_context(frozen_eval(m, inputs.device))
+        ordered = sorted(job.models.values(), key=lambda m: id(body_of(m))) # as in `assemble`, whoever is first
+        for m in ordered: stack.enter_context(frozen_eval(m, inputs.device))
         rule = METHODS[request.method].rule(job, **request.options)
     total,shown = sum(store.sizes().values()),dict(unit='B', unit_scale=True, delay=2, disable=not progress)
     try:
@@ -624,7 +631,7 @@ def check_work(
     work:Any, # as in `merge`
 ):
     "`ValueError` for a folder that would have no use."
-    fits = METHODS[request.method].runs_models and (request.data or request.fishers)
+    fits = METHODS[request.method].keeps_layers and (request.data or request.fishers)
     if work is None or fits: return
     without = ' without `data`' if METHODS[request.method].optional else ''
     raise ValueError(f'`work` keeps the layers that a method fits; {request.method!r} fits none{without}')
@@ -633,7 +640,8 @@ def _open_shelf(request:MergeRequest, inputs:Inputs, work:Any)->Shelf|None:
     "The finished layers of this very merge."
     if work is None: return None
     about = {k: getattr(request, k) for k in ('method', 'options', 'weights')}
-    about['models'] = {t: hash_weights(m) for t,m in inputs.models.items()}
+    about['models'] = {t: [hash_weights(m), m.config.to_json_string()] for t,m in inputs.models.items()}
+    about['versions'] = versions()
     return Shelf(work, work_key(about, inputs.statistics))
 
 def merge_loaded(
@@ -934,6 +942,7 @@ def run_recipe(
     *,
     device:str|torch.device|None=None, # where Fishers are measured, or blocks combined; None is up to each
     checkpointing:bool=False, # as in `mask_fisher`
+    work:PathName|None=None, # as in `merge`
     accept_changes:bool=False, # whether models may have other weights than were recorded
     progress:bool=True, # show progress bars
 )->Path: # the folder
@@ -947,7 +956,8 @@ def run_recipe(
     check_checkpointing(STATISTICS.get(request.statistic) if request.data else None, checkpointing)
     if not accept_changes: check_pinned(path)
     asked = without_pins(request) if accept_changes else request
-    run = dict(device=device, progress=progress, checkpointing=checkpointing)
+    check_work(request, work)
+    run = dict(device=device, progress=progress, checkpointing=checkpointing, work=work)
     if request.in_memory: merge_loaded(asked, **run).save_pretrained(out, overwrite=overwrite)
     else: merge_stored(asked, out, overwrite=overwrite, device=device or 'cpu', progress=progress)
     made = from_main(lambda: load_recipe(Path(out)/RECIPE))

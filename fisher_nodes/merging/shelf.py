@@ -27,6 +27,8 @@ def work_key(
     said = json.dumps([dict(about), found], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
+_OTHER = 'another merge: other models, rows, options or versions; give another `work`'
+
 class Shelf:
     "Finished parts of one merge, a file for each."
     def __init__(self,
@@ -34,6 +36,8 @@ class Shelf:
         key:str, # of `work_key`
     ):
         self.folder,self.key = Path(folder),key
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f'`work` is {folder}, which is a file; expected a folder')
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, part:str)->Path: return self.folder/f'fit.{part}.safetensors'
@@ -45,14 +49,17 @@ class Shelf:
         path = self._path(part)
         if not path.is_file(): return None
         with open_saved(path, 'finished part of a merge') as f:
-            found = (f.metadata() or {}).get('key')
-            if found==self.key: return {k: f.get_tensor(k).clone() for k in f.keys()}
-        raise ValueError(f'{path} is of another merge: other models, rows or options; give another `work`')
+            about,found = f.metadata() or {},{k: f.get_tensor(k).clone() for k in f.keys()}
+        if about.get('key')!=self.key: raise ValueError(f'{path} is of {_OTHER}')
+        if about.get('hash')==hash_tensors(found): return found
+        raise ValueError(f'{path} is damaged, or was changed; remove it, and its layer is fitted again')
 
     def save(self,
         part:str, # such as the path of a layer
         tensors:Mapping[str,Tensor],
     ):
-        "Keep what is finished; it appears whole or not at all."
+        "Keep what is finished; it appears whole or not at all. `ValueError` where another merge keeps its own."
+        self.load(part)
         found = {k: v.cpu().contiguous().clone() for k,v in tensors.items()}
-        with whole_file(self._path(part)) as path: save_file(found, path, dict(format='pt', key=self.key))
+        about = dict(format='pt', key=self.key, hash=hash_tensors(found))
+        with whole_file(self._path(part)) as path: save_file(found, path, about)

@@ -95,8 +95,8 @@ def _answers(model:PreTrainedModel, there:nn.Module, call:Any, head:Head, refit:
     return torch.stack(said)[(seen+rows) % len(said), rows]
 
 def _counted(answers:Tensor, mask:Tensor|None)->Tensor: # of booleans, shape of all but the last
-    "Which answers are about tokens; the choice of a next token is about both."
-    kinds = () if mask is None or answers.ndim<3 else (mask, mask[:,1:] & mask[:,:-1])
+    "Which answers of tokens count, all but those of padding; the choice of a next token is about both."
+    kinds = () if mask is None else (mask, mask[:,1:] & mask[:,:-1])
     found = next((o for o in kinds if o.shape==answers.shape[:2]), None)
     every = torch.ones(answers.shape[:-1], dtype=torch.bool)
     return (every if found is None else found).to(answers.device)
@@ -128,8 +128,9 @@ class _Comparison:
         "Take in what is answered."
         there = _Said(out) if body_of(self.model) is self.model else on_body(self.model, out)
         got = _answers(self.model, there, here, self.head, self.refit, self.seen).to(had.device)
-        at = _counted(had, mask)
-        if self.head.size(self.model) is not None: self.said.add(had[at], got[at])
+        at = _counted(had, mask if self.head.of_tokens or self.head.feeds else None)
+        if self.head.choices(self.model): self.said.add(had[...,-1], got[...,-1]) # a logit for each label
+        elif self.head.size(self.model) is not None: self.said.add(had[at], got[at])
         if self.head.chooses: self.chosen.add(had[at], got[at])
         self.seen += len(had)
 

@@ -120,7 +120,8 @@ def _part(given:Calls, rows:list[list[int]])->Calls:
     for name,v in given.values.items():
         i,what = name.split('.', 1)
         if rows[i := int(i)]: values[f'{left.index(i)}.{what}'] = _some(v, rows[i], sizes[i])
-    return Calls(values, sum(map(len, rows)), given.meta)
+    n = sum(map(len, rows))
+    return Calls(values, n, given.meta | ({'num_examples': n} if 'num_examples' in given.meta else {}))
 
 def split_calls(
     given:Calls,

@@ -178,6 +178,7 @@ class MergeMethod:
     needs_base:bool=False # whether it takes the model before fine-tuning
     random:bool=False # whether it draws at random, so that another seed gives another result
     runs_models:bool=False # whether it runs models while it merges, which must be in memory then
+    keeps_layers:bool=False # whether an interrupted merge can go on from the layers that it has
     optional:bool=False # whether it also merges without its statistic
     refit_heads:float=0. # share of the rows that is kept apart for heads, unless another is asked for
 

@@ -45,9 +45,10 @@ class HeadSums:
 
     def moves(self,
         factor:float=HEAD_RIDGE, # γ
+        bias:bool=True, # whether the matrix has one
     )->tuple[Tensor,Tensor]: # of the weight, shape `(out, in)`, and of the bias, `(out,)`
         "By how much the last matrix of a head is moved."
-        f,e = self.f/self.n,self.e/self.n
+        f,e = (self.f/self.n,self.e/self.n) if bias else (0*self.f,0*self.e)
         ff,fe = self.ff-self.n*torch.outer(f, f),self.fe-self.n*torch.outer(f, e)
         size = factor*ff.trace()/self.n
         if not size>0: return torch.zeros_like(fe.T), e
@@ -67,11 +68,18 @@ def last_linear(
     model:PreTrainedModel, # with a head
     call:Mapping[str,Tensor], # what its body is called with
 )->str|None: # its name; None where the head has none
-    "The linear layer of a head that is called last."
+    "The linear layer of a head that is called last, if it gives what the model answers."
     prefix,seen = body_prefix(model),[]
     heads = {n: m for n,m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)}
-    with watching(*(gives(m, lambda _, n=n: seen.append(n)) for n,m in heads.items())): model(**call)
-    return seen[-1] if seen else None
+    with watching(*(gives(m, lambda o, n=n: seen.append((n, o))) for n,m in heads.items())):
+        logits = getattr(model(**call), 'logits', None)
+    return next((n for n,o in reversed(seen) if logits is None or _gives_answers(o, logits)), None)
+
+def _gives_answers(given:Tensor, logits:Tensor)->bool:
+    "Whether a matrix' outputs are the answers, or have them at one token of each row."
+    if given.shape==logits.shape: return torch.equal(given, logits)
+    if given.ndim!=3 or logits.shape!=(len(given), given.shape[-1]): return False
+    return bool((given==logits[:,None]).all(-1).any(1).all())
 
 def kept_answers(
     given:Tensor, # what the last matrix gives, shape `(B, …, out)`
@@ -82,7 +90,9 @@ def kept_answers(
     shape = given.shape[:-1]
     if logits is not None and len(shape)==2 and logits.shape==(len(given), given.shape[-1]):
         found = (given==logits[:,None]).all(-1)
-        if found.any(1).all(): return found & (found.cumsum(1)==1)
+        if mask is not None and mask.shape==shape: found &= mask.to(found.device)
+        last = found.flip(1).cumsum(1).flip(1)==1 # in half precision earlier tokens may say the same
+        if found.any(1).all(): return found & last
     if mask is not None and shape==mask.shape: return mask.to(given.device)
     return torch.ones(shape, dtype=torch.bool, device=given.device)
 
@@ -125,7 +135,8 @@ def head_folds(
 class Refit:
     "How a head is moved to answer on another body as on its own."
     name:str # of the matrix that is moved
-    folds:list[HeadSums] # what was missing
+    folds:list[HeadSums] # what was missing; two or more
+    bias:bool=True # whether the matrix has one
 
     def _without(self, i:int)->HeadSums:
         "All folds but one."
@@ -134,16 +145,16 @@ class Refit:
             if k!=i: out += o
         return out
 
-    def apart(self)->list[tuple[Tensor,Tensor]]: # one for each fold; none where there is only one
+    def apart(self)->list[tuple[Tensor,Tensor]]: # one for each fold
         "By how much the head is moved for rows that it was not fitted on."
-        n = len(self.folds)
-        return [self._without(i).moves() for i in range(n)] if n>1 else []
+        return [self._without(i).moves(bias=self.bias) for i in range(len(self.folds))]
 
     def numbers(self,
         model:PreTrainedModel,
     )->dict[str,Tensor]: # name in the model -> its new numbers
-        "The matrix after its move; without a bias it moves as far as it can."
-        (weight,bias),m = self._without(-1).moves(),model.get_submodule(self.name)
+        "The matrix after its move."
+        m,every = model.get_submodule(self.name),self._without(-1)
+        weight,bias = every.moves(bias=self.bias)
         found = {f'{self.name}.weight': (m.weight+weight.to(m.weight)).detach()}
         if m.bias is not None: found[f'{self.name}.bias'] = (m.bias+bias.to(m.bias)).detach()
         return found
@@ -157,4 +168,5 @@ def refit_head(
     "Fit a head to a body that is not its own."
     if not can_refit(model): return None
     name = last_linear(model, as_given(rows.calls[0], model))
-    return Refit(name, head_folds(model, body, rows, name)) if name else None
+    folds = head_folds(model, body, rows, name) if name else ()
+    return Refit(name, folds, model.get_submodule(name).bias is not None) if len(folds)>1 else None

@@ -290,7 +290,8 @@ def fit_rule(
     counts = dict(fitted_matrices=len(fitted), unused_inputs=unused)
     return Rule(combine, kinds, counts, whole={n for n,k in kinds.items() if k=='fit'})
 
-@merge_method('residual-regression', statistic='calls', runs_models=True, refit_heads=.25)
+@merge_method('residual-regression', statistic='calls', runs_models=True, keeps_layers=True,
+              refit_heads=.25)
 def residual_rule(
     job:Job, # statistics are `Calls`, and the models are in memory
     ridge:Positive=.1, # ρ, the pull towards the owners' weights

@@ -10,7 +10,7 @@ from .method import Job, Positive, Rule, merge_method
 from .residual import fit_rule
 
 # %% ../../nbs/methods/08a_sequential.ipynb #64704c7e
-@merge_method('sequential-regmean', statistic='calls', runs_models=True)
+@merge_method('sequential-regmean', statistic='calls', runs_models=True, keeps_layers=True)
 def sequential_regmean_rule(
     job:Job, # statistics are `Calls`, and the models are in memory
     ridge:Positive=.1, # ρ; the factor off the diagonal is 1/(1+ρ)
@@ -18,7 +18,7 @@ def sequential_regmean_rule(
     "RegMean++: RegMean on what the merged layers give, matrix by matrix."
     return fit_rule(job, ridge, 'matrices')
 
-@merge_method('chain-of-merges', statistic='calls', runs_models=True)
+@merge_method('chain-of-merges', statistic='calls', runs_models=True, keeps_layers=True)
 def chain_of_merges_rule(
     job:Job, # statistics are `Calls`, and the models are in memory
     ridge:Positive=.1, # ρ, the pull towards the owners' weights

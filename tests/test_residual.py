@@ -22,6 +22,7 @@ from fisher_nodes.engine.guard import frozen_eval
 from fisher_nodes.engine.measure import measure
 from fisher_nodes.methods import residual
 from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
+from fisher_nodes.methods import agreement as agreeing
 from fisher_nodes.methods.agreement import agreement
 from fisher_nodes.methods.calls import Calls
 from fisher_nodes.methods.refit import kept_answers
@@ -446,3 +447,13 @@ def test_two_threads_that_share_models(two):
     for o in threads: o.start()
     for o in threads: o.join(60)
     assert not any(o.is_alive() for o in threads)
+
+def test_answers_in_pieces_are_the_same(monkeypatch):
+    "As for a vocabulary that is large."
+    a, b = tiny('llama', 1), tiny('llama', 2)
+    rows = measure('calls', a, as_data(texts(1))['a'], **QUIET)
+    whole, = agreement(a, rows, (b, None))
+    monkeypatch.setattr(agreeing, 'PIECE', 100)
+    parts, = agreement(a, rows, (b, None))
+    assert whole.same == parts.same and 0 < whole.same < 1
+    for k in ('kl', 'explained'): assert_close(getattr(parts, k), getattr(whole, k), rtol=1e-12, atol=0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.checkpointing import find_layers
 from ..core.families import body_of
-from ..core.heads import Head, class_head, known_head
+from ..core.heads import PIECE, Head, class_head, known_head
 from ..core.walk import first_tensor, gives, watching
 from .calls import Calls, as_given, tokens
 from .refit import Refit, can_refit, on_body
@@ -102,6 +102,11 @@ def _counted(answers:Tensor, mask:Tensor|None)->Tensor: # of booleans, shape of 
     return (every if found is None else found).to(answers.device)
 
 # %% ../../nbs/methods/07b_agreement.ipynb #34da860a
+def _pieces(own:Tensor, new:Tensor)->Iterator[tuple[Tensor,Tensor]]:
+    "Some answers after the other: of a vocabulary, all at once in float64 may be too many."
+    size = max(1, PIECE//own.shape[-1])
+    return zip(own.split(size), new.split(size))
+
 @dataclass
 class Agreement:
     "How much another body agrees with the own model of one task."
@@ -130,8 +135,10 @@ class _Comparison:
         got = _answers(self.model, there, here, self.head, self.refit, self.seen).to(had.device)
         at = _counted(had, mask if self.head.of_tokens or self.head.feeds else None)
         if self.head.choices(self.model): self.said.add(had[...,-1], got[...,-1]) # a logit for each label
-        elif self.head.size(self.model) is not None: self.said.add(had[at], got[at])
-        if self.head.chooses: self.chosen.add(had[at], got[at])
+        fixed = not self.head.choices(self.model) and self.head.size(self.model) is not None
+        for a,b in _pieces(had[at], got[at]):
+            if fixed: self.said.add(a, b)
+            if self.head.chooses: self.chosen.add(a, b)
         self.seen += len(had)
 
     def found(self, rows:int)->Agreement:

@@ -24,6 +24,8 @@ from fisher_nodes.methods import residual
 from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
 from fisher_nodes.methods import agreement as agreeing
 from fisher_nodes.methods.agreement import agreement
+from fisher_nodes.merging import run
+from fisher_nodes.merging.kept import average_is_nearer
 from fisher_nodes.methods.calls import Calls
 from fisher_nodes.methods.refit import kept_answers
 
@@ -457,3 +459,26 @@ def test_answers_in_pieces_are_the_same(monkeypatch):
     parts, = agreement(a, rows, (b, None))
     assert whole.same == parts.same and 0 < whole.same < 1
     for k in ('kl', 'explained'): assert_close(getattr(parts, k), getattr(whole, k), rtol=1e-12, atol=0)
+
+def test_best_gives_way_where_the_average_is_nearer(monkeypatch):
+    "On the same texts for all tasks, what is fitted may be farther from the own models than the average; `best` looks, and says so."
+    models = {t: tiny('bert', i) for i, t in enumerate('ab', 1)}
+    data = as_data(texts(1, 40))
+    best = dict(data=data, method='best', **QUIET)
+    assert merge(models, **best).report['chosen']['method'] == 'residual-regression'
+    monkeypatch.setattr(run, 'average_is_nearer', lambda agreed: True)
+    with pytest.warns(UserWarning, match="method 'best' averages: on rows that were kept apart"): found = merge(models, **best)
+    plain = merge(models, method='average', **QUIET)
+    same(found, plain)
+    told = found.report['agreement']['a']
+    assert found.report['chosen']['method'] == 'average' and found.report['method'] == 'best' and told['rows'] == 10
+    assert not torch.equal(found['a'].classifier.weight, models['a'].classifier.weight)
+
+def test_which_is_nearer():
+    def task(merged, average): return dict(merged=merged, average=average)
+    def said(kl, explained=.5, layers=(.1,)): return dict(kl=kl, explained=explained, layers=list(layers))
+    assert average_is_nearer(dict(a=task(said(.2), said(.1)))) and not average_is_nearer(dict(a=task(said(.1), said(.2))))
+    assert average_is_nearer(dict(a=task(said(None, .3), said(None, .4)))) and not average_is_nearer(dict(a=task(said(None, None, (.9, .5)), said(None, None, (.9, .4)))))
+    assert not average_is_nearer({}) and not average_is_nearer(dict(a=task(said(None, None, (None,)), said(None, None, (None,)))))
+    both = dict(a=task(said(.3), said(.1)), b=task(said(.1), said(.2)))
+    assert average_is_nearer(both) and not average_is_nearer(both | dict(c=task(said(.01), said(1.)), d=task(said(.01), said(1.))))

@@ -50,7 +50,7 @@ from ..engine.models import (
 from ..engine.processes import from_main, once
 from ..engine.text import same_tokens
 from .card import agreed_modules
-from .kept import fit_heads, keep_rows
+from .kept import average_is_nearer, fit_heads, keep_rows
 from .merged import (
     Merged, all_heads, check_inputs, check_room, check_shard_size, check_target, hash_merged,
     new_copy, plan_files, save_rest, whole_model, with_body)
@@ -644,6 +644,21 @@ def _open_shelf(request:MergeRequest, inputs:Inputs, work:Any)->Shelf|None:
     about['versions'] = versions()
     return Shelf(work, work_key(about, inputs.statistics))
 
+def _with_heads(inputs:Inputs, store:MemoryStore, job:Job, progress:bool)->tuple[Merged,dict]:
+    "The merged body with a head for each task, fitted where rows were kept; and what these rows say."
+    merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers))
+    how = dict(device=inputs.device, progress=progress)
+    return merged, fit_heads(merged, inputs.models, inputs.kept, partial(average_model, job), **how)
+
+def _give_way(request:MergeRequest, inputs:Inputs, progress:bool)->tuple:
+    "The average in place of what was fitted, and a word about it."
+    why = 'on rows that were kept apart it answers more like the own models than what was fitted'
+    warnings.warn(f'method {request.method!r} averages: {why}', stacklevel=3)
+    plain,store = request.model_copy(update=dict(method='average', options={})),MemoryStore(inputs.bodies)
+    job,rule = run(plain, inputs, store, progress)
+    done = job, replace(rule, chosen=dict(method='average', why=why))
+    return done, *_with_heads(inputs, store, job, progress)
+
 def merge_loaded(
     request:MergeRequest,
     device:Any=None, # where statistics are measured; None is where each model is
@@ -660,9 +675,9 @@ def merge_loaded(
     for path,o in stamps.items(): check_stamp(path, o) # a mapped file that was cut off would end the process
     done = run(request, inputs, store, progress, _open_shelf(request, inputs, work))
     for path,o in stamps.items(): check_stamp(path, o)
-    merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers))
-    how = dict(device=inputs.device, progress=progress)
-    agreed = fit_heads(merged, inputs.models, inputs.kept, partial(average_model, done[0]), **how)
+    merged,agreed = _with_heads(inputs, store, done[0], progress)
+    if METHODS[request.method].gives_way and average_is_nearer(agreed):
+        done,merged,agreed = _give_way(request, inputs, progress)
     inputs.hashes |= {t: hash_weights(m) for t,m in inputs.models.items() if t not in inputs.hashes}
     if inputs.base is not None: inputs.hashes[None] = hash_tensors(inputs.base)
     _record(merged, request, inputs, done, hash_merged(merged.body, merged))

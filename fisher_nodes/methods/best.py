@@ -41,7 +41,7 @@ def _chosen(rule:Rule, method:str, why:str)->Rule:
     return replace(rule, chosen=dict(method=method, why=why))
 
 @merge_method('best', statistic='calls', optional=True, runs_models=True, keeps_layers=True,
-              refit_heads=.25)
+              gives_way=True, refit_heads=.25)
 def best_rule(
     job:Job, # statistics are `Calls` if there are rows
 )->Rule:

@@ -179,6 +179,7 @@ class MergeMethod:
     random:bool=False # whether it draws at random, so that another seed gives another result
     runs_models:bool=False # whether it runs models while it merges, which must be in memory then
     keeps_layers:bool=False # whether an interrupted merge can go on from the layers that it has
+    gives_way:bool=False # whether the average is taken where rows that were kept say so
     optional:bool=False # whether it also merges without its statistic
     refit_heads:float=0. # share of the rows that is kept apart for heads, unless another is asked for
 

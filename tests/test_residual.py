@@ -476,9 +476,10 @@ def test_best_gives_way_where_the_average_is_nearer(monkeypatch):
 
 def test_which_is_nearer():
     def task(merged, average): return dict(merged=merged, average=average)
-    def said(kl, explained=.5, layers=(.1,)): return dict(kl=kl, explained=explained, layers=list(layers))
-    assert average_is_nearer(dict(a=task(said(.2), said(.1)))) and not average_is_nearer(dict(a=task(said(.1), said(.2))))
+    def said(same, explained=.5, layers=(.1,)): return dict(same=same, explained=explained, layers=list(layers))
+    assert average_is_nearer(dict(a=task(said(.8), said(.9)))) and not average_is_nearer(dict(a=task(said(.9), said(.8))))
+    assert not average_is_nearer(dict(a=task(said(1.), said(1.))))
     assert average_is_nearer(dict(a=task(said(None, .3), said(None, .4)))) and not average_is_nearer(dict(a=task(said(None, None, (.9, .5)), said(None, None, (.9, .4)))))
     assert not average_is_nearer({}) and not average_is_nearer(dict(a=task(said(None, None, (None,)), said(None, None, (None,)))))
-    both = dict(a=task(said(.3), said(.1)), b=task(said(.1), said(.2)))
-    assert average_is_nearer(both) and not average_is_nearer(both | dict(c=task(said(.01), said(1.)), d=task(said(.01), said(1.))))
+    both = dict(a=task(said(.7), said(.9)), b=task(said(.9), said(.8)))
+    assert average_is_nearer(both) and not average_is_nearer(both | dict(c=task(said(.95), said(.5))))

@@ -61,21 +61,22 @@ def _fit_head(merged:Merged, task:str, model:PreTrainedModel, average:PreTrained
     before,after = agreement(model, rows, (average, None), (merged.body, refit))
     for n,v in (refit.numbers(model) if refit else {}).items(): merged[task].get_parameter(n).copy_(v)
     says = advise(after.same)
-    return dict(rows=rows.num_examples, moved=refit is not None, says=says, average=_told(before), merged=_told(after))
+    about = dict(rows=rows.num_examples, moved=refit is not None, says=says)
+    return about | dict(average=_told(before), merged=_told(after))
 
 def _gap(o:Mapping[str,Any])->float|None: # of `_told`; None where nothing can be said
-    "How far answers are from the own model's, or the stream after the last layer where there are none."
-    if o['kl'] is not None: return o['kl']
+    "Share of answers that are not the own model's; of the variance not explained where nothing is chosen."
+    if o['same'] is not None: return 1-o['same']
     share = o['layers'][-1] if o['explained'] is None else o['explained']
     return None if share is None else 1-share
 
 def average_is_nearer(
     agreed:Mapping[str,Mapping], # of `fit_heads`
 )->bool:
-    "Whether, on rows that were kept, the average with its own heads is nearer to the own models in the mean."
+    "Whether, on rows that were kept, the average with its own heads answers more like the own models."
     gaps = [(_gap(o['merged']), _gap(o['average'])) for o in agreed.values()]
     told = [(a, b) for a,b in gaps if a is not None and b is not None]
-    return bool(told) and sum(a/max(b, 1e-12) for a,b in told)>len(told)
+    return sum(a for a,_ in told)>sum(b for _,b in told)
 
 @torch.inference_mode(False)
 @torch.no_grad()

@@ -175,7 +175,8 @@ def run_merge(args:argparse.Namespace)->dict|None:
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
     from fisher_nodes.merging.run import RecipeDiffers, run_recipe
-    kept = ('--out', '--overwrite', '--device', '--checkpointing', '--json', '--accept-changes', '--import', '--work')
+    kept = ('--out', '--overwrite', '--device', '--checkpointing', '--json', '--accept-changes', '--import',
+            '--work')
     own = [o for o in args.given if o not in kept]
     if own: raise ValueError(f'{own[0]} is for the recipe to say; write it into {args.models[0]}')
     with warnings.catch_warnings():
@@ -553,7 +554,7 @@ OWN_OPTIONS = dict(
                help='training rows to measure Fishers on; glue:TASK, or a file of rows'),
            _option('--fisher', nargs='+', metavar='TASK=FILE', help='Fishers measured before'),
            _option('--weights', nargs='+', metavar='TASK=NUMBER', help='λ of Equation 5; 1 by default'),
-           _option('--work', metavar='DIR', help='folder for layers that are fitted, to go on after a stop'),
+           _option('--work', metavar='DIR', help='folder for fitted layers, to go on after a stop'),
            _option('--max-shard-size', default='5GB', metavar='SIZE', help='of one file of the body (5GB)'),
            _option('--options', nargs='+', metavar='NAME=VALUE',
                help='options of the method, such as off_diagonal=0.99')],

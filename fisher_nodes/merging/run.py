@@ -582,7 +582,7 @@ def run(
     "Merge every parameter; the first failure ends it."
     job = replace(make_job(request, inputs), progress=progress, shelf=shelf)
     with ExitStack() as stack:
-        ordered = sorted(job.models.values(), key=lambda m: id(body_of(m))) # as in `assemble`, whoever is first
+        ordered = sorted(job.models.values(), key=lambda m: id(body_of(m))) # as in `assemble`
         for m in ordered: stack.enter_context(frozen_eval(m, inputs.device))
         rule = METHODS[request.method].rule(job, **request.options)
     total,shown = sum(store.sizes().values()),dict(unit='B', unit_scale=True, delay=2, disable=not progress)

@@ -58,7 +58,7 @@ class Shelf:
         part:str, # such as the path of a layer
         tensors:Mapping[str,Tensor],
     ):
-        "Keep what is finished; it appears whole or not at all. `ValueError` where another merge keeps its own."
+        "Keep what is finished, whole or not at all; `ValueError` where another merge keeps its own."
         self.load(part)
         found = {k: v.cpu().contiguous().clone() for k,v in tensors.items()}
         about = dict(format='pt', key=self.key, hash=hash_tensors(found))

@@ -55,7 +55,7 @@ class Study:
         states = {t: dict(body_of(m).named_parameters()) for t, m in self.models.items()}
         job = Job(states, torch.ones(len(states)).double(), rows, model=self.models[self.tasks[0]], models=self.models)
         model = average_model(job).eval()
-        residual.fit_body(model, residual._lanes(job, model), ridge, targets)
+        residual.fit_body(model, residual.make_lanes(job, model), ridge, targets)
         return body_of(model)
 
     def sums(self, body, rows):

@@ -266,15 +266,15 @@ class _Given(nn.Module):
 
 def after_body(
     model:nn.Module,
-    name:str, # of the body in it, with dots
+    name:str, # of the body in it, with dots; empty where the model is its own body
     out:Any, # what the body said
 )->nn.Module: # that shares all else
     "A copy of a model whose body has run."
+    if not name: return _Given(out)
     first,_,rest = name.partition('.')
     new = copy(model)
     if hasattr(new, '_hf_hook'): del new.forward # Accelerate's, which would run the original
-    inner = after_body(getattr(model, first), rest, out) if rest else _Given(out)
-    new._modules = model._modules | {first: inner}
+    new._modules = model._modules | {first: after_body(getattr(model, first), rest, out)}
     return new
 
 @contextmanager

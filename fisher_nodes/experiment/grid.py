@@ -357,11 +357,11 @@ def _merge(group:Sequence[str], cell:Cell, checkpoints:Mapping, statistics:Mappi
 
 def _head_rows(group:Sequence[str], cell:Cell, checkpoints:Mapping)->dict[str,Any]:
     "Rows to fit heads on, where the method itself takes none."
-    found = [checkpoints[t] for t in group]
-    text,length = ({t: o for t,o in zip(group, v)} for v in
-                   ([c.task.text for c in found], [c.task.max_length for c in found]))
-    return dict(data={t: c.train for t,c in zip(group, found)}, num_samples=cell.num_samples,
-                tokenizer=found[0].tokenizer, text=text, max_length=length)
+    found = {t: checkpoints[t] for t in group}
+    return dict(
+        data={t: c.train for t,c in found.items()}, num_samples=cell.num_samples,
+        text={t: c.task.text for t,c in found.items()}, tokenizer=checkpoints[group[0]].tokenizer,
+        max_length={t: c.task.max_length for t,c in found.items()})
 
 def run_group(
     group:Sequence[str], # tasks to merge

@@ -640,7 +640,8 @@ def _open_shelf(request:MergeRequest, inputs:Inputs, work:Any)->Shelf|None:
     "The finished layers of this very merge."
     if work is None: return None
     about = {k: getattr(request, k) for k in ('method', 'options', 'weights')}
-    about['models'] = {t: [hash_weights(m), m.config.to_json_string()] for t,m in inputs.models.items()}
+    inputs.hashes |= {t: hash_weights(m) for t,m in inputs.models.items() if t not in inputs.hashes}
+    about['models'] = {t: [inputs.hashes[t], m.config.to_json_string()] for t,m in inputs.models.items()}
     about['versions'] = versions()
     return Shelf(work, work_key(about, inputs.statistics))
 

@@ -6,7 +6,7 @@
 __all__ = ['Explained', 'Choices', 'Agreement', 'agreement']
 
 # %% ../../nbs/methods/07b_agreement.ipynb #1e47cb1f
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.checkpointing import find_layers
 from ..core.families import body_of
-from ..core.heads import PIECE, Head, class_head, known_head
+from ..core.heads import PIECE, Head, after_body, class_head, known_head
 from ..core.walk import first_tensor, gives, watching
 from .calls import Calls, as_given, tokens
 from .refit import Refit, can_refit, on_body
@@ -64,18 +64,10 @@ class Choices:
 
 # %% ../../nbs/methods/07b_agreement.ipynb #cc6257d0
 @contextmanager
-def _layers(model:PreTrainedModel)->Iterator[list[Tensor]]:
-    "What the layers give inside, in the order of the calls."
+def _outputs(layers:Iterable[nn.Module])->Iterator[list[Tensor]]:
+    "What layers give inside, in the order of the calls."
     found = []
-    with watching(*(gives(m, lambda o: found.append(first_tensor(o))) for m in find_layers(model).values())):
-        yield found
-
-class _Said(nn.Module):
-    "A model that has answered."
-    def __init__(self, out:Any):
-        super().__init__()
-        self.out = out
-    def forward(self, *args, **kwargs): return self.out
+    with watching(*(gives(m, lambda o: found.append(first_tensor(o))) for m in layers)): yield found
 
 @contextmanager
 def _moved(module:nn.Module, weight:Tensor, bias:Tensor)->Iterator[None]:
@@ -84,15 +76,6 @@ def _moved(module:nn.Module, weight:Tensor, bias:Tensor)->Iterator[None]:
         more = args[0].double() @ weight.T
         return out+(more if module.bias is None else more+bias).to(out)
     with watching(module.register_forward_hook(say)): yield
-
-def _answers(model:PreTrainedModel, there:nn.Module, call:Any, head:Head, refit:Refit|None, seen:int)->Tensor:
-    "What is answered on another body, every row by a head that was fitted without it."
-    if refit is None or not (moves := refit.apart()): return head.logits(there, call)
-    said,module = [],model.get_submodule(refit.name)
-    for move in moves:
-        with _moved(module, *move): said.append(head.logits(there, call))
-    rows = torch.arange(len(said[0]))
-    return torch.stack(said)[(seen+rows) % len(said), rows]
 
 def _counted(answers:Tensor, mask:Tensor|None)->Tensor: # of booleans, shape of all but the last
     "Which answers of tokens count, all but those of padding; the choice of a next token is about both."
@@ -119,23 +102,34 @@ class Agreement:
 class _Comparison:
     "Adds up what another body makes of every batch."
     def __init__(self, model:PreTrainedModel, head:Head|None, body:PreTrainedModel, refit:Refit|None):
-        self.model,self.head,self.body,self.refit = model,head,body,refit
+        self.model,self.head,self.body,self.watched = model,head,body,find_layers(body).values()
+        self.matrix,self.moves = (model.get_submodule(refit.name),refit.apart()) if refit else (None,[])
         self.layers,self.said,self.chosen,self.seen = {},Explained(),Choices(),0
 
-    def add(self, call:Any, mask:Tensor|None, own:list[Tensor], had:Tensor|None):
+    def add(self, call:Any, here:Any, mask:Tensor|None, own:list[Tensor], had:Tensor|None):
         "Take in one batch, beside what the own model's layers gave and what it answered."
-        with _layers(self.body) as new: out = self.body(**as_given(call, self.body))
+        with _outputs(self.watched) as new: out = self.body(**as_given(call, self.body))
         for i,pair in enumerate(zip(own, new)):
             self.layers.setdefault(i, Explained()).add(*(tokens(o, mask) for o in pair))
-        if self.head: self._add_answers(as_given(call, self.model), had, out, mask)
+        if self.head: self._add_answers(here, had, out, mask)
+
+    def _answers(self, there:nn.Module, here:Any)->Tensor:
+        "What is answered on the other body, every row by a head that was fitted without it."
+        if not self.moves: return self.head.logits(there, here)
+        said = []
+        for move in self.moves:
+            with _moved(self.matrix, *move): said.append(self.head.logits(there, here))
+        rows = torch.arange(len(said[0]))
+        return torch.stack(said)[(self.seen+rows) % len(said), rows]
 
     def _add_answers(self, here:Any, had:Tensor, out:Any, mask:Tensor|None):
         "Take in what is answered."
-        there = _Said(out) if body_of(self.model) is self.model else on_body(self.model, out)
-        got = _answers(self.model, there, here, self.head, self.refit, self.seen).to(had.device)
+        whole = body_of(self.model) is self.model
+        got = self._answers(after_body(self.model, '', out) if whole else on_body(self.model, out), here)
+        got,labels = got.to(had.device),self.head.choices(self.model)
         at = _counted(had, mask if self.head.of_tokens or self.head.feeds else None)
-        if self.head.choices(self.model): self.said.add(had[...,-1], got[...,-1]) # a logit for each label
-        fixed = not self.head.choices(self.model) and self.head.size(self.model) is not None
+        if labels: self.said.add(had[...,-1], got[...,-1]) # a logit for each
+        fixed = not labels and self.head.size(self.model) is not None
         for a,b in _pieces(had[at], got[at]):
             if fixed: self.said.add(a, b)
             if self.head.chooses: self.chosen.add(a, b)
@@ -158,10 +152,10 @@ def agreement(
     *others:tuple[PreTrainedModel,Refit|None], # a body, or a whole model, and how the head was fitted to it
 )->list[Agreement]: # one for each of the others
     "Compare what a model says on its own body and on others."
-    head = _answering(model)
+    head,layers = _answering(model),find_layers(model).values()
     found = [_Comparison(model, head, *o) for o in others]
     for call,mask in zip(rows.calls, rows.masks):
         here = as_given(call, model)
-        with _layers(model) as own: had = head.logits(model, here) if head else body_of(model)(**here)
-        for o in found: o.add(call, mask, own, had if head else None)
+        with _outputs(layers) as own: had = head.logits(model, here) if head else body_of(model)(**here)
+        for o in found: o.add(call, here, mask, own, had if head else None)
     return [o.found(rows.num_examples) for o in found]

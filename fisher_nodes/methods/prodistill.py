@@ -16,13 +16,12 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from ..core.averaging import axes
-from ..core.checkpointing import find_layers
 from ..core.families import body_of
 from ..core.places import Place, find_places
-from ..core.walk import Reached, Walk, called, check_unrepeated, first_tensor, gives
-from .calls import as_given, tokens
+from ..core.walk import Reached, first_tensor, gives
+from .calls import tokens
 from .method import Count, Job, Positive, Rule, merge_method
-from .residual import Lane
+from .residual import Lane, layers_in_order, make_lanes
 
 # %% ../../nbs/methods/08d_prodistill.ipynb #ee53b2dd
 _Key = tuple[Any,...] # what shares coefficients
@@ -139,20 +138,6 @@ def _beginning(job:Job, start:float)->PreTrainedModel:
         p.copy_(job.base[n].to(p)+start*moved)
     return model
 
-def _as_lanes(job:Job, model:PreTrainedModel)->list[Lane]:
-    "The rows of every task, on their way."
-    def walk(m, calls): return Walk(body_of(m), find_layers(m), [as_given(o, m) for o in calls])
-    rows = job.statistics
-    return [Lane(walk(job.models[t], rows[t].calls), walk(model, rows[t].calls), rows[t].masks, λ)
-            for t,λ in _weights(job).items()]
-
-def _order(lanes:Sequence[Lane])->list[str]:
-    "The layers in the order of the forward pass, which must be the same for all tasks."
-    found = [[n for n,_ in called(o.new, o.new.layers)] for o in lanes]
-    check_unrepeated(found[0])
-    if all(o==found[0] for o in found): return found[0]
-    raise ValueError(f'the tasks go through different layers: {min({*found[0]}^{*max(found, key=len)})!r}')
-
 def _mix(job:Job, model:PreTrainedModel, path:str, by:str, places:Mapping[str,Place])->Mix:
     "The parameters of one layer."
     named = {n: p for n,p in body_of(model).named_parameters() if n in job.names and n.startswith(f'{path}.')}
@@ -174,9 +159,9 @@ def prodistill_rule(
     if not job.models:
         raise ValueError('prodistill runs the models, so they must be in memory; use `merge`')
     model,places = _beginning(job, start),find_places(job.model)
-    lanes,trained = _as_lanes(job, model),set()
+    lanes,trained = make_lanes(job, model),set()
     values = [start*λ for λ in _weights(job).values()]
-    for path in tqdm(_order(lanes), desc='train', unit='layer', delay=2, disable=not job.progress):
+    for path in tqdm(layers_in_order(lanes), desc='train', unit='layer', delay=2, disable=not job.progress):
         mix = _mix(job, model, path, coefficients, places)
         batches = [(o.share, _given(o, i, path), _wanted(o, i, path), o.masks[i]) for o,i in _turns(lanes)]
         found = mix.start(values)

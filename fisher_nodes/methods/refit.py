@@ -75,11 +75,15 @@ def last_linear(
         logits = getattr(model(**call), 'logits', None)
     return next((n for n,o in reversed(seen) if logits is None or _gives_answers(o, logits)), None)
 
+def _answering_tokens(given:Tensor, logits:Tensor|None)->Tensor|None: # of booleans, shape `(B, T)`
+    "The tokens whose outputs are the answer of their row; None where a row has no such choice."
+    if logits is None or given.ndim!=3 or logits.shape!=(len(given), given.shape[-1]): return None
+    return (given==logits[:,None]).all(-1)
+
 def _gives_answers(given:Tensor, logits:Tensor)->bool:
     "Whether a matrix' outputs are the answers, or have them at one token of each row."
-    if given.shape==logits.shape: return torch.equal(given, logits)
-    if given.ndim!=3 or logits.shape!=(len(given), given.shape[-1]): return False
-    return bool((given==logits[:,None]).all(-1).any(1).all())
+    found = _answering_tokens(given, logits)
+    return torch.equal(given, logits) if found is None else bool(found.any(1).all())
 
 def kept_answers(
     given:Tensor, # what the last matrix gives, shape `(B, …, out)`
@@ -87,14 +91,11 @@ def kept_answers(
     mask:Tensor|None, # which of `(B, T)` are tokens
 )->Tensor: # of booleans, shape `(B, …)`
     "Which of a matrix' outputs are answers: those that a model chose, or those that are about tokens."
-    shape = given.shape[:-1]
-    if logits is not None and len(shape)==2 and logits.shape==(len(given), given.shape[-1]):
-        found = (given==logits[:,None]).all(-1)
-        if mask is not None and mask.shape==shape: found &= mask.to(found.device)
-        last = found.flip(1).cumsum(1).flip(1)==1 # in half precision earlier tokens may say the same
-        if found.any(1).all(): return found & last
-    if mask is not None and shape==mask.shape: return mask.to(given.device)
-    return torch.ones(shape, dtype=torch.bool, device=given.device)
+    every = torch.ones(given.shape[:-1], dtype=torch.bool, device=given.device)
+    if mask is not None and mask.shape==every.shape: every = mask.to(given.device)
+    found = _answering_tokens(given, logits)
+    if found is None or not (found := found & every).any(1).all(): return every
+    return found & (found.flip(1).cumsum(1).flip(1)==1) # in half precision earlier tokens may say the same
 
 # %% ../../nbs/methods/07a_refit.ipynb #a233fc48
 def _pass(model:nn.Module, call:Mapping[str,Tensor], name:str)->dict[str,Tensor]: # 'in', 'out', 'logits'
@@ -126,8 +127,10 @@ def head_folds(
         had = _pass(model, here, name)
         got = _pass(on_body(model, body(**as_given(call, body))), here, name)
         at = kept_answers(had['out'], had['logits'], mask)
-        for i in range(len(at)):
-            folds[(seen+i)%FOLDS].add(got['in'][i][at[i]], (had['out']-got['out'])[i][at[i]])
+        lacking = had['out']-got['out']
+        for k,o in enumerate(folds):
+            rows = slice((k-seen)%FOLDS, None, FOLDS)
+            o.add(got['in'][rows][at[rows]], lacking[rows][at[rows]])
         seen += len(at)
     return [o for o in folds if o.n]
 

@@ -104,3 +104,15 @@ def test_budget_follows_free_memory(monkeypatch):
     monkeypatch.setattr(BertForSequenceClassification, 'device', torch.device('cuda'))
     for free, want in ((0, 1), (100*token_bytes(model), 100), (2**60, BATCH_TOKENS['cuda'])):
         assert memory.batch_budget(model) == want
+
+def test_a_forward_that_hands_on_all_it_is_given_takes_what_its_parent_takes():
+    class Passing(BertForSequenceClassification):
+        def forward(self, *args, **kwargs): return super().forward(*args, **kwargs)
+    torch.manual_seed(0)
+    model = Passing(BertConfig(**SIZE)).double().eval()
+    plain = BertForSequenceClassification(model.config).double().eval()
+    plain.load_state_dict(model.state_dict())
+    ds = Dataset.from_dict(dict(input_ids=[[5, 6, 7], [8, 9]], token_type_ids=[[0, 1, 1], [0, 1]], label=[0, 1], idx=[3, 4]))
+    a, b = (mask_fisher(o, ds) for o in (model, plain))
+    assert_close(a.heads, b.heads, rtol=0, atol=0)
+    assert_close(a.rows, b.rows, rtol=0, atol=0)

@@ -139,9 +139,15 @@ def _is_numeric(values:Sequence)->bool:
     first = values[0][0] if isinstance(values[0], (list,np.ndarray)) and len(values[0]) else values[0]
     return isinstance(first, (int, float, np.integer))
 
+def _taken(model:PreTrainedModel)->set[str]:
+    "What `forward` takes by name; where it hands on all it is given, what that of a parent takes."
+    parents = [vars(o)['forward'] for o in type(model).__mro__ if 'forward' in vars(o)]
+    found = [{*inspect.signature(f).parameters} for f in (model.forward, *parents)]
+    return next((o for o in found if o & {model.main_input_name, *INPUTS}), found[0])
+
 def _for_model(model:PreTrainedModel, columns:Mapping[str,Any], every:bool)->dict[str,Any]:
     "The columns to send: those that `forward` takes, and `labels`; or every one of numbers."
-    known = {*inspect.signature(model.forward).parameters, 'labels'}
+    known = {*_taken(model), 'labels'}
     return {k: v for k,v in columns.items() if k.removesuffix('_2') in known or (every and _is_numeric(v))}
 
 # %% ../../nbs/engine/06_batches.ipynb #482385e3

@@ -19,6 +19,7 @@ from fisher_nodes.app.cli import main
 from fisher_nodes.engine.models import load_model
 from fisher_nodes.experiment.grid import (
     ABLATIONS, ENTRIES, Cell, Entry, find_entry, load_checkpoint, plan_cells, relative_error)
+from fisher_nodes.experiment.results import load_results
 from fisher_nodes.methods.method import METHODS
 from fisher_nodes.tasks.tasks import GLUE, load_task
 from test_processes import torchrun
@@ -30,12 +31,13 @@ ALL = [*ENTRIES, *ABLATIONS]
 def write_rows(root, task, split, n, rng):
     path = root/task.name/f'{split}.parquet'
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = lambda i: {c: ' '.join(rng.choices(WORDS[5:], k=rng.randint(2, 9))) for c in task.text} | dict(label=i % task.num_labels)
+    label = lambda i: i % task.num_labels if task.labels else i % 11/2
+    row = lambda i: {c: ' '.join(rng.choices(WORDS[5:], k=rng.randint(2, 9))) for c in task.text} | dict(label=label(i))
     pd.DataFrame([row(i) for i in range(n)]).to_parquet(path)
 
 def save_model(folder, task, seed, kind=BertForSequenceClassification, **change):
     torch.manual_seed(seed)
-    names = dict(id2label=dict(enumerate(task.labels)), label2id={o: i for i, o in enumerate(task.labels)})
+    names = dict(id2label=dict(enumerate(task.labels)), label2id={o: i for i, o in enumerate(task.labels)}) if task.labels else dict(num_labels=1)
     size = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, initializer_range=.6)
     config = RobertaConfig if kind is RobertaForSequenceClassification else BertConfig
     kind(config(**size | names | change)).save_pretrained(folder)
@@ -357,3 +359,31 @@ def test_failure_of_a_process_is_everybodys_and_the_run_goes_on_later(here, whol
     assert code == 0, said[-3000:]
     assert scores(out) == scores(whole)
     assert not first & {o for v in work(tmp_path/'more').values() for o in v if o[0] != 'evaluate'}
+
+def test_correlations_are_scores_too(here, tmp_path, monkeypatch):
+    "CoLA and STS-B beside a task that goes by accuracy; models one folder deeper."
+    tasks, rng = ('rte', 'cola', 'stsb'), random.Random(1)
+    tokenizer = BertTokenizerFast.from_pretrained(here/'words')
+    for i, t in enumerate(tasks):
+        for split, n in ((GLUE[t].train, 40), (GLUE[t].validation, 20)): write_rows(tmp_path/'glue', GLUE[t], split, n, rng)
+        save_model(tmp_path/'models'/t/'lr1e-05', GLUE[t], i); tokenizer.save_pretrained(tmp_path/'models'/t/'lr1e-05')
+    monkeypatch.setenv('FISHER_NODES_GLUE', str(tmp_path/'glue'))
+    out = reproduce(tmp_path/'models', tmp_path/'out', tasks=tasks, methods=['average', 'mask-fisher', 'residual-regression'], samples=[16])
+    own = json.loads((out/'own.json').read_text())['models']
+    assert [*own['cola']['scores'], *own['stsb']['scores']] == ['matthews_correlation', 'pearson', 'spearmanr']
+    assert own['cola']['majority'] == own['stsb']['majority'] == 0 < own['rte']['majority']
+    models = {t: load_model(tmp_path/'models'/t/'lr1e-05') for t in ('cola', 'stsb')}
+    merged, found = merge(models, method='average'), json.loads((out/'average-k2.json').read_text())['groups']['cola+stsb']
+    for t in models:
+        rows = load_checkpoint(tmp_path/'models'/t/'lr1e-05', t)
+        want = evaluate(merged[t], load_task(f'glue:{t}', 'validation')[0], t, tokenizer=rows.tokenizer)
+        assert_close(found['scores'][t], want, rtol=1e-9, atol=0)
+        encoded = [rows.tokenizer(*texts, return_tensors='pt') for texts in zip(*(load_task(f'glue:{t}', 'validation')[0][c][:] for c in GLUE[t].text))]
+        with torch.no_grad(): a, b = (torch.cat([m(**o).logits for o in encoded]).double() for m in (models[t], merged[t]))
+        kl = torch.nn.functional.kl_div(b.log_softmax(1), a.log_softmax(1), log_target=True, reduction='batchmean') if t == 'cola' else ((a-b)**2).mean()/2
+        assert_close(found['kl'][t], kl.item(), rtol=1e-4, atol=0)
+    for t in own: own[t]['scores'] = {k: abs(v) for k, v in own[t]['scores'].items()} # random models, which a report would refuse
+    (out/'own.json').write_text(json.dumps(json.loads((out/'own.json').read_text()) | dict(models=own)))
+    table = load_results(out)
+    row = table.query("name=='average' and group=='cola+stsb' and task=='stsb'")
+    assert_close(row.normalised.item(), 100*found['scores']['stsb']['pearson']/own['stsb']['scores']['pearson'], rtol=1e-12, atol=0)

@@ -586,7 +586,7 @@ OWN_OPTIONS = dict(
                _option('--group-sizes', type=numbers, default='2', metavar='K,K',
                    help='how many models to merge at once (2)'),
                _option('--tasks', type=words, metavar='TASKS',
-                   help='some of the six, as in mnli,rte; by default all'),
+                   help='as in mnli,cola; by default the six of the paper, and others there'),
                _option('--base', metavar='MODEL',
                    help='the model that all were fine-tuned from, for task-arithmetic, ties and dare'),
                _option('--limit', type=count, metavar='N',

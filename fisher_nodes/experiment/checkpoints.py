@@ -53,39 +53,50 @@ PAPER_CHECKPOINTS = {name: dict(zip(PAPER_TASKS, ids.split())) for name,ids in {
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #cb3816a5
 def check_tasks(
-    tasks:str|Sequence[str]|None, # names in `PAPER_TASKS`; None for all
+    tasks:str|Sequence[str]|None, # names in `GLUE`; None for those of the paper
 )->tuple[str,...]:
     "The tasks as a tuple; `ValueError` for an unknown name, or one that comes twice."
     if tasks is None: return PAPER_TASKS
     tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    if unknown := [o for o in tasks if o not in PAPER_TASKS]:
-        raise ValueError(f'unknown task {unknown[0]!r}; expected some of {", ".join(PAPER_TASKS)}')
+    if unknown := [o for o in tasks if o not in GLUE]:
+        raise ValueError(f'unknown task {unknown[0]!r}; expected some of {", ".join(GLUE)}')
     if tasks and len(set(tasks))==len(tasks): return tasks
     raise ValueError(f'expected one task or more, each once, got {list(tasks)}')
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #82807eae
+def _model_in(
+    folder:Path, # of one task
+)->str|None: # its path; None if there is none
+    "The model that a folder is, or the only one in it."
+    if (folder/'config.json').exists(): return str(folder)
+    found = sorted(o.parent for o in folder.glob('*/config.json')) if folder.name in GLUE else []
+    if len(found)<2: return str(found[0]) if found else None
+    raise ValueError(f'{folder} holds {len(found)} models, such as {found[0].name} and {found[1].name}; '
+                     'expected one')
+
 def folder_checkpoints(
     folder:Path, # one folder per task in it, each with a `config.json`
-)->dict[str,str]: # task to path, in the order of `PAPER_TASKS`
+)->dict[str,str]: # task to path, in the order of `GLUE`
     "The checkpoints in a folder."
     if (folder/'config.json').exists():
         raise ValueError(f'{folder} is itself a model; expected a folder with one folder per task')
-    found = {o.parent.name: str(o.parent) for o in sorted(folder.glob('*/config.json'))}
-    if unknown := [o for o in found if o not in PAPER_TASKS]:
+    found = {o.name: m for o in sorted(folder.iterdir()) if (m := _model_in(o))}
+    if unknown := [o for o in found if o not in GLUE]:
         raise ValueError(f'{folder} holds models that are no task: {", ".join(unknown)}; '
-            f'expected some of {", ".join(PAPER_TASKS)}')
-    return {task: found[task] for task in PAPER_TASKS if task in found}
+            f'expected some of {", ".join(GLUE)}')
+    return {task: found[task] for task in GLUE if task in found}
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #4063c2ea
 def find_checkpoints(
     where:str|Path, # a name in `PAPER_CHECKPOINTS`, or a folder with one folder per task
-    tasks:str|Sequence[str]|None=None, # which ones, in which order; None for all six
+    tasks:str|Sequence[str]|None=None, # which ones, in which order; None for the paper's six and any others there
 )->dict[str,str]: # task to Hub id or path
     "The checkpoints of a set; `ValueError` naming what is missing."
     wanted = check_tasks(tasks)
     if where in PAPER_CHECKPOINTS: found = PAPER_CHECKPOINTS[where]
     elif Path(where).is_dir(): found = folder_checkpoints(Path(where))
     else: raise ValueError(f'{where} is neither a folder nor one of {", ".join(PAPER_CHECKPOINTS)}')
+    if tasks is None: wanted += tuple(o for o in found if o not in wanted)
     missing, there = [o for o in wanted if o not in found], ', '.join(found) or 'nothing'
     if not missing: return {task: found[task] for task in wanted}
     raise ValueError(f'{where} has no model for {", ".join(missing)}, only for {there}; '
@@ -98,7 +109,7 @@ class Recipe(NamedTuple):
     epochs:float
 
 RECIPES = dict(mnli=Recipe(None, 2), qqp=Recipe(None, 1), qnli=Recipe(None, 1), sst2=Recipe(None, 1),
-    mrpc=Recipe(None, 5), rte=Recipe('mnli', 5))
+    mrpc=Recipe(None, 5), rte=Recipe('mnli', 5), cola=Recipe(None, 3), stsb=Recipe(None, 5))
 
 # %% ../../nbs/experiment/00_checkpoints.ipynb #83fedf58
 def check_empty(
@@ -183,7 +194,7 @@ def _start_hashes(base_hash:str, out:Path, tasks:Sequence[str])->dict[str,dict]:
 
 def _plan(base:Any, out:Path, tasks:Sequence[str], recipe:dict)->tuple[dict,dict,dict]:
     "Training rows, records wanted and records found of all tasks and their starts, everything checked."
-    check_starts(tasks, [o for o in PAPER_TASKS if _finished(out, o)])
+    check_starts(tasks, [o for o in GLUE if _finished(out, o)])
     needed = list(dict.fromkeys([o for task in tasks for o in (RECIPES[task].start, task) if o]))
     data = {task: load_task(f'glue:{task}')[0] for task in needed}
     wanted = wanted_records(base, data, **recipe)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENTRIES', 'ABLATIONS', 'SCHEMA', 'Entry', 'all_entries', 'find_entry', 'Cell', 'plan_cells', 'Checkpoint',
            'load_checkpoint', 'measure_choices', 'cache_path', 'measure_once', 'check_schema', 'read_result',
-           'own_scores', 'run_group', 'open_record', 'open_groups', 'run_cell', 'measure_ahead', 'run_cells',
-           'relative_error', 'found_cells', 'fisher_errors', 'reproduce']
+           'mean_divergence', 'own_scores', 'run_group', 'open_record', 'open_groups', 'run_cell', 'measure_ahead',
+           'run_cells', 'relative_error', 'found_cells', 'fisher_errors', 'reproduce']
 
 # %% ../../nbs/experiment/01_grid.ipynb #5994183a
 import hashlib
@@ -42,7 +42,7 @@ from ..methods.method import METHODS, STATISTICS, Count, PathName, Statistic, ch
 from ..methods.released import RELEASED
 from ..tasks.evaluation import run_model, score_logits
 from ..tasks.labels import check_alignment, reorder_labels
-from ..tasks.tasks import PAPER_TASKS, Task, load_task
+from ..tasks.tasks import GLUE, Task, load_task
 
 # %% ../../nbs/experiment/01_grid.ipynb #9ed76b3f
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Checkpoint:
     def answers(self, model:PreTrainedModel, **how)->tuple[Tensor,Tensor]: # `(N, classes)`, and labels
         "What a model says of the validation rows."
         logits,labels = run_model(model, self.validation, True, progress=False, **how)
-        return torch.stack(logits).squeeze(1),torch.stack(labels)
+        return torch.stack(logits).flatten(1),torch.stack(labels)
 
     def own_answers(self, **how)->Tensor:
         "What its own model says of them; worked out once."
@@ -201,7 +201,8 @@ class Checkpoint:
 
     @property
     def majority(self)->float:
-        "Share of the most frequent class among the validation rows."
+        "What always giving the most frequent class scores: its share, or 0 where a score is a correlation."
+        if self.task.metrics[0]!='accuracy': return 0.
         return float(np.bincount(self.validation['labels']).max()/len(self.validation))
 
 def _hash(text:str)->str:
@@ -325,11 +326,19 @@ def _bar(items:Any=None, **kwargs)->tqdm:
     "A progress bar, in the main process."
     return tqdm(items, disable=not is_main(), **kwargs)
 
+def mean_divergence(
+    own:Tensor, # answers of a task's own model, shape `(N, classes)`, or `(N, 1)` of a regression
+    given:Tensor, # those of another, of the same shape
+)->float: # nats; half the squared difference of numbers, the divergence of two normals of variance one
+    "How far answers are from those of the own model."
+    if own.shape[1]==1: return (own-given).square().mean().item()/2
+    p,q = own.log_softmax(1),given.log_softmax(1)
+    return (p.exp()*(p-q)).sum(1).mean().item()
+
 def _score(model:PreTrainedModel, checkpoint:Checkpoint, **how)->tuple[dict[str,float],float]:
-    "What a model scores on the validation rows of a checkpoint, and the KL from its own model's answers."
+    "What a model scores on the validation rows of a checkpoint, and how far it is from its own model."
     logits,labels = checkpoint.answers(model, **how)
-    own = checkpoint.own_answers(**how).double().log_softmax(1)
-    kl = (own.exp()*(own-logits.double().log_softmax(1))).sum(1).mean().item()
+    kl = mean_divergence(checkpoint.own_answers(**how).double(), logits.double())
     return score_logits(model, logits[:,None], labels, checkpoint.task, checkpoint.validation), kl
 
 def _own_score(c:Checkpoint, **how)->dict[str,Any]:
@@ -531,7 +540,7 @@ def fisher_errors(
 def _find_paths(checkpoints:str|Path, tasks:Sequence[str]|None)->dict[str,Any]:
     "Where the models are, in the paper's order of tasks."
     found = find_checkpoints(checkpoints, tasks)
-    return {t: found[t] for t in PAPER_TASKS if t in found}
+    return {t: found[t] for t in GLUE if t in found}
 
 def _check_base(base:Any, cells:Sequence[Cell]):
     "`ValueError` for a base that is missing or cannot be found."
@@ -589,7 +598,7 @@ def reproduce(
     samples:Sequence[int]=(128,), # numbers of examples
     seeds:Sequence[int]=(1,), # how many at each number of examples; one number is for all
     group_sizes:Sequence[int]=(2,), # models merged at once
-    tasks:str|Sequence[str]|None=None, # which of the six; None takes all
+    tasks:str|Sequence[str]|None=None, # which tasks of GLUE; None takes the paper's six and any others there
     base:Any=None, # what all were fine-tuned from, for methods with task vectors
     limit:Count|None=None, # most validation rows of a task; None takes all
     label_orders:Mapping[str,Sequence[int]]|None=None, # task -> order of a permuted head

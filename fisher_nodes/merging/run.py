@@ -252,10 +252,9 @@ def _check_present(what:str, tensors:Mapping[str,Tensor]):
 
 def _check_vocabularies(found:Mapping[str,Any]):
     "`ValueError` naming two models whose tokenizers number words differently."
-    found = {path: o for path,o in found.items() if hasattr(o, 'get_vocab')}
-    first = next(iter(found), None)
-    for path,o in found.items():
-        if o.get_vocab()!=found[first].get_vocab():
+    words = {path: o.get_vocab() for path,o in found.items() if hasattr(o, 'get_vocab')}
+    for path,o in words.items():
+        if o!=words[first := next(iter(words))]:
             raise ValueError(f'models cannot be merged: the tokenizers of {first} and {path} differ')
 
 def _place(model:Any)->str|None:

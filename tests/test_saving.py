@@ -53,6 +53,17 @@ def test_a_pipeline_answers_as_the_merge_does(sources, tmp_path):
     assert {o['label'] for o in said}=={'class a', 'class b', 'class c'}
     for o in said: assert_close(o['score'], p[merged['b'].config.label2id[o['label']]].item(), rtol=1e-5, atol=0)
 
+def test_the_root_is_a_body_and_speaks_of_no_classes(sources, tmp_path):
+    merged = merge(sources, method='average')
+    merged.save_pretrained(tmp_path/'out')
+    config = json.loads((tmp_path/'out'/'config.json').read_text())
+    assert not {'id2label', 'label2id', 'problem_type', 'num_labels'}&set(config) and config['architectures']==['BertModel']
+    assert json.loads((tmp_path/'out'/'b'/'config.json').read_text())['id2label']
+    assert set(merged['b'].config.id2label.values())=={'class a', 'class b', 'class c'} # what is in memory is as before
+    features = pipeline('feature-extraction', model=str(tmp_path/'out'))('it rains')
+    want = merged.body(**AutoTokenizer.from_pretrained(tmp_path/'out')('it rains', return_tensors='pt')).last_hidden_state
+    assert_close(torch.tensor(features), want.detach(), rtol=1e-5, atol=1e-7)
+
 def test_the_three_lines_of_the_card_work(sources, tmp_path, monkeypatch):
     merged = merge(sources, method='average')
     merged.save_pretrained(tmp_path/'out')
@@ -124,7 +135,7 @@ def test_metadata_and_words(sources, tmp_path):
     merged = merge(sources, data=data, num_samples=6, seed=3, weights=dict(a=1, b=.25), progress=False)
     merged.save_pretrained(tmp_path/'out', scores=dict(a=dict(accuracy=.75, f1=.5)))
     card = card_of(tmp_path/'out')
-    assert card.data.library_name=='transformers' and card.data.pipeline_tag=='text-classification'
+    assert card.data.library_name=='transformers' and card.data.pipeline_tag=='feature-extraction'
     assert {'merge', 'fisher-mask-nodes'}<=set(card.data.tags) and card.data.base_model is None, 'a folder is no Hub id'
     assert {(o.metric_type, o.metric_value) for o in card.data.eval_results}=={('accuracy', .75), ('f1', .5)}
     rows = {o.split('|')[1].strip(): [c.strip() for c in o.split('|')[2:-1]] for o in card.text.split('## Licence')[0].splitlines() if o.startswith('|')}

@@ -726,7 +726,7 @@ def test_scores_are_numbers_of_tasks(scores, say):
 def test_a_card_tells_scores_and_use():
     report = merge([tiny(), tiny(seed=1)], method='average').report | dict(scores=check_scores(dict(task0=dict(acc=.25)), ['task0', 'task1']))
     text = str(model_card(report, None, 'me/it'))
-    assert 'acc 0.25' in text and 'pipeline_tag: text-classification' in text and 'No recipe was recorded.' in text and '# Merged: task0, task1' in text
+    assert 'acc 0.25' in text and 'pipeline_tag: feature-extraction' in text and 'No recipe was recorded.' in text and '# Merged: task0, task1' in text
     assert 'feature-extraction' in str(model_card(report, None, 'me/it', 'AutoModel')) and 'AutoTokenizer' not in str(model_card(report, None, 'x', tokenizer=False))
 
 def test_sizes_of_files():
@@ -805,7 +805,8 @@ def test_how_rows_are_read_is_checked(kw, error, tmp_path):
 def test_a_card_says_what_a_model_is_used_for():
     report = merge([tiny(), tiny(seed=1)], method='average').report
     uses = {o: model_card(report, None, 'me/it', o).data.pipeline_tag for o in ('AutoModelForSequenceClassification', 'AutoModel', 'BertForMaskedLM')}
-    assert uses == dict(AutoModelForSequenceClassification='text-classification', AutoModel='feature-extraction', BertForMaskedLM=None)
+    assert uses == dict(AutoModelForSequenceClassification='feature-extraction', AutoModel='feature-extraction', BertForMaskedLM=None) # of the root, a body alone
+    assert model_card(report, None, 'me/it', 'AutoModelForMaskedLM').data.pipeline_tag == 'fill-mask' and model_card(report, None, 'me/it', 'AutoModelForImageClassification').data.pipeline_tag == 'image-feature-extraction'
     scored = model_card(report | dict(scores=dict(task0=dict(acc=.5))), None, 'a/b/it')
     assert scored.data.model_name == 'it' and 'model_name' not in str(model_card(report, None, 'me/it'))
 

@@ -478,6 +478,8 @@ _PIPELINES = dict( # class of transformers -> what the Hub calls its use
     AutoModelForImageClassification='image-classification',
     AutoModelForAudioClassification='audio-classification')
 
+_BODIES = dict(AutoModelForImageClassification='image-feature-extraction') # the same of a body alone
+
 def _percent(o:float|None)->str: return '–' if o is None else f'{100*o:.1f}%'
 
 def _agreement(report:Mapping[str,Any])->str:
@@ -520,6 +522,8 @@ def model_card(
         licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME, repeat=_repeat_words(recipe, changed))
     whole = any(o.whole and o.auto==auto for o in HEADS.values())
     words['together'] = _ONE if whole else _HEADS.format(**words)
-    data = card_data(report, recipe, where.split('/')[-1], _PIPELINES.get(auto))
+    use = _PIPELINES.get(auto)
+    if use and not whole: use = _BODIES.get(auto, 'feature-extraction')
+    data = card_data(report, recipe, where.split('/')[-1], use)
     text = _CARD.format(**words, **_tables(report))
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}')

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
-from ..core.heads import after_body, class_head, head_of
+from ..core.heads import after_body, class_head, find_head, head_of
 from ..engine.batches import own_batches
 from ..methods.method import PathName, checked
 from ..engine.adapters import adapter_base
@@ -173,9 +173,13 @@ def hash_merged(
     return join_hashes(known | tensor_hashes(all_heads(models)))
 
 # %% ../../nbs/merging/04_merged.ipynb #c0452b63
+_NO_CLASSES = dict(id2label={0: 'LABEL_0', 1: 'LABEL_1'}, label2id={'LABEL_0': 0, 'LABEL_1': 1},
+                   problem_type=None) # as transformers has it where nothing is said
+
 def _save_config(model:PreTrainedModel, folder:Path):
-    "Write `config.json` with the model's class and dtype."
+    "Write `config.json` with the model's class and dtype; a body alone has no classes."
     config = copy.deepcopy(model.config)
+    if find_head(type(model).__name__) is None: vars(config).update(_NO_CLASSES)
     config.architectures = [type(model).__name__]
     setattr(config, DTYPE, model.dtype)
     config.save_pretrained(folder)

@@ -22,6 +22,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 from ..core.heads import HEADS
+from ..core.start import LEAST
 from ..engine.files import RECIPE
 from ..engine.models import find_file
 from ..engine.reading import parse_yaml, load_json, read_text
@@ -225,6 +226,11 @@ class _Compared(_Told):
     average:_Alike
     merged:_Alike
 
+class _Likeness(_Told):
+    a:str
+    b:str
+    cosine:float
+
 class _Chosen(_Told):
     method:str
     why:str
@@ -244,6 +250,7 @@ class _Report(_Told):
     beside:dict[str,dict[str,str]]={}
     agreement:dict[str,_Compared]={}
     chosen:_Chosen|None=None
+    alike:list[_Likeness]=[]
 
 def beside_files(
     report:Mapping[str,Any],
@@ -425,6 +432,10 @@ def _notes(report:Mapping[str,Any])->str:
     out = [f'The model of {t} is an adapter, merged into {escaped(o["base"])}.' for t,o in adapted.items()]
     if any(zero.values()):
         out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
+    least = min(report.get('alike') or [dict(cosine=1)], key=lambda o: o['cosine'])
+    if least['cosine']<LEAST:
+        out.append(f'The weights of {escaped(least["a"])} and {escaped(least["b"])} have a cosine of '
+                   f'{least["cosine"]:.2g}; those of models of one start have more than {LEAST}.')
     if lacking := report.get('not_in_all'):
         out.append(f'Not every model has {", ".join(map(escaped, lacking))}; averaged over those that do.')
     if st.get('files'): out.append('The body also loads with `SentenceTransformer`.')

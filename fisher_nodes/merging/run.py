@@ -36,6 +36,7 @@ from ..core.fisher import MaskFisher
 from ..core.heads import class_head
 from ..core.places import find_places
 from ..core.schemes import check_roles
+from ..core.start import Likeness, start_cosines, warn_of_starts
 from ..engine.adapters import adapter_base
 from ..engine.batches import no_collection
 from ..engine.devices import find_device
@@ -225,6 +226,7 @@ class Inputs:
     statistics:Mapping[str,Any]=field(default_factory=dict) # task -> what was measured
     lengths:Mapping[str,int]=field(default_factory=dict) # task -> tokens read of a row
     kept:dict[str,Calls]=field(default_factory=dict) # task -> rows kept apart
+    alike:list[Likeness]=field(default_factory=list) # of weights, for every pair of tasks
     hashes:dict[str|None,str]=field(default_factory=dict) # fingerprints that are known; the base's under None
     device:Any=None # where models run; None is where each is
 
@@ -580,6 +582,8 @@ def run(
 )->tuple[Job,Rule]: # which say what was done
     "Merge every parameter; the first failure ends it."
     job = replace(make_job(request, inputs), progress=progress, shelf=shelf)
+    inputs.alike,count = start_cosines(job.states, job.model)
+    warn_of_starts(inputs.alike, count)
     with ExitStack() as stack:
         ordered = sorted(job.models.values(), key=lambda m: id(body_of(m))) # as in `assemble`
         for m in ordered: stack.enter_context(frozen_eval(m, inputs.device))
@@ -614,6 +618,7 @@ def _record(merged:Merged, request:MergeRequest, inputs:Inputs, done:tuple[Job,R
     job,rule = done
     merged.report = merge_report(request, job, inputs.models, rule, about)
     lacking = {n: inputs.having(n) for n in body_state(merged.body)}
+    merged.report['alike'] = [o._asdict() for o in inputs.alike]
     merged.report['not_in_all'] = {n: t for n,t in lacking.items() if len(t)<len(inputs.models)}
     recipe = merge_recipe(request, inputs.models, inputs.lengths, inputs.hashes, about['base_source'])
     merged.recipe = recipe | dict(result=result)

@@ -289,7 +289,7 @@ def comparison_text(
     for t,k in found.metrics.items(): kinds.setdefault(k, []).append(t)
     said = ['worst, mean: points gained (+) or lost (-) against the own models; then '
             + ', '.join(f'{k} of {", ".join(o)}' for k,o in kinds.items()) + ', in percent.']
-    said += [f'{t}: {o["held_out"]} rows held out ({o["says"]}), {o["measured"]} to measure on.'
+    said += [f'{t}: {o["held_out"]} rows held out ({o["says"]}); {o["measured"]} of {o["rows"]} others to measure on.'
              for t,o in found.rows.items()]
     said += [f'{m} took {o["method"]}: {o["why"]}.' for m,o in found.chosen.items()]
     reasons = {}
@@ -351,7 +351,10 @@ def save_winner(
     merged.save_pretrained(out, overwrite=overwrite, scores=scores)
 
 # %% ../../nbs/experiment/07_compare.ipynb #76051d65
-def _held_words(o:Apart)->dict[str,Any]: return dict(held_out=len(o.held), measured=len(o.keys), says=o.says)
+def _held_words(o:Apart, num_samples:int|None)->dict[str,Any]:
+    "How many rows there are, and how they were held out."
+    n = len(o.keys)
+    return dict(held_out=len(o.held), rows=n, measured=min(num_samples or n, n), says=o.says)
 
 def _read_all(models:Mapping, data:Mapping, held:Mapping, given:Mapping[str,Any])->dict[str,Apart]:
     "The rows of all tasks, apart from each other."
@@ -441,7 +444,8 @@ def _compare(models:Any, data:Any, held_out:Any, methods:Any, share:float, seed:
     scores = _score_all(own, tokens, rows, given)
     metrics = {t: score_name(o) for t,o in scores.items()}
     first = {OWN: {t: scores[t][k] for t,k in metrics.items()}}
-    found = Comparison(first, metrics, {}, left, {t: _held_words(o) for t,o in rows.items()}, _settings(given))
+    found = Comparison(first, metrics, {}, left, {}, _settings(given))
+    found.rows = {t: _held_words(o, num_samples) for t,o in rows.items()}
     in_memory = {t: own[t] if as_reference(o) is None else o for t,o in named.items()}
     del own
     _try_all(found, tried, in_memory, rows, given)

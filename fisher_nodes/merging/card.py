@@ -229,6 +229,9 @@ class _Chosen(_Told):
     method:str
     why:str
 
+class _Won(_Told):
+    why:str
+
 class _Report(_Told):
     method:str
     base:str|None
@@ -244,6 +247,7 @@ class _Report(_Told):
     beside:dict[str,dict[str,str]]={}
     agreement:dict[str,_Compared]={}
     chosen:_Chosen|None=None
+    won:_Won|None=None
 
 def beside_files(
     report:Mapping[str,Any],
@@ -427,6 +431,8 @@ def _notes(report:Mapping[str,Any])->str:
         out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
     if lacking := report.get('not_in_all'):
         out.append(f'Not every model has {", ".join(map(escaped, lacking))}; averaged over those that do.')
+    if won := report.get('won'):
+        out.append(f'Compared with other merges on held-out rows, {escaped(won["why"])}.')
     if st.get('files'): out.append('The body also loads with `SentenceTransformer`.')
     if st.get('why'): out.append(f'The files of sentence-transformers were not kept: {escaped(st["why"])}.')
     return '\n'.join(out)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_copy', 'with_body', 'Merged', 'all_heads', 'tensor_hashes', 'hash_merged', 'check_shard_size', 'whole_model',
-           'plan_files', 'check_room', 'check_inputs', 'check_target', 'save_rest', 'check_stored']
+           'plan_files', 'check_room', 'check_inputs', 'check_target', 'save_rest', 'check_stored', 'check_card',
+           'update_card']
 
 # %% ../../nbs/merging/04_merged.ipynb #7f9b6b08
 import copy
@@ -34,14 +35,14 @@ from ..engine.batches import own_batches
 from ..methods.method import Count, PathName, checked, quoted
 from ..engine.adapters import adapter_base
 from ..engine.files import (
-    MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged,
-    read_list, replaced, sign, whole_folder)
+    LOCK, MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, hold,
+    is_merged, read_list, replaced, sign, whole_file, whole_folder)
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
 from ..engine.guard import frozen_eval, turn
 from ..engine.losses import batch_logits, moved_inputs
 from ..engine.models import DTYPE, FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
-from ..engine.reading import check_inside, load_json
+from ..engine.reading import check_inside, load_json, read_text
 from ..engine.text import check_text, recorded_text, same_tokens, trained_record
 from .card import beside_files, check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
@@ -588,6 +589,50 @@ def from_pretrained(cls:Merged,
 )->Merged:
     "Load a merged model: one body, a head for each task."
     return _load(cls, path, revision, token)
+
+# %% ../../nbs/merging/04_merged.ipynb #51242cd5
+_CALLED = re.compile(r'from_pretrained\(("(?:[^"\\]|\\.)*")')
+
+def _called(card:str)->str|None:
+    "What a card calls its model."
+    found = _CALLED.search(card)
+    try: return found and json.loads(found[1])
+    except ValueError: return None
+
+def check_card(
+    path:str|Path, # folder of a merged model
+):
+    "`ValueError` for a card that is not as it was written."
+    card = Path(path)/'README.md'
+    if card.is_symlink() or card.exists() and describe_file(card)!=dict(signed=True):
+        raise ValueError(f'{card} was changed since it was written; move it away, or write the scores yourself')
+
+def update_card(
+    merged:Merged, # as it is in the folder
+    path:str|Path, # folder that it was saved in
+    scores:Mapping[str,Mapping[str,float]], # task -> metric -> number
+):
+    "Write scores into the report and the card of a saved merge, each in one step; in the main process."
+    if not is_main(): return
+    path,found = Path(path),check_scores(scores, list(merged))
+    check_folder(path, overwrite=True) # puts right what a killed run left
+    with hold(path/LOCK, path, .2):
+        check_card(path)
+        card = path/'README.md'
+        name = (_called(read_text(card)) if card.exists() else None) or path.resolve().name
+        merged.report['scores'] = found
+        with whole_file(card) as part: part.write_text(_card_text(merged, name), encoding='utf-8')
+        report = load_json(path/MERGED) | dict(scores=found)
+        if 'README.md' in report.get('files', {}): report['files']['README.md'] = describe_file(card)
+        with whole_file(path/MERGED) as part: part.write_text(json.dumps(report, indent=1)+'\n')
+
+def _card_text(merged:Merged, name:str)->str:
+    "The card of a merge that is in a folder."
+    known,recipe = hash_merged(merged.body, merged),merged.recipe
+    changed = bool(recipe) and recipe.get('result')!=known
+    with_tokenizer = all(o is not None for o in merged.tokenizers.values())
+    card = model_card(merged.report, recipe, name, _auto_class(merged), with_tokenizer, changed)
+    return sign(str(card), '<!-- {} -->')
 
 # %% ../../nbs/merging/04_merged.ipynb #df5d3da6
 def _hub_name(api:HfApi, repo_id:str)->str:

@@ -333,7 +333,7 @@ def _as_pairs(texts:Sequence[str], pairs:bool, where:str)->list:
     found = [o.split('\t') for o in texts]
     odd = next((i for i,o in enumerate(found) if len(o)!=2), None)
     if odd is None: return [tuple(o) for o in found]
-    raise ValueError(f'{where}: line {odd+1} has {len(found[odd])} texts; expected two, with a tab between them')
+    raise ValueError(f'{where}: text {odd} is no pair; expected two with a tab between them')
 
 def _file_texts(path:str, text:str|None, recorded:Sequence[str], pairs:bool)->list:
     "The texts of a file: a line each of a `.txt`, else columns of rows."
@@ -582,7 +582,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         if any('\0' in o for o in args): self.error('a word has a zero byte in it')
-        found = super().parse_args(args, namespace)
+        found,rest = self.parse_known_args(args, namespace)
+        if hasattr(found, 'texts') and not any(o.startswith('-') for o in rest):
+            found.texts,rest = found.texts+rest,[] # those behind an option, which argparse passes over
+        if rest: self.error(f'unrecognized arguments: {" ".join(rest)}')
         found.given = [o.partition('=')[0] for o in args if o.startswith('--')]
         return found
     def error(self, message):

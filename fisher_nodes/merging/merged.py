@@ -37,6 +37,7 @@ from ..engine.adapters import adapter_base
 from ..engine.files import (
     LOCK, MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, hold,
     is_merged, read_list, replaced, sign, whole_file, whole_folder)
+from ..engine.devices import running_device
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
 from ..engine.guard import frozen_eval, turn
 from ..engine.losses import batch_logits, moved_inputs
@@ -178,7 +179,7 @@ def _check_asked(merged:Merged, tasks:Sequence[str], texts:int):
         hint = f', or name others: {others}' if others else ''
         raise ValueError(f'task {t!r} reads {words[n]}, and these are {words[texts]}; give those{hint}')
 
-def _chosen_tasks(merged:Merged, tasks:Sequence[str]|None)->list[str]:
+def _chosen_tasks(merged:Merged, tasks:str|Sequence[str]|None)->list[str]:
     "The tasks that are named, or all; `ValueError` for one that there is not."
     asked = list(merged) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     odd = [t for t in asked if t not in merged]
@@ -210,14 +211,15 @@ def _ask(merged:Merged, tasks:Sequence[str], model, batches:Any, progress:bool, 
 
 # %% ../../nbs/merging/04_merged.ipynb #e5bec97a
 @checked
-def _predict(merged:Merged, texts:Any, tasks:Sequence[str]|None, tokenizer:Any, max_length:Count|None,
+def _predict(merged:Merged, texts:Any, tasks:Any, tokenizer:Any, max_length:Count|None,
              batch_tokens:Count|None, device:Any, precision:str|None, progress:bool)->dict[str,list[dict]]:
     data,columns = text_data(texts)
     asked = _chosen_tasks(merged, tasks)
     _check_asked(merged, asked, len(columns))
     groups,found = _by_tokenizer(merged, asked, tokenizer),{}
     whole = nn.ModuleList([merged[t] for t in asked]) # moved and frozen together
-    with turn(merged.body), frozen_eval(whole, device, compiled=True):
+    place = None if device is None else running_device(merged.body, device)
+    with turn(merged.body), frozen_eval(whole, place, compiled=True):
         for own,some in groups:
             found |= run_model(merged[some[0]], data, False, None, precision, progress, batch_tokens,
                 partial(_ask, merged, some), tokenizer=own, max_length=max_length, text=columns)
@@ -227,7 +229,7 @@ def _predict(merged:Merged, texts:Any, tasks:Sequence[str]|None, tokenizer:Any, 
 def predict(self:Merged,
     texts:Any, # texts, or pairs of them
     *,
-    tasks:Sequence[str]|None=None, # which to ask; None asks all
+    tasks:str|Sequence[str]|None=None, # which to ask; None asks all
     tokenizer:Any=None, # None is that of the merged model
     max_length:int|None=None, # tokens kept of a text; None is the model's limit
     batch_tokens:int|None=None, # most tokens in a batch; None suits the device

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OWN_OPTIONS', 'TOUR', 'MISTAKES', 'parse_pairs',
            'number', 'for_tasks', 'check_file', 'either', 'two_words', 'run_fisher', 'import_methods', 'read_value',
-           'run_merge', 'run_evaluate', 'run_compare', 'show_answers', 'run_predict', 'run_finetune', 'run_convert',
-           'run_demo', 'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report',
-           'seed_number', 'count', 'share', 'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell',
-           'make_table', 'show', 'main']
+           'run_merge', 'run_evaluate', 'run_compare', 'run_predict', 'run_finetune', 'run_convert', 'run_demo',
+           'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number',
+           'count', 'share', 'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table',
+           'show', 'show_answers', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse
@@ -383,22 +383,6 @@ def _ask_model(args:argparse.Namespace)->tuple[list,dict[str,list]]:
     check_answers(name, model)
     texts = _texts_to_ask(args, recorded_text(model))
     return texts, {name: in_words(model, predict(model, texts, tokenizer=tokenizer, **how))}
-
-def show_answers(
-    texts:Sequence, # that were asked
-    answers:Mapping[str,Sequence[Mapping]], # task -> for each text its `label` and `score`, or its `value`
-):
-    "Print a line for each text and task, the score first, in 80 columns."
-    from fisher_nodes.methods.method import one_line
-    def cells(t, o): return as_cell(o.get('score', o.get('value'))), as_cell(o.get('label', '')), t
-    rows = [(*cells(t, o[i]), text) for i,text in enumerate(texts) for t,o in answers.items()]
-    head = ('score', 'label', 'task')
-    wide = [min(24, max(len(o[i]) for o in (head, *rows))) for i in range(3)]
-    left = max(12, 77-sum(wide)-6)
-    def line(o, text):
-        text = one_line(text if isinstance(text, str) else ' | '.join(text), left)
-        return ''.join(f'{one_line(c):{w}}  ' for c,w in zip(o, wide))+text
-    for o in (line(head, 'text'), *(line(o[:3], o[3]) for o in rows)): print(o.rstrip())
 
 def run_predict(args:argparse.Namespace)->dict|None:
     "Answer texts: for each task of a merged model, or for one model, a label and its probability."
@@ -862,6 +846,23 @@ def show(
     for o in ([rows] if rows else []) + tables: console.print(make_table(o))
     values = {k.replace('_', ' '): v for k,v in result.items() if k not in nested}
     for k,v in values.items(): console.print(f'{k}: {as_cell(v)}', soft_wrap=True, markup=False)
+
+# %% ../../nbs/app/02_cli.ipynb #f816e7ed
+def show_answers(
+    texts:Sequence, # that were asked
+    answers:Mapping[str,Sequence[Mapping]], # task -> for each text its `label` and `score`, or its `value`
+):
+    "Print a line for each text and task, the score first, in 80 columns."
+    from fisher_nodes.methods.method import one_line
+    def cells(t, o): return as_cell(o.get('score', o.get('value'))), as_cell(o.get('label', '')), t
+    rows = [(*cells(t, o[i]), text) for i,text in enumerate(texts) for t,o in answers.items()]
+    head = ('score', 'label', 'task')
+    wide = [min(24, max(len(o[i]) for o in (head, *rows))) for i in range(3)]
+    left = max(12, 77-sum(wide)-6)
+    def line(o, text):
+        text = one_line(text if isinstance(text, str) else ' | '.join(text), left)
+        return ''.join(f'{one_line(c):{w}}  ' for c,w in zip(o, wide))+text
+    for o in (line(head, 'text'), *(line(o[:3], o[3]) for o in rows)): print(o.rstrip())
 
 # %% ../../nbs/app/02_cli.ipynb #fed0b8d7
 def _tell(args:argparse.Namespace, message:Any):

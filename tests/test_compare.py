@@ -14,7 +14,8 @@ from torch.testing import assert_close
 import fisher_nodes.experiment.compare as comparing
 from fisher_nodes import METHODS, Merged, evaluate, merge
 from fisher_nodes.app.cli import main
-from fisher_nodes.experiment.compare import OWN, Comparison, compare
+from fisher_nodes.experiment.compare import OWN_MODELS as OWN
+from fisher_nodes.experiment.compare import Comparison, compare
 
 COUNTS = dict(x=2, y=3)
 

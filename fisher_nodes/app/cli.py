@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
+from itertools import permutations
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -299,14 +300,15 @@ def _check_places(args:argparse.Namespace, models:Mapping[str,str], *read:Mappin
     places = [Path(o) for o in (args.save, args.out) if o]
     for o in places:
         check_folder(o, args.overwrite)
-        for what,names in zip(('model', 'data', 'held-out rows'), (models, *read)): check_apart(o, names, what)
+        for what,names in zip(('model', 'data', 'held-out rows'), (models, *read)):
+            check_apart(o, names, what)
     if args.save: check_room(Path(args.save), list(models))
-    a,b = (places*2)[0].resolve() if places else None,places[-1].resolve() if places else None
-    if len(places)==2 and (a==b or a in b.parents or b in a.parents):
+    whole = [o.resolve() for o in places]
+    if any(a==b or a in b.parents for a,b in permutations(whole, 2)):
         raise ValueError('--save and --out must be two folders, of which none lies in the other')
 
-_OF_COMPARE = ('methods', 'base', 'share', 'seed', 'num_samples', 'limit', 'max_length', 'device', 'precision',
-               'merge_adapters')
+_OF_COMPARE = ('methods', 'base', 'share', 'seed', 'num_samples', 'limit', 'max_length', 'device',
+               'precision', 'merge_adapters')
 
 def run_compare(args:argparse.Namespace)->dict|None:
     """Score own models, average and every method that the data allow, on rows that none was measured on;
@@ -335,13 +337,15 @@ def _as_pairs(texts:Sequence[str], pairs:bool, where:str)->list:
     if odd is None: return [tuple(o) for o in found]
     raise ValueError(f'{where}: text {odd} is no pair; expected two with a tab between them')
 
+def _full_lines(text:str)->list[str]: return [o for o in text.splitlines() if o.strip()]
+
 def _file_texts(path:str, text:str|None, recorded:Sequence[str], pairs:bool)->list:
     "The texts of a file: a line each of a `.txt`, else columns of rows."
     from fisher_nodes.engine.reading import read_text
     from fisher_nodes.tasks.tasks import text_rows
     if path.lower().endswith('.txt'):
         if text: raise ValueError(f'--text names columns, and {path} has none')
-        return _as_pairs([o for o in read_text(Path(path)).splitlines() if o.strip()], pairs, Path(path).name)
+        return _as_pairs(_full_lines(read_text(Path(path))), pairs, Path(path).name)
     if pairs: raise ValueError('--pairs is about lines; for a file of rows name two columns with --text')
     rows,task = text_rows(path, text=two_words(text) if text else None, recorded=recorded)
     columns = [rows[c][:] for c in task.text]
@@ -361,7 +365,7 @@ def _texts_to_ask(args:argparse.Namespace, recorded:Sequence[str])->list:
     elif args.texts: found = _typed_texts(args.texts, args.pairs)
     elif sys.stdin is None or sys.stdin.isatty():
         raise ValueError('there are no texts; give some, a file by --data, or lines on standard input')
-    else: found = _as_pairs([o for o in sys.stdin.read().splitlines() if o.strip()], args.pairs, 'standard input')
+    else: found = _as_pairs(_full_lines(sys.stdin.read()), args.pairs, 'standard input')
     if not found: raise ValueError('there are no texts')
     return found
 

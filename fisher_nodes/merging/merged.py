@@ -49,7 +49,8 @@ from .card import beside_files, check_scores, kept_files, model_card, read_repor
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
 from .request import TASK_NAME
 from .store import folder_slots, hash_file
-from ..tasks.evaluation import check_answers, in_order, in_words, progress_bar, run_model, text_data
+from ..tasks.evaluation import (
+    check_answers, in_order, in_words, progress_bar, run_model, text_data)
 from ..tasks.tasks import GLUE
 
 # %% ../../nbs/merging/04_merged.ipynb #f35c1dd9
@@ -607,7 +608,8 @@ def check_card(
     "`ValueError` for a card that is not as it was written."
     card = Path(path)/'README.md'
     if card.is_symlink() or card.exists() and describe_file(card)!=dict(signed=True):
-        raise ValueError(f'{card} was changed since it was written; move it away, or write the scores yourself')
+        raise ValueError(f'{card} was changed since it was written; move it away, '
+                         'or write the scores yourself')
 
 def update_card(
     merged:Merged, # as it is in the folder

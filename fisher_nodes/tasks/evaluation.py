@@ -107,7 +107,7 @@ def text_data(
     "Texts as a data set; `ValueError` naming the first that is not like the first of all."
     from datasets import Dataset
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, Sequence): raise ValueError(f'expected texts in a list, got {type(texts).__name__}')
+    if not isinstance(texts, Sequence): raise ValueError(f'expected texts, got {type(texts).__name__}')
     if not texts: raise ValueError('there are no texts')
     columns = ['text'] if isinstance(texts[0], str) else ['text', 'text_pair']
     rows = [[o] if isinstance(o, str) else list(o) if isinstance(o, (list, tuple)) else [o] for o in texts]

@@ -166,6 +166,13 @@ def test_models_and_rows_in_memory():
     for t, m in models.items():
         for n, p in m.state_dict().items(): assert_close(p, before[t][n], rtol=0, atol=0)
 
+def test_rows_in_memory_asked_wrongly():
+    models, rows = {t: make('bert', 2, i) for i, t in enumerate('xy')}, Dataset.from_dict(dict(text=texts(10, 1), label=[0, 1]*5))
+    how = dict(methods=['average'], tokenizer=words(), progress=False)
+    for data, more, say in ((rows, dict(text='review'), r"data of 'x': no column 'review' among \['text', 'label'\]"), (rows.remove_columns('label'), {}, "held-out rows of 'x': the data set has no `labels` or `label`"),
+                            (rows.select([0, 0]), {}, "data of 'x': 1 different rows cannot be split"), (rows, dict(held_out=[rows]), 'held_out'), (rows, dict(share='a'), '`share` must be'), (rows, dict(seed=-1), '`seed` must be')):
+        with pytest.raises(ValueError, match=say): compare(models, dict(x=data, y=rows), **how | more)
+
 def comparison(own, **methods):
     scores = {OWN: own} | methods
     return Comparison(scores, dict.fromkeys(own, 'accuracy'), dict.fromkeys(methods, 1.), {}, {}, {})
@@ -258,6 +265,14 @@ def test_own_models_and_average_beside(here, capsys):
     assert json.loads(Path('s.json').read_text())['scores'] == found and list(alone['x']) == ['accuracy']
     assert main(SCORED.split()) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+def test_an_adapter_whose_base_is_on_the_hub(here, capsys, monkeypatch):
+    "It is a folder, but loading it would ask the Hub; that is not done unasked."
+    run('merge x=x y=y --method average --out m', capsys)
+    (here/'y'/'adapter_config.json').write_text(json.dumps(dict(base_model_name_or_path='some/base')))
+    monkeypatch.setattr(comparing, 'load_reference', lambda *o: pytest.fail('asked for'))
+    assert all(list(o) == ['accuracy'] for o in run(SCORED, capsys).values())
+    assert len(run.err) == 1 and "the model of 'y', some/base, is on the Hub" in run.err[0]
 
 @pytest.mark.parametrize('gone, say', [('moved', "the model of 'y' is no longer at"), ('changed', "of 'y'"), ('memory', "the recipe has no name for the model of 'x'"), ('hub', "the model of 'y', some/y, is on the Hub; --fetch loads it")])
 def test_own_models_that_are_not_there(gone, say, here, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from xxhash import xxh3_64_hexdigest
+from ..engine.adapters import adapter_base
 from ..engine.batches import sample_rows
 from ..engine.files import versions, whole_folder
 from ..engine.models import ModelReference, as_reference, load_reference
@@ -42,7 +43,11 @@ def _columns_read(rows:Any, model:Any, text:Any)->list[str]:
     "The columns that tell one row from another."
     there = rows.column_names
     if made := [c for c in there if c in (*INPUTS, 'input_ids_2')]: return made
-    if text: return [text] if isinstance(text, str) else list(text)
+    if text:
+        named = [text] if isinstance(text, str) else list(text)
+        gone = [c for c in named if c not in there]
+        if gone: raise ValueError(f'no column {gone[0]!r} among {there}')
+        return named
     if model is not None: return text_columns(rows, None, model)
     return [c for c in there if c not in _NOT_READ] or list(there)
 
@@ -110,9 +115,10 @@ def read_apart(
 )->Apart:
     "The rows of one task, to measure on and held out."
     whole = held is not None or _is_glue(data)
-    try: rows,task = _read(data, model, 'train', text, label, labels=not whole)
+    try:
+        rows,task = _read(data, model, 'train', text, label, labels=not whole)
+        keys = _keys(rows, task, model, text)
     except (ValueError, FileNotFoundError) as e: raise _said(name, 'data', e) from None
-    keys = _keys(rows, task, model, text)
     if not whole:
         try: chosen = split_keys(keys, share, seed)
         except ValueError as e: raise _said(name, 'data', e) from None
@@ -122,10 +128,12 @@ def read_apart(
         return Apart(rows.select(rest), rows.select(out), task, (task and task.text) or text,
                      task and task.max_length, [keys[i] for i in rest], [keys[i] for i in out], says=says)
     spec,kind = (held, 'given') if held is not None else (data, 'glue')
-    try: scored,about = _read(spec, model, 'validation', text, label)
+    try:
+        scored,about = _read(spec, model, 'validation', text, label)
+        held_keys = _keys(scored, about, model, text)
     except (ValueError, FileNotFoundError) as e: raise _said(name, 'held-out rows', e) from None
     said = 'its validation split' if _is_glue(spec) else 'as given'
-    return Apart(data, scored, about, text, None, keys, _keys(scored, about, model, text), kind, said)
+    return Apart(data, scored, about, text, None, keys, held_keys, kind, said)
 
 # %% ../../nbs/experiment/07_compare.ipynb #eba65706
 def _refuse_common(t:str, s:str, keys:Sequence[str], measured:set[str]):
@@ -496,8 +504,9 @@ def find_sources(
         if name is None: raise ValueError(f'the recipe has no name for the model of {t!r}')
         gone = Path(name).is_absolute() and not Path(name).is_dir()
         if gone: raise ValueError(f'the model of {t!r} is no longer at {one_line(name)}')
-        if not (Path(name).is_dir() or fetch):
-            raise ValueError(f'the model of {t!r}, {one_line(name)}, is on the Hub; --fetch loads it')
+        away = next((o for o in (name, adapter_base(name)) if o and not Path(o).is_dir()), None)
+        if away and not fetch:
+            raise ValueError(f'the model of {t!r}, {one_line(away)}, is on the Hub; --fetch loads it')
         found[t] = as_model(entry) if isinstance(entry, dict) else ModelReference(name)
     return found
 

@@ -9,6 +9,7 @@ _PLACES = {
     'app.explorer': ['explore'],
     'engine.measure': ['MaskFisher', 'ParameterFisher', 'Grams', 'linear_grams', 'mask_fisher', 'parameter_fisher'],
     'engine.models': ['ModelReference', 'Source'],
+    'experiment.compare': ['compare'],
     'experiment.grid': ['reproduce'],
     'merging.merged': ['Merged'],
     'merging.recipe': ['read_recipe'],

@@ -11,6 +11,7 @@ from .engine.measure import mask_fisher as mask_fisher
 from .engine.measure import parameter_fisher as parameter_fisher
 from .engine.models import ModelReference as ModelReference
 from .engine.models import Source as Source
+from .experiment.compare import compare as compare
 from .experiment.grid import reproduce as reproduce
 from .merging.merged import Merged as Merged
 from .merging.recipe import read_recipe as read_recipe

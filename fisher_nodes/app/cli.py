@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OWN_OPTIONS', 'TOUR', 'MISTAKES', 'parse_pairs',
            'number', 'for_tasks', 'check_file', 'either', 'two_words', 'run_fisher', 'import_methods', 'read_value',
-           'run_merge', 'run_evaluate', 'run_finetune', 'run_convert', 'run_demo', 'words', 'numbers', 'read_order',
-           'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number', 'count', 'share', 'positive',
-           'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
+           'run_merge', 'run_evaluate', 'run_compare', 'run_predict', 'run_finetune', 'run_convert', 'run_demo',
+           'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number',
+           'count', 'share', 'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table',
+           'show', 'show_answers', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
+from itertools import permutations
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -235,7 +237,7 @@ def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[
     from fisher_nodes.merging.merged import Merged
     if is_merged(name):
         merged = Merged.from_pretrained(name)
-        return dict(merged), for_tasks(specs, merged, '--data'), merged.tokenizers, merged.report
+        return merged, for_tasks(specs, merged, '--data'), merged.tokenizers, merged.report
     if len(specs)!=1:
         raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
     model,tokenizer = _load(name, merge_adapters)
@@ -250,21 +252,148 @@ def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mappi
     split = either(args.split, 'validation')
     return {k: load_rows(v, models[k], split, **_columns(args, k), loss=args.loss) for k,v in specs.items()}
 
+_OF_MERGED = ('update_card', 'alone', 'fetch') # what `evaluate` takes for a merged model only
+
+def _check_merged_only(args:argparse.Namespace):
+    "`ValueError` for what would have no effect on one model."
+    odd = [f'--{o.replace("_", "-")}' for o in _OF_MERGED if getattr(args, o)]
+    if odd: raise ValueError(f'{odd[0]} is about a merged model; {args.model} is one model')
+
+def _beside(merged:Any, loaded:Mapping[str,tuple], fetch:bool, how:Mapping[str,Any])->dict[str,dict]:
+    "What own models and plain average score, by task; a warning says why they are not at hand."
+    from fisher_nodes.experiment.compare import score_beside, score_name
+    try: found = dict(zip(('own', 'average'), score_beside(merged, loaded, fetch, **how)))
+    except (ValueError, OSError) as e:
+        warnings.warn(f'own models and their average are not shown: {e}')
+        return {}
+    return {t: {f'{w}_{k}': o[t][k] for w,o in found.items() for k in [score_name(o[t])]} for t in merged}
+
 def run_evaluate(args:argparse.Namespace)->dict|None:
-    "Score a merged model on all its tasks, or one model on one data set."
+    """Score a merged model on all its tasks, beside its own models and their average;
+    or one model on one data set."""
     from fisher_nodes.engine.files import write_record
     from fisher_nodes.engine.measure import describe_data
+    from fisher_nodes.merging.merged import check_card, update_card
     from fisher_nodes.tasks.evaluation import evaluate
     read = (args.model, *(o.rpartition('=')[2] for o in args.data))
     out = check_file(args.out, args.overwrite, *read) if args.out else None
     models,specs,tokenizers,source = _models_to_score(args.model, args.data, args.merge_adapters)
+    merged = None if isinstance(models, dict) else models
+    if merged is None: _check_merged_only(args)
+    if args.update_card: check_card(args.model)
     loaded,split = _rows_to_score(args, models, specs),either(args.split, 'validation')
     how = _picked(args, ('max_length', 'device', 'precision', 'loss'))
     scores = {k: evaluate(models[k], data, task, tokenizer=tokenizers[k], **how)
               for k,(data,task) in loaded.items()}
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
-    if out: write_record(out, scores=scores, data=data, split=split, source=source)
-    return scores
+    beside = {} if merged is None or args.alone else _beside(merged, loaded, args.fetch, how)
+    shown = {k: o | beside.get(k, {}) for k,o in scores.items()}
+    if out: write_record(out, scores=shown, data=data, split=split, source=source)
+    if args.update_card: update_card(merged, args.model, scores)
+    return shown
+
+# %% ../../nbs/app/02_cli.ipynb #137a2626
+def _check_places(args:argparse.Namespace, models:Mapping[str,str], *read:Mapping[str,str]):
+    "`ValueError` or `OutputExistsError` for folders that cannot be written."
+    from fisher_nodes.engine.files import check_apart, check_folder
+    from fisher_nodes.merging.merged import check_room
+    places = [Path(o) for o in (args.save, args.out) if o]
+    for o in places:
+        check_folder(o, args.overwrite)
+        for what,names in zip(('model', 'data', 'held-out rows'), (models, *read)):
+            check_apart(o, names, what)
+    if args.save: check_room(Path(args.save), list(models))
+    whole = [o.resolve() for o in places]
+    if any(a==b or a in b.parents for a,b in permutations(whole, 2)):
+        raise ValueError('--save and --out must be two folders, of which none lies in the other')
+
+_OF_COMPARE = ('methods', 'base', 'share', 'seed', 'num_samples', 'limit', 'max_length', 'device',
+               'precision', 'merge_adapters')
+
+def run_compare(args:argparse.Namespace)->dict|None:
+    """Score own models, average and every method that the data allow, on rows that none was measured on;
+    and save the best."""
+    from fisher_nodes.engine.processes import from_main
+    from fisher_nodes.experiment.compare import RULE, compare, save_winner, write_comparison
+    import_methods(args.imports)
+    models = parse_pairs(args.models, 'models')
+    data,held = for_tasks(args.data, models, '--data'),parse_pairs(args.held_out or [], '--held-out')
+    from_main(lambda: _check_places(args, models | ({'base': args.base} if args.base else {}), data, held))
+    found = compare(models, data, held or None, **_columns(args), **_picked(args, _OF_COMPARE))
+    if args.save: save_winner(found, args.save, args.overwrite)
+    if args.out: write_comparison(found, args.out, args.overwrite)
+    wrote = {k: str(o) for k,o in dict(saved=args.save, wrote=args.out).items() if o}
+    if not args.json: print(found)
+    about = ('scores', 'metrics', 'seconds', 'left_out', 'chosen', 'rows')
+    said = {k: getattr(found, k) for k in about} | dict(winner=found.winner, rule=RULE, why=found.why)
+    return (said if args.json else {}) | wrote
+
+# %% ../../nbs/app/02_cli.ipynb #f9c22fee
+def _as_pairs(texts:Sequence[str], pairs:bool, where:str)->list:
+    "Texts, or the two of each line between which there is a tab."
+    if not pairs: return list(texts)
+    found = [o.split('\t') for o in texts]
+    odd = next((i for i,o in enumerate(found) if len(o)!=2), None)
+    if odd is None: return [tuple(o) for o in found]
+    raise ValueError(f'{where}: text {odd} is no pair; expected two with a tab between them')
+
+def _full_lines(text:str)->list[str]: return [o for o in text.splitlines() if o.strip()]
+
+def _file_texts(path:str, text:str|None, recorded:Sequence[str], pairs:bool)->list:
+    "The texts of a file: a line each of a `.txt`, else columns of rows."
+    from fisher_nodes.engine.reading import read_text
+    from fisher_nodes.tasks.tasks import text_rows
+    if path.lower().endswith('.txt'):
+        if text: raise ValueError(f'--text names columns, and {path} has none')
+        return _as_pairs(_full_lines(read_text(Path(path))), pairs, Path(path).name)
+    if pairs: raise ValueError('--pairs is about lines; for a file of rows name two columns with --text')
+    rows,task = text_rows(path, text=two_words(text) if text else None, recorded=recorded)
+    columns = [rows[c][:] for c in task.text]
+    return list(columns[0]) if len(columns)==1 else list(zip(*columns))
+
+def _typed_texts(texts:Sequence[str], pairs:bool)->list:
+    "The texts of the command line, two by two if they are pairs."
+    if not pairs: return list(texts)
+    if len(texts)%2: raise ValueError(f'--pairs: {len(texts)} texts are no pairs')
+    return list(zip(texts[::2], texts[1::2]))
+
+def _texts_to_ask(args:argparse.Namespace, recorded:Sequence[str])->list:
+    "What is asked; `ValueError` unless it comes from one place, and is something."
+    if args.texts and args.data: raise ValueError('give texts or --data, not both')
+    if args.text and not args.data: raise ValueError('--text names columns of --data')
+    if args.data: found = _file_texts(args.data, args.text, recorded, args.pairs)
+    elif args.texts: found = _typed_texts(args.texts, args.pairs)
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise ValueError('there are no texts; give some, a file by --data, or lines on standard input')
+    else: found = _as_pairs(_full_lines(sys.stdin.read()), args.pairs, 'standard input')
+    if not found: raise ValueError('there are no texts')
+    return found
+
+def _ask_model(args:argparse.Namespace)->tuple[list,dict[str,list]]:
+    "Texts, and what a merged model or any other answers, by task."
+    from fisher_nodes.engine.files import is_merged
+    from fisher_nodes.engine.text import recorded_text
+    from fisher_nodes.merging.merged import Merged
+    from fisher_nodes.tasks.evaluation import check_answers, in_words, predict
+    how = _picked(args, ('max_length', 'device', 'precision'))
+    if is_merged(args.model):
+        merged = Merged.from_pretrained(args.model)
+        read = {recorded_text(merged[t]) for t in args.tasks or merged if t in merged}
+        texts = _texts_to_ask(args, next(iter(read)) if len(read)==1 else ())
+        return texts, merged.predict(texts, tasks=args.tasks, **how)
+    if args.tasks: raise ValueError(f'--tasks is about a merged model; {args.model} is one model')
+    model,tokenizer = _load(args.model, args.merge_adapters)
+    name = Path(args.model).name
+    check_answers(name, model)
+    texts = _texts_to_ask(args, recorded_text(model))
+    return texts, {name: in_words(model, predict(model, texts, tokenizer=tokenizer, **how))}
+
+def run_predict(args:argparse.Namespace)->dict|None:
+    "Answer texts: for each task of a merged model, or for one model, a label and its probability."
+    texts,answers = _ask_model(args)
+    if args.json: return dict(texts=texts, answers=answers)
+    show_answers(texts, answers)
+    return {}
 
 # %% ../../nbs/app/02_cli.ipynb #cbe2eefe
 _SHARED = ('num_samples', 'seed', 'num_layers', 'precision', 'device') # what both ways of fine-tuning take
@@ -441,7 +570,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         if any('\0' in o for o in args): self.error('a word has a zero byte in it')
-        found = super().parse_args(args, namespace)
+        found,rest = self.parse_known_args(args, namespace)
+        if hasattr(found, 'texts') and not any(o.startswith('-') for o in rest):
+            found.texts,rest = found.texts+rest,[] # those behind an option, which argparse passes over
+        if rest: self.error(f'unrecognized arguments: {" ".join(rest)}')
         found.given = [o.partition('=')[0] for o in args if o.startswith('--')]
         return found
     def error(self, message):
@@ -525,7 +657,17 @@ COMMANDS = dict(
         ['device', 'max_length', 'text', 'label', 'precision', 'loss', 'merge_adapters', 'split', 'seed',
          'overwrite'],
         'fisher-nodes evaluate DIR --data mnli=glue:mnli sst2=glue:sst2\n'
+        '  fisher-nodes evaluate DIR --data a=held-out-a.csv b=held-out-b.csv --update-card\n'
         '  fisher-nodes evaluate MODEL --data glue:sst2'),
+    compare=(run_compare,
+        ['base', 'num_samples', 'seed', 'device', 'max_length', 'text', 'label', 'precision',
+         'merge_adapters', 'imports', 'overwrite'],
+        'fisher-nodes compare a=DIR b=DIR --data a=a.csv b=b.csv --out compared --save best\n'
+        '  fisher-nodes compare a=DIR b=DIR --data a=a.csv b=b.csv --held-out a=test-a.csv b=test-b.csv'),
+    predict=(run_predict, ['device', 'max_length', 'precision', 'merge_adapters'],
+        'fisher-nodes predict DIR "It was fine." "It was not."\n'
+        '  fisher-nodes predict DIR --data reviews.csv --text review --json\n'
+        '  fisher-nodes predict DIR --tasks mnli --pairs "It rains." "It is wet."'),
     finetune=(run_finetune, [*RUNNING, 'out', 'overwrite'],
         'fisher-nodes finetune MODEL --data glue:rte --validation glue:rte --epochs 3 --out rte\n'
         '  fisher-nodes finetune MODEL --glue all --out checkpoints'),
@@ -561,7 +703,32 @@ OWN_OPTIONS = dict(
     evaluate=[_option('model', metavar='MODEL', help='folder or Hub id, of one model or a merged one'),
               _option('--data', nargs='+', required=True, metavar='[TASK=]SPEC',
                   help='rows to score on; glue:TASK for its validation rows, or a file'),
-              _option('--out', metavar='FILE', help='also write the scores to a JSON file')],
+              _option('--out', metavar='FILE', help='also write the scores to a JSON file'),
+              _option('--update-card', action='store_true',
+                  help='also write the scores into the card of the merged model'),
+              _option('--alone', action='store_true',
+                  help='do not score own models and average beside a merged model'),
+              _option('--fetch', action='store_true', help='load own models from the Hub, to score them')],
+    compare=[_option('models', nargs='+', metavar='TASK=MODEL', help='folders or Hub ids'),
+             _option('--data', nargs='+', required=True, metavar='TASK=SPEC',
+                 help='rows to measure on, and to hold a share of out; glue:TASK, or a file of rows'),
+             _option('--held-out', nargs='+', metavar='TASK=SPEC',
+                 help='rows to score on; then those of --data are not split'),
+             _option('--share', type=share, default=.2, metavar='SHARE',
+                 help='of the rows of a file, to hold out (0.2)'),
+             _option('--methods', type=words, metavar='METHODS',
+                 help='some, as in average,mask-fisher; by default all that can be'),
+             _option('--limit', type=count, metavar='N', help='most held-out rows of a task; by default all'),
+             _option('--out', metavar='DIR', help='folder for table, picture and record'),
+             _option('--save', metavar='DIR', help='folder for the merge that is best')],
+    predict=[_option('model', metavar='MODEL', help='folder of a merged model, or folder or Hub id of any'),
+             _option('texts', nargs='*', metavar='TEXT', help='by default lines of standard input'),
+             _option('--data', metavar='FILE', help='texts of a file: of rows, or .txt with one a line'),
+             _option('--text', metavar='COLUMN[,COLUMN]',
+                 help='columns of text of --data; by default those known by name'),
+             _option('--pairs', action='store_true',
+                 help='texts are pairs: two by two, or on one line with a tab between them'),
+             _option('--tasks', type=words, metavar='TASKS', help='some, as in mnli,rte; by default all')],
     finetune=[_option('model', metavar='MODEL', help='folder or Hub id to start from'),
               _option('--data', metavar='SPEC',
                   help='glue:TASK, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
@@ -607,6 +774,9 @@ OWN_OPTIONS = dict(
 TOUR = """two models of your own, from rows they were trained on:
   fisher-nodes merge reviews=DIR topics=DIR --data reviews=reviews.csv topics=topics.csv --out both
   fisher-nodes evaluate both --data reviews=held-out.csv topics=held-out-topics.csv
+  fisher-nodes predict both "a text, which every task answers"
+which merge is best, on rows that none of them saw:
+  fisher-nodes compare reviews=DIR topics=DIR --data reviews=reviews.csv topics=topics.csv --save best
 the paper's experiment:
   fisher-nodes reproduce --checkpoints bert-base --methods average,mask-fisher --samples 128 --out results
   fisher-nodes report results
@@ -680,6 +850,23 @@ def show(
     for o in ([rows] if rows else []) + tables: console.print(make_table(o))
     values = {k.replace('_', ' '): v for k,v in result.items() if k not in nested}
     for k,v in values.items(): console.print(f'{k}: {as_cell(v)}', soft_wrap=True, markup=False)
+
+# %% ../../nbs/app/02_cli.ipynb #f816e7ed
+def show_answers(
+    texts:Sequence, # that were asked
+    answers:Mapping[str,Sequence[Mapping]], # task -> for each text its `label` and `score`, or its `value`
+):
+    "Print a line for each text and task, the score first, in 80 columns."
+    from fisher_nodes.methods.method import one_line
+    def cells(t, o): return as_cell(o.get('score', o.get('value'))), as_cell(o.get('label', '')), t
+    rows = [(*cells(t, o[i]), text) for i,text in enumerate(texts) for t,o in answers.items()]
+    head = ('score', 'label', 'task')
+    wide = [min(24, max(len(o[i]) for o in (head, *rows))) for i in range(3)]
+    left = max(12, 77-sum(wide)-6)
+    def line(o, text):
+        text = one_line(text if isinstance(text, str) else ' | '.join(text), left)
+        return ''.join(f'{one_line(c):{w}}  ' for c,w in zip(o, wide))+text
+    for o in (line(head, 'text'), *(line(o[:3], o[3]) for o in rows)): print(o.rstrip())
 
 # %% ../../nbs/app/02_cli.ipynb #fed0b8d7
 def _tell(args:argparse.Namespace, message:Any):

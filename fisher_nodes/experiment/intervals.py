@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAINS', 'TABLE1_COLUMNS', 'PAPER_TABLE1', 'per_seed', 'median', 'statistic_of', 'bootstrap', 'verdict',
-           'baseline_rows', 'paired_scores', 'compare', 'summarise', 'interval_text', 'with_intervals', 'hub_command',
-           'table1']
+           'baseline_rows', 'paired_scores', 'compare_rows', 'summarise', 'interval_text', 'with_intervals',
+           'hub_command', 'table1']
 
 # %% ../../nbs/experiment/03_intervals.ipynb #23b92a65
 from collections.abc import Callable, Mapping
@@ -95,7 +95,7 @@ def paired_scores(
 GAINS = ('gain','gain_low','gain_high','says',
          'mean_gain','mean_gain_low','mean_gain_high','mean_says','min_gain')
 
-def compare(
+def compare_rows(
     rows:Any, # of `load_results`, one setting
     baseline:Any, # of `load_results`, one setting
     **kwargs, # of `bootstrap`
@@ -115,7 +115,7 @@ def _gains(results, setting, baseline, **kwargs):
     size, name, n = setting
     other = baseline_rows(results, setting, baseline)
     if name==baseline or not len(other): return dict.fromkeys(GAINS, float('nan'))
-    return compare(choose(results, name, n, size), other, **kwargs)
+    return compare_rows(choose(results, name, n, size), other, **kwargs)
 
 def _flagged(results): # scores that mean nothing, by setting
     runs = results[results.flagged].groupby(SETTING+['seed'], dropna=False).size()
@@ -152,7 +152,7 @@ def interval_text(
     return f'{value:+.1f}' if low!=low else f'{value:+.1f} [{low:+.1f}, {high:+.1f}]'
 
 def with_intervals(
-    table:Any, # a `pandas.DataFrame` with columns of `compare`
+    table:Any, # a `pandas.DataFrame` with columns of `compare_rows`
 )->Any: # a `pandas.DataFrame`
     "Each difference and its interval in one column."
     for k in ('gain','mean_gain'):

@@ -235,6 +235,9 @@ class _Chosen(_Told):
     method:str
     why:str
 
+class _Won(_Told):
+    why:str
+
 class _Report(_Told):
     method:str
     base:str|None
@@ -251,6 +254,7 @@ class _Report(_Told):
     agreement:dict[str,_Compared]={}
     chosen:_Chosen|None=None
     alike:list[_Likeness]=[]
+    won:_Won|None=None
 
 def beside_files(
     report:Mapping[str,Any],
@@ -438,6 +442,8 @@ def _notes(report:Mapping[str,Any])->str:
                    f'{least["cosine"]:.2g}; those of models of one start have more than {LEAST}.')
     if lacking := report.get('not_in_all'):
         out.append(f'Not every model has {", ".join(map(escaped, lacking))}; averaged over those that do.')
+    if won := report.get('won'):
+        out.append(f'Compared with other merges on held-out rows, {escaped(won["why"])}.')
     if st.get('files'): out.append('The body also loads with `SentenceTransformer`.')
     if st.get('why'): out.append(f'The files of sentence-transformers were not kept: {escaped(st["why"])}.')
     return '\n'.join(out)

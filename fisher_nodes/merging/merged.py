@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_copy', 'with_body', 'Merged', 'all_heads', 'tensor_hashes', 'hash_merged', 'check_shard_size', 'whole_model',
-           'plan_files', 'check_room', 'check_inputs', 'check_target', 'save_rest', 'check_stored']
+           'plan_files', 'check_room', 'check_inputs', 'check_target', 'save_rest', 'check_stored', 'check_card',
+           'update_card']
 
 # %% ../../nbs/merging/04_merged.ipynb #7f9b6b08
 import copy
@@ -14,6 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,22 +30,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from ..core.families import body_of, body_prefix, body_state
-from ..core.heads import after_body, class_head, find_head, head_of
+from ..core.heads import Head, after_body, class_head, find_head, head_of
 from ..engine.batches import own_batches
-from ..methods.method import PathName, checked
+from ..methods.method import Count, PathName, checked, quoted
 from ..engine.adapters import adapter_base
 from ..engine.files import (
-    MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, is_merged,
-    read_list, replaced, sign, whole_folder)
+    LOCK, MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, hold,
+    is_merged, read_list, replaced, sign, whole_file, whole_folder)
+from ..engine.devices import running_device
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
+from ..engine.guard import frozen_eval, turn
+from ..engine.losses import batch_logits, moved_inputs
 from ..engine.models import DTYPE, FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
-from ..engine.reading import check_inside, load_json
-from ..engine.text import same_tokens, trained_record
+from ..engine.reading import check_inside, load_json, read_text
+from ..engine.text import check_text, recorded_text, same_tokens, trained_record
 from .card import beside_files, check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
 from .request import TASK_NAME
 from .store import folder_slots, hash_file
+from ..tasks.evaluation import (
+    check_answers, in_order, in_words, progress_bar, run_model, text_data)
+from ..tasks.tasks import GLUE
 
 # %% ../../nbs/merging/04_merged.ipynb #f35c1dd9
 def _drop_replaced(module:nn.Module):
@@ -148,6 +156,90 @@ def logits(self:Merged,
     for task,model in self.models.items():
         answers[task] = after_body(model, model.base_model_prefix, out)(**inputs).logits
     return answers
+
+# %% ../../nbs/merging/04_merged.ipynb #be85cf13
+def _texts_read(merged:Merged, task:str)->int|None: # None if nothing says so
+    "How many texts a task reads of a row, by the record of its training or by the recipe."
+    if found := recorded_text(merged[task]): return len(found)
+    recipe = merged.recipe or {}
+    asked = recipe.get('text')
+    if named := check_text(asked.get(task) if isinstance(asked, Mapping) else asked): return len(named)
+    spec = str(entry_names(recipe, 'data').get(task))
+    glue = GLUE.get(spec.removeprefix('glue:')) if spec.startswith('glue:') else None
+    return glue and len(glue.text)
+
+def _check_asked(merged:Merged, tasks:Sequence[str], texts:int):
+    "`ValueError` naming a task that cannot be asked, or not about so many texts."
+    bare = [t for t in tasks if merged[t] is merged.body]
+    if bare: raise ValueError(f'the models of {bare} have no task head of their own, so they give no labels')
+    for t in tasks: check_answers(t, merged[t])
+    words = {1: 'single texts', 2: 'pairs of texts'}
+    odd = {t: n for t in tasks if (n := _texts_read(merged, t)) not in (None, texts)}
+    for t,n in odd.items():
+        others = [o for o in tasks if o not in odd]
+        hint = f', or name others: {others}' if others else ''
+        raise ValueError(f'task {t!r} reads {words[n]}, and these are {words[texts]}; give those{hint}')
+
+def _chosen_tasks(merged:Merged, tasks:str|Sequence[str]|None)->list[str]:
+    "The tasks that are named, or all; `ValueError` for one that there is not."
+    asked = list(merged) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
+    odd = [t for t in asked if t not in merged]
+    if odd or not asked:
+        raise ValueError(f'there is no task {quoted(odd[0]) if odd else "to ask"}; they are {list(merged)}')
+    return asked
+
+def _by_tokenizer(merged:Merged, tasks:Sequence[str], tokenizer:Any)->list[tuple[Any,list[str]]]:
+    "Tokenizers, each with the tasks that it is for."
+    found = []
+    for t in tasks:
+        own = tokenizer or merged.tokenizers[t]
+        if own is None: raise ValueError(f'task {t!r} has no tokenizer; give `tokenizer=`')
+        same = next((o for a,o in found if a is own), None)
+        if same is None: found.append((own, [t]))
+        else: same.append(t)
+    return found
+
+def _ask(merged:Merged, tasks:Sequence[str], model, batches:Any, progress:bool, head:Head)->dict[str,list]:
+    "The logits of every task for every row, each batch in one pass through the body."
+    rows,found = [],{t: [] for t in tasks}
+    for batch in progress_bar(batches, progress):
+        rows += batch.rows
+        out = merged.body(**moved_inputs(merged.body, batch))
+        for t in tasks:
+            after = after_body(merged[t], merged[t].base_model_prefix, out)
+            found[t] += list(batch_logits(after, batch, head_of(merged[t])))
+    return {t: in_order(rows, o) for t,o in found.items()}
+
+# %% ../../nbs/merging/04_merged.ipynb #e5bec97a
+@checked
+def _predict(merged:Merged, texts:Any, tasks:Any, tokenizer:Any, max_length:Count|None,
+             batch_tokens:Count|None, device:Any, precision:str|None, progress:bool)->dict[str,list[dict]]:
+    data,columns = text_data(texts)
+    asked = _chosen_tasks(merged, tasks)
+    _check_asked(merged, asked, len(columns))
+    groups,found = _by_tokenizer(merged, asked, tokenizer),{}
+    whole = nn.ModuleList([merged[t] for t in asked]) # moved and frozen together
+    place = None if device is None else running_device(merged.body, device)
+    with turn(merged.body), frozen_eval(whole, place, compiled=True):
+        for own,some in groups:
+            found |= run_model(merged[some[0]], data, False, None, precision, progress, batch_tokens,
+                partial(_ask, merged, some), tokenizer=own, max_length=max_length, text=columns)
+    return {t: in_words(merged[t], found[t]) for t in asked}
+
+@patch
+def predict(self:Merged,
+    texts:Any, # texts, or pairs of them
+    *,
+    tasks:str|Sequence[str]|None=None, # which to ask; None asks all
+    tokenizer:Any=None, # None is that of the merged model
+    max_length:int|None=None, # tokens kept of a text; None is the model's limit
+    batch_tokens:int|None=None, # most tokens in a batch; None suits the device
+    device:str|torch.device|None=None, # where to run; None is where the model is
+    precision:str|None=None, # `fp32`, `tf32`, `bf16`, or None for the model as it is
+    progress:bool=True, # show a progress bar when it takes more than two seconds
+)->dict[str,list[dict[str,Any]]]: # task -> for each text its `label` and `score`, or a `value`
+    "Every task's answer to every text, from one pass through the shared body."
+    return _predict(self, texts, tasks, tokenizer, max_length, batch_tokens, device, precision, progress)
 
 # %% ../../nbs/merging/04_merged.ipynb #6eb260e8
 def all_heads(
@@ -500,6 +592,51 @@ def from_pretrained(cls:Merged,
 )->Merged:
     "Load a merged model: one body, a head for each task."
     return _load(cls, path, revision, token)
+
+# %% ../../nbs/merging/04_merged.ipynb #51242cd5
+_CALLED = re.compile(r'from_pretrained\(("(?:[^"\\]|\\.)*")')
+
+def _called(card:str)->str|None:
+    "What a card calls its model."
+    found = _CALLED.search(card)
+    try: return found and json.loads(found[1])
+    except ValueError: return None
+
+def check_card(
+    path:str|Path, # folder of a merged model
+):
+    "`ValueError` for a card that is not as it was written."
+    card = Path(path)/'README.md'
+    if card.is_symlink() or card.exists() and describe_file(card)!=dict(signed=True):
+        raise ValueError(f'{card} was changed since it was written; move it away, '
+                         'or write the scores yourself')
+
+def update_card(
+    merged:Merged, # as it is in the folder
+    path:str|Path, # folder that it was saved in
+    scores:Mapping[str,Mapping[str,float]], # task -> metric -> number
+):
+    "Write scores into the report and the card of a saved merge, each in one step; in the main process."
+    if not is_main(): return
+    path,found = Path(path),check_scores(scores, list(merged))
+    check_folder(path, overwrite=True) # puts right what a killed run left
+    with hold(path/LOCK, path, .2):
+        check_card(path)
+        card = path/'README.md'
+        name = (_called(read_text(card)) if card.exists() else None) or path.resolve().name
+        merged.report['scores'] = found
+        with whole_file(card) as part: part.write_text(_card_text(merged, name), encoding='utf-8')
+        report = load_json(path/MERGED) | dict(scores=found)
+        if 'README.md' in report.get('files', {}): report['files']['README.md'] = describe_file(card)
+        with whole_file(path/MERGED) as part: part.write_text(json.dumps(report, indent=1)+'\n')
+
+def _card_text(merged:Merged, name:str)->str:
+    "The card of a merge that is in a folder."
+    known,recipe = hash_merged(merged.body, merged),merged.recipe
+    changed = bool(recipe) and recipe.get('result')!=known
+    with_tokenizer = all(o is not None for o in merged.tokenizers.values())
+    card = model_card(merged.report, recipe, name, _auto_class(merged), with_tokenizer, changed)
+    return sign(str(card), '<!-- {} -->')
 
 # %% ../../nbs/merging/04_merged.ipynb #df5d3da6
 def _hub_name(api:HfApi, repo_id:str)->str:

@@ -146,6 +146,7 @@ SHELL = { # words of Python -> words of the shell
     'loss': '--loss', 'refit_heads': '--refit-heads', 'reduction': '--reduction',
     'merge_adapters': '--merge-adapters',
     'checkpointing': '--checkpointing', 'max_shard_size': '--max-shard-size', 'models': 'TASK=MODEL',
+    'share': '--share', 'held_out': '--held-out', 'methods': '--methods', 'limit': '--limit',
     'work': '--work', 'merge_files': 'a merge without --data', 'tokenizer': 'its tokenizer files'}
 _SWITCH = re.compile(r'pass (\w+)=True \((--[\w-]+)\)')
 

@@ -444,6 +444,7 @@ WORDS = ['--out', '--data', '--weights', '--fisher', '--method', '--options', '-
          'x'*5000, 'density=null', 'scheme=3', 'variant=x', 'seed=3', '²']
 LINES = ['merge a=a b=b --method average --out new', 'merge a=a b=b --data a=rows.csv b=rows.csv --num-samples 2 --out new', 'merge r.yml --out new', 'fisher a --data rows.csv --num-samples 2 --out new.safetensors',
          'evaluate a --data rows.csv', 'evaluate merged --data a=rows.csv b=rows.csv', 'merge a=a b=b --fisher a=a.fisher.safetensors b=b.fisher.safetensors --weights a=1 b=.5 --out new',
+         'compare a=a b=b --data a=rows.csv b=rows.csv --methods average --share .5 --num-samples 2 --out new --save best', 'predict merged w1 w2', 'evaluate merged --data a=rows.csv b=rows.csv --update-card',
          'merge a=a b=b --method ties --base a --out new', 'report a --out new', 'bench a --data rows.csv --rounds 1 --num-samples 2 --out new']
 
 def on_words(here, r):
@@ -704,6 +705,7 @@ DOORS = dict( # what is called -> the kinds of input that reach it
     run_recipe=(lambda h: run_recipe(h/'r.yml', h/'new', progress=False), ['recipe']),
     shell=(shell, ['words', 'words', 'config', 'folder', 'header', 'tokenizer']),
     shell_recipe=(lambda h: main(['merge', str(h/'r.yml'), '--out', str(h/'new')]), ['recipe']),
+    shell_predict=(lambda h: main(['predict', str(h/'merged'), 'w1 w2']), ['report', 'merged']),
     shell_merged=(lambda h: main(['evaluate', str(h/'merged'), '--data', 'a=rows.csv', 'b=rows.csv']), ['report', 'merged']))
 COMMANDS = dict( # the same, of commands that write
     shell_convert=(lambda h: main(['convert', 'p', '--out', 'new']), ['pickle']),
@@ -721,6 +723,8 @@ DOORS |= COMMANDS
 MORE = dict(dict.fromkeys(['shell_convert', 'shell_convert_parts', 'shell_convert_again'], make_pickles), adapters=make_adapters, shell_adapters=make_adapters, shell_reproduce=make_run,
             **dict.fromkeys(['shell_report', 'shell_report_again', 'tables', 'load_bench'], make_results)) # what a door needs in the sandbox
 DATA_DOORS = dict(shell_fisher=(lambda h: main(['fisher', 'a', '--data', 'rows.csv', '--num-samples', '4', '--out', 'new.safetensors']), ['data']),
+                  shell_compare=(lambda h: main('compare a=a b=b --data a=rows.csv b=rows.csv --methods average,regmean --share .5 --num-samples 4 --out new'.split()), ['data']),
+                  shell_asked=(lambda h: main(['predict', 'a', '--data', 'rows.csv']), ['data']),
                   shell_evaluate=(lambda h: main(['evaluate', 'a', '--data', 'rows.csv']), ['data']))
 
 

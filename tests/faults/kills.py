@@ -246,7 +246,39 @@ def grid_of(here):
     if 4 in there and (out/ERRORS).exists() and len(load_errors(out)) == 2: return 2
     return int(there >= {2}) or None
 
-INPUTS = dict(convert=make_pickles, adapters=make_adapters, evaluate=make_rows, measure=make_rows, bench=make_rows, shapes=make_rows, report=make_results, reproduce=lambda o: make_grid(o/'in'))
+def make_pair(here):
+    "Two models, a merge of them, and rows: files of the first kind are all of class 0, of the second of class 1."
+    make_rows(here)
+    for n in (1, 2): (here/'in'/f'all{n}.csv').write_text('sentence,label\n'+''.join(f'w{i} w{i+1},{n-1}\n' for i in range(8)))
+
+COMPARED = {1: 'average', 2: 'regmean'}
+
+def compared(here, n, *more):
+    data = [f'{t}={here}/in/all1.csv' for t in 'ab']
+    shell('compare', f'a={here}/in/m1', f'b={here}/in/m2', '--data', *data, '--methods', COMPARED[n], '--num-samples', 2, *more)
+
+def winner(here, n, *more): compared(here, n, '--save', here/'out', *more)
+
+def tabled(here, n, *more): compared(here, n, '--out', here/'out', *more)
+
+def winner_of(here): return {v: k for k, v in COMPARED.items()}[Merged.from_pretrained(here/'out').recipe['method']]
+
+def tabled_of(here):
+    as_listed(here/'out', 'compare.json')
+    return {v: k for k, v in COMPARED.items()}[json.loads((here/'out'/'compare.json').read_text())['winner']]
+
+def carded(here, n):
+    if not (here/'out').exists(): merge({t: here/'in'/f'm{i}' for t, i in zip('ab', (1, 2))}, method='average', progress=False).save_pretrained(here/'out')
+    shell('evaluate', here/'out', '--alone', '--update-card', '--data', *[f'{t}={here}/in/all{n}.csv' for t in 'ab'])
+
+def carded_of(here):
+    "Which rows the scores are of; `ValueError` where the folder is not whole, or its card is of neither."
+    found = Merged.from_pretrained(here/'out').report['scores']['a']['accuracy']
+    as_listed(here/'out', 'merge_report.json')
+    if not re.search(r'accuracy [01] ', (here/'out'/'README.md').read_text()): raise ValueError('no card with scores')
+    return 1 if found == 1 else 2
+
+INPUTS = dict(winner=make_pair, tabled=make_pair, carded=make_pair, convert=make_pickles, adapters=make_adapters, evaluate=make_rows, measure=make_rows, bench=make_rows, shapes=make_rows, report=make_results, reproduce=lambda o: make_grid(o/'in'))
 
 CASES = dict( # what makes the older result, the command, what tells which result is there, and what it tells of a new one
     merge_new=(None, lambda o: save(o, [1, 2]), merged_of, 2),
@@ -269,6 +301,11 @@ CASES = dict( # what makes the older result, the command, what tells which resul
     report_overwrite=(lambda o: tell(o, 1), lambda o: tell(o, 2, '--overwrite'), told_of, 2),
     evaluate_new=(None, lambda o: score(o, 2), scored_of, 2),
     evaluate_overwrite=(lambda o: score(o, 1), lambda o: score(o, 2, '--overwrite'), scored_of, 2),
+    winner_new=(None, lambda o: winner(o, 2), winner_of, 2),
+    winner_overwrite=(lambda o: winner(o, 1), lambda o: winner(o, 2, '--overwrite'), winner_of, 2),
+    tabled_new=(None, lambda o: tabled(o, 2), tabled_of, 2),
+    tabled_overwrite=(lambda o: tabled(o, 1), lambda o: tabled(o, 2, '--overwrite'), tabled_of, 2),
+    carded_again=(lambda o: carded(o, 1), lambda o: carded(o, 2), carded_of, 2),
     measure_new=(None, lambda o: measured(o, 2), fisher_of, 2),
     measure_overwrite=(lambda o: measured(o, 1), lambda o: measured(o, 2, '--overwrite'), fisher_of, 2),
     bench_new=(None, lambda o: bench(o, 2), timed_of, 2),

@@ -6,7 +6,7 @@ import pytest
 import kills
 
 CASES = [(c, kills.WAYS[i%4]) for i, c in enumerate(o for o in kills.CASES if o.partition('_')[0] not in kills.INPUTS)]
-COMMANDS = dict(evaluate_new='interrupt', reproduce_new='kill') # two of the others
+COMMANDS = dict(evaluate_new='interrupt', reproduce_new='kill', carded_again='kill', tabled_overwrite='full') # some of the others
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='trials are forked processes')
 @pytest.mark.parametrize('case,way', CASES)

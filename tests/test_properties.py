@@ -22,7 +22,7 @@ import fisher_nodes
 import fisher_nodes.app.demo
 import fisher_nodes.app.explorer
 import fisher_nodes.tasks.finetuning as finetuning
-from fisher_nodes import (GLUE, METHODS, SCHEMES, Grams, MaskFisher, Merged, ModelReference, ParameterFisher, Rule, Task, evaluate, explore, finetune,
+from fisher_nodes import (GLUE, METHODS, SCHEMES, Grams, MaskFisher, Merged, ModelReference, ParameterFisher, Rule, Task, compare, evaluate, explore, finetune,
                           linear_grams, load_task, mask_fisher, merge, merge_files, merge_method, parameter_fisher, predict, read_recipe, reproduce, run_recipe)
 from fisher_nodes.app.cli import COMMANDS, main
 from fisher_nodes.app.explorer import head_shares, make_choice, plot_winners
@@ -467,7 +467,8 @@ def register(world, name, f, **needs):
 
 WORDS = [o for o in hostile.WORDS if not o.startswith('9'*50)] + ['--epochs', '--learning-rate', '--batch-size', '--num-layers', '--glue', '--validation', '--checkpoints', '--methods', '--samples', '--seeds', '--group-sizes', '--tasks', '--limit',
          '--label-order', '--rounds', '--partial', '--text', '--label', 'label', 'sentence', '1,2', '1,x', ',', 'a=1,0', 'mnli=2,0,1', 'inf', '--help', '--version', '9'*400, '0.5', '1e-5', 'rte', 'a=b', '\u202e', '\ud800', '--out=new', '--seed=-1']
-LINES = [*hostile.LINES, 'finetune a --data rows.csv --out new', 'finetune a --data rows.csv --validation rows.csv --epochs 1 --out new', 'finetune a --glue rte --out new', 'reproduce --checkpoints bert-tiny --out new',
+LINES = [*(o for o in hostile.LINES if '--update-card' not in o), # which changes a folder that is there
+         'finetune a --data rows.csv --out new', 'finetune a --data rows.csv --validation rows.csv --epochs 1 --out new', 'finetune a --glue rte --out new', 'reproduce --checkpoints bert-tiny --out new',
          'reproduce --checkpoints a --methods average --samples 2 --seeds 1 --out new', 'report none', 'demo --out new', 'fisher a --data rows.jsonl --labels exact --out new.safetensors', 'merge a=a b=b --method average --json --out new',
          'describe a', 'describe a --check --json', 'convert a --out new', 'convert a --out new --overwrite --json']
 
@@ -501,6 +502,14 @@ def right_output(found, world, argv):
     assert 'Traceback' not in said and all(hostile.is_line(o) for o in said.splitlines() if o.startswith('fisher-nodes '))
     if '--json' in argv and out.startswith('{'): json.loads(out)
 
+def right_comparison(found, world, models, **how):
+    assert found.winner in found.scores and all(0 <= v <= 1 for o in found.scores.values() for v in o.values()) and max(map(len, str(found).splitlines())) <= 80
+
+def ask_merged(world, **how): return Merged.from_pretrained('merged').predict(**how)
+
+def right_answer(found, texts, **how):
+    assert all(len(o) == (1 if isinstance(texts, str) else len(texts)) and all(0 <= a['score'] <= 1 and a['label'] for a in o) for o in found.values())
+
 def of(f, required, optional={}, right=anything, unknown=False): return Entry(function(f), right, cases(required, optional, unknown))
 
 mapping_or_pair = mostly(sane, by_task(loaded))
@@ -513,6 +522,10 @@ ENTRIES = dict( # what is called, what is right of it, and what it is given
     linear_grams=of(linear_grams, measuring, run_how, right_statistic, True),
     evaluate=of(evaluate, measuring, score_how | dict(task=a_task), right_scores),
     predict=of(predict, measuring, score_how, right_logits),
+    compare=of(compare, dict(models=mapping_or_pair, data=by_task(data), methods=st.lists(st.one_of(st.just('average'), near(METHODS)), max_size=2), progress=progress), dict(held_out=by_task(data), share=numbers, seed=seeds,
+                num_samples=whole(), limit=whole(), base=a_model, max_length=whole(), text=words, label=words, device=devices, precision=words), right_comparison),
+    ask_merged=Entry(ask_merged, lambda o, w, **how: right_answer(o, **how), cases(dict(texts=st.one_of(st.lists(st.text(max_size=8), max_size=3), st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), max_size=2), odd)),
+                     dict(tasks=st.one_of(st.lists(st.sampled_from(['a', 'b', 'c']), max_size=2), odd), max_length=whole(), batch_tokens=whole(), device=devices, precision=words))),
     load_task=Entry(load_file, lambda o, w, file, holds, **how: right_rows(o, w, **how), specs()),
     finetune=of(finetune, dict(model=loaded, data=data, out=outs, progress=progress), training, right_training),
     run_recipe=Entry(repeat, right_recipe, cases(dict(recipe=recipes(), out=mostly(st.just('new'), outs), progress=progress), dict(overwrite=writing['overwrite'], device=devices, accept_changes=st.booleans()))),

@@ -10,6 +10,7 @@ __all__ = ['OWN_MODELS', 'RULE', 'WIDTH', 'row_keys', 'split_keys', 'Apart', 're
 # %% ../../nbs/experiment/07_compare.ipynb #d56f1484
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -519,7 +520,9 @@ def score_beside(
     "What the models that were merged score, and their plain average; `ValueError` if they are not at hand."
     named,adapted = find_sources(merged, fetch),bool(merged.recipe.get('merge_adapters'))
     own = {t: load_reference(t, o, adapted) for t,o in named.items()}
-    average = merge(own, method='average', progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # what there is to say of these models was said when they were merged
+        average = merge(own, method='average', progress=False)
     def score(models): return {t: evaluate(models[t], data, task, tokenizer=merged.tokenizers[t], **how)
                                for t,(data,task) in rows.items()}
     return score(own), score(average)

@@ -64,6 +64,6 @@ def warn_of_starts(
     if not found or count<ENOUGH: return
     least = min(found, key=lambda o: o.cosine)
     if least.cosine>=LEAST: return
-    warnings.warn(f'the weights of {least.a!r} and {least.b!r} have a cosine of {least.cosine:.2g}, where models '
-                  f'fine-tuned from one pre-trained model have more than {LEAST}: were they? If not, their merge '
-                  'answers like neither', stacklevel=2)
+    warnings.warn(f'the weights of {least.a!r} and {least.b!r} have a cosine of {least.cosine:.2g}, where '
+                  f'models fine-tuned from one pre-trained model have more than {LEAST}: were they? If not, '
+                  'their merge answers like neither', stacklevel=2)

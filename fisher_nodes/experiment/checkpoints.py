@@ -89,7 +89,7 @@ def folder_checkpoints(
 # %% ../../nbs/experiment/00_checkpoints.ipynb #4063c2ea
 def find_checkpoints(
     where:str|Path, # a name in `PAPER_CHECKPOINTS`, or a folder with one folder per task
-    tasks:str|Sequence[str]|None=None, # which ones, in which order; None for the paper's six and any others there
+    tasks:str|Sequence[str]|None=None, # which, in which order; None: the paper's six and others there
 )->dict[str,str]: # task to Hub id or path
     "The checkpoints of a set; `ValueError` naming what is missing."
     wanted = check_tasks(tasks)

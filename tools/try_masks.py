@@ -38,7 +38,7 @@ class Study:
     def __init__(self, tasks, points, calls, fishers):
         self.tasks, self.points = tasks, {t: points[t] for t in tasks}
         self.models = {t: o.model for t, o in self.points.items()}
-        self.fishers = {t: fishers[t] for t in tasks}
+        self.fishers = {t: fishers[t] for t in tasks if t in fishers}
         split = {t: split_calls(calls[t], KEPT) for t in tasks}
         self.rows, self.kept = {t: o[0] for t, o in split.items()}, {t: o[1] for t, o in split.items()}
 
@@ -116,14 +116,15 @@ def main():
     record = json.loads(args.out.read_text()) if args.out.is_file() else about | dict(groups={})
     if {k: record[k] for k in about} != about: raise SystemExit(f'{args.out} is of other settings')
     def missing(g, b): return [t for t in g.split('+') if t not in record['groups'].get(g, {}).get(b, {})]
-    todo = [(g, b) for b in args.bodies for g in args.groups if missing(g, b)]
+    todo = [(g, b) for g in args.groups for b in args.bodies if missing(g, b)]
     if not todo: return
     points = {t: load_checkpoint(args.checkpoints/t, t, args.limit) for t in dict.fromkeys('+'.join(g for g, _ in todo).split('+'))}
     for c in points.values(): c.labels = torch.tensor(c.validation['labels'])
     how = dict(num_samples=args.num_samples, seed=args.seed, progress=False)
     def look(what, c):
         return measure(what, c.model, c.train, tokenizer=c.tokenizer, text=c.task.text, max_length=c.task.max_length, **how)
-    calls, fishers = [{t: look(o, c) for t, c in points.items()} for o in ('calls', 'mask-fisher')]
+    calls = {t: look('calls', c) for t, c in points.items()}
+    fishers = {t: look('mask-fisher', c) for t, c in points.items()} if any(b == 'mask-fisher' for _, b in todo) else {}
     for m in (c.model for c in points.values()): m.eval().requires_grad_(False)
     record |= dict(device='cpu', threads=torch.get_num_threads(), extras=extras(next(iter(points.values())).model))
     for g, b in (bar := tqdm(todo, unit='body')):

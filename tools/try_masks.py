@@ -73,7 +73,7 @@ class Study:
         right = [(o.argmax(1) == c.labels).double().mean().item() for o in (own, said)]
         return dict(score=100*right[1]/right[0], kl=mean_kl(own, said))
 
-    def cells(self, task, body, given, tuning):
+    def cells(self, task, body, given, more):
         "Every choice for one task, by its name."
         model, kept, found = self.models[task], self.kept[task], {}
         found['as is'] = self.score(task, body, refit_head(model, body, kept))
@@ -85,11 +85,11 @@ class Study:
             every = torch.cat([*fit.masks.values()])
             found[name] |= dict(seconds=took, kept_kl=fit.kl, dampings=fit.dampings, spread=every.std().item())
         masked('masks')
-        if tuning: masked('masks, each layer by itself', together=False)
+        if more: masked('masks, each layer by itself', together=False)
         with with_numbers(body, own_norms(model)):
             found['own norms and biases'] = self.score(task, body, refit_head(model, body, kept))
             masked('both')
-        if not tuning: return found
+        if not more: return found
         with with_numbers(body, own_norms(model, biases=False)):
             found['own norms'] = self.score(task, body, refit_head(model, body, kept))
         return found
@@ -133,7 +133,7 @@ def main():
         with torch.no_grad():
             body, given = study.body(b)
             for t in missing(g, b):
-                found = study.cells(t, body, given, g in TUNING)
+                found = study.cells(t, body, given, g == TUNING[0])
                 record['groups'].setdefault(g, {}).setdefault(b, {})[t] = found
                 write_record(args.out, **{k: v for k, v in record.items() if k not in WRITTEN})
 

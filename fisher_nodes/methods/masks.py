@@ -198,7 +198,7 @@ def _gradients(task:_Task, body:PreTrainedModel, refit:Refit|None)->tuple[dict[s
     return {n: torch.cat(o) for n,o in zip(names, zip(*grads))}, torch.cat(own), torch.cat(said)
 
 # %% ../../nbs/methods/08f_masks.ipynb #48c8d4b2
-DAMPINGS = .1, .01, .001, 1e-4, 1e-5 # μ
+DAMPINGS = 1., .1, .01, .001 # μ
 STEPS = 2 # at most
 
 @dataclass(frozen=True)

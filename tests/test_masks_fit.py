@@ -164,6 +164,15 @@ def test_what_does_not_choose_a_class_is_refused(name, said):
     with pytest.raises(ValueError, match=f'masks are fitted to answers that are one choice among classes; {said}'):
         fit_masks(model, body_of(model), *split_calls(rows, .5))
 
+@pytest.mark.parametrize('train,how,said', [(False, dict(dampings=()), r'`dampings` must be numbers above 0, got \[\]'),
+    (False, dict(dampings=[.1, -1]), r'`dampings` must be numbers above 0, got \[0.1, -1\]'),
+    (True, {}, r'BertModel is in training mode; call its `eval\(\)` first')])
+def test_what_cannot_be_fitted(train, how, said):
+    name = 'bert-classifier'
+    model = zoo.build(name).eval()
+    rows = rows_of(name, model)
+    with pytest.raises(ValueError, match=said): fit_masks(model, deepcopy(body_of(model)).train(train), rows, rows, **how)
+
 def test_wrong_numbers():
     model = zoo.build('bert')
     with pytest.raises(ValueError, match="the body has no parameter 'x'"):

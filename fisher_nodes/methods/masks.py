@@ -137,9 +137,10 @@ class _Task:
 
 _NO_CHOICE = 'masks are fitted to answers that are one choice among classes; {} is a {}'
 
-def _check_task(model:PreTrainedModel):
-    "`ValueError` unless a model answers with one class."
-    head = known_head(model)
+def _check_task(model:PreTrainedModel, body:PreTrainedModel):
+    "`ValueError` unless a model answers with one class, and always the same."
+    odd,head = next((o for o in (model, body) if o.training), None),known_head(model)
+    if odd is not None: raise ValueError(f'{type(odd).__name__} is in training mode; call its `eval()` first')
     if head and head.chooses and not head.many and can_refit(model): return
     raise ValueError(_NO_CHOICE.format(type(model).__name__, head.name if head else 'model without a head'))
 
@@ -239,7 +240,9 @@ def fit_masks(
     progress:bool=False, # show a bar over steps
 )->MaskFit:
     "Fit one task's masks to a body that it shares, so that it answers as the task's own model."
-    _check_task(model)
+    _check_task(model, body)
+    if not dampings or not all(d>0 for d in dampings):
+        raise ValueError(f'`dampings` must be numbers above 0, got {[*dampings]}')
     given,judge = _Task(model, rows, refit),_Task(model, kept, refit)
     masks = {o.name: torch.ones(o.counts[o.kind], dtype=torch.float64) for o in find_nodes(body)}
     kl,moved = _apart(judge, body)

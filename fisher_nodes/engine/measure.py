@@ -152,6 +152,7 @@ def _accumulate(model, collector:Collector, objective:Objective|None,
             _check_first(model, collector, objective, batch, losses[0])
             checked = True
     if seen: check_losses(seen, rows)
+    collector.finish()
     return n, choices
 
 # %% ../../nbs/engine/09_measure.ipynb #615c29ec

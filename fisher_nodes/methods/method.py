@@ -326,6 +326,7 @@ class Collector:
     def add(self, weights:Tensor, losses:Tensor, retain_graph:bool):
         "After every loss, of shape `(B,)`, with weights of the same shape."
     def commit(self): "After a batch, which is now done."
+    def finish(self): "After the last batch of this process, before sums are added up."
     def fields(self, n:int, dtype:torch.dtype)->dict[str,Any]:
         "What the result is made of, from the sums over `n` examples, on the CPU."
         raise NotImplementedError

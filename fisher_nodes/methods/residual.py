@@ -7,7 +7,7 @@ __all__ = ['with_ones', 'Sums', 'solve_residual', 'Lane', 'make_lanes', 'fitted_
            'layers_in_order', 'fit_body', 'fit_rule', 'residual_rule']
 
 # %% ../../nbs/methods/08_residual.ipynb #b5657084
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from ..core.walk import (
 from .average import average_model
 from .calls import as_given, tokens
 from .method import Job, Positive, Rule, merge_method
-from .regmean import linear_modules, solve_positive
+from .regmean import WAITING, linear_modules, solve_positive
 
 # %% ../../nbs/methods/08_residual.ipynb #d9bb49b2
 def with_ones(
@@ -184,14 +184,34 @@ def _asked(stage:Stage, lane:Lane, name:str, had:Tensor, given:Mapping[str,Tenso
     return given['out']+gap.view(shape)/stage.sums[name].scale.to(gap)
 
 # %% ../../nbs/methods/08_residual.ipynb #6f0a0349
-def _collect(stage:Stage, lane:Lane, names:Sequence[str], wanted:Sequence[Mapping[str,Tensor]])->Sums:
-    "What the equations of a group need of one task."
-    sums,bias = Sums(),any(stage.maps[n].bias is not None for n in names)
+_Pairs = Iterable[tuple[Tensor,dict[str,Tensor]]] # inputs, and what is asked of each matrix
+
+def _together(parts:_Pairs)->_Pairs:
+    "The vectors of small batches, some hundred at a time."
+    some = []
+    def joined():
+        xs,asked = zip(*some)
+        return torch.cat(xs), {k: torch.cat([o[k] for o in asked]) for k in asked[0]}
+    for o in parts:
+        some.append(o)
+        if sum(len(x) for x,_ in some)<WAITING: continue
+        yield joined()
+        some = []
+    if some: yield joined()
+
+def _pairs(stage:Stage, lane:Lane, names:Sequence[str], wanted:Sequence[Mapping[str,Tensor]])->_Pairs:
+    "Inputs of a group, and what is asked of its matrices, batch by batch."
+    bias = any(stage.maps[n].bias is not None for n in names)
     for i,(had,mask) in enumerate(zip(wanted, lane.masks)):
         given = _given(stage, lane, i, names)
         x = tokens(given['in'], mask)
         asked = {n: tokens(_asked(stage, lane, n, had[n], given), mask) for n in names}
-        sums.add(with_ones(x) if bias else x, asked)
+        yield (with_ones(x) if bias else x), asked
+
+def _collect(stage:Stage, lane:Lane, names:Sequence[str], wanted:Sequence[Mapping[str,Tensor]])->Sums:
+    "What the equations of a group need of one task."
+    sums = Sums()
+    for x,asked in _together(_pairs(stage, lane, names, wanted)): sums.add(x, asked)
     return sums
 
 def fit_stage(

@@ -13,7 +13,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], license='Apache-2.0', url=cfg['git_url'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['fisher_nodes', 'fisher_nodes.*']), package_data={'fisher_nodes': ['py.typed', '*.pyi']},
+    packages=find_packages(include=['fisher_nodes', 'fisher_nodes.*']), package_data={'fisher_nodes': ['py.typed', '*.pyi', '*.json']},
     include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={'peft': cfg['peft_requirements'].split(), 'dev': cfg['dev_requirements'].split() + cfg['docs_requirements'].split(), 'docs': cfg['docs_requirements'].split()},

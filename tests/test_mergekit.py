@@ -22,7 +22,7 @@ from fisher_nodes.core.places import count_nodes
 from fisher_nodes.engine.fingerprints import hash_weights
 from fisher_nodes.engine.importance import expand_importance
 from fisher_nodes.plugins import mergekit as plugin
-from reference import ragged_batches
+from reference import ragged_batches, tiny
 from test_cli import WORDS, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,3 +305,42 @@ def test_the_cells_of_the_page_run(pair, tmp_path, monkeypatch):
     line = next(o for o in text.splitlines() if o.startswith('fisher-nodes mergekit')).replace('both', 'yaml-both').split()[1:]
     assert not main(line)
     close(weights_of(tmp_path/'yaml-both'), ours({'a': tmp_path/'one', 'b': tmp_path/'two'}))
+
+
+# --- their methods and ours -------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def compared(tmp_path_factory):
+    "Tiny models near one base, in float64, as `tools/compare_mergekit.py` compares real ones."
+    here = tmp_path_factory.mktemp('compared')
+    sys.path.insert(0, str(ROOT/'tools'))
+    from compare_mergekit import agreements
+    base, models, fishers = tiny(std=.3), {}, {}
+    for i, t in enumerate('ab'):
+        models[t] = tiny(std=.3)
+        gen = torch.Generator().manual_seed(50+i)
+        with torch.no_grad():
+            for p in models[t].parameters(): p.add_(torch.randn(p.shape, generator=gen, dtype=p.dtype)*.05)
+    for t, f in zip(models, fishers_of(models)):
+        fishers[t] = here/f'{t}.safetensors'
+        expand_importance(f, models[t]).save(fishers[t])
+        f.save(here/f'{t}.nodes')
+    return agreements(models, base, fishers, {t: here/f'{t}.nodes' for t in models})
+
+AGREE = ['linear', 'linear, normalize: false', 'task_arithmetic', 'task_arithmetic, normalize: true', 'ties, density 1',
+         'ties, density 0.2, trimmed in each tensor', 'dare_linear, same masks, 1/density', 'mask_fisher']
+
+@needs_mergekit
+@pytest.mark.parametrize('name', AGREE)
+def test_the_same_merge_is_the_same_numbers(name, compared):
+    assert compared[name]<1e-7, compared
+
+@needs_mergekit
+@pytest.mark.parametrize('name', ['ties, density 0.2, as each does it', 'dare_linear, same masks, as each does it'])
+def test_conventions_that_differ_do_differ(name, compared):
+    "Trimmed in each tensor or over the whole model; scaled up by 1/density or to the same sum of sizes."
+    assert 1e-4<compared[name]<1
+
+@needs_mergekit
+def test_every_comparison_is_looked_at(compared):
+    assert len(compared)==len(AGREE)+2

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,7 @@ def body(model):
 
 def theirs(models, method, base=None, **parameters):
     "mergekit's merge of bodies in memory."
-    import fisher_nodes.plugins.mergekit # registers our method
+    import_module('fisher_nodes.plugins.mergekit') # registers our method
     from mergekit.merge_methods import merge_state_dicts
     states = {t: body(m) for t, m in models.items()} | ({} if base is None else {'base': body(base)})
     return merge_state_dicts(states, method, base=None if base is None else 'base', parameters=parameters)
@@ -102,7 +103,7 @@ def run_theirs(method, base, folders, out):
 
 def run_sentence(method, base, folders, out):
     from sentence_transformers import CrossEncoder
-    import fisher_nodes.plugins.mergekit
+    import_module('fisher_nodes.plugins.mergekit')
     more = dict(ties=dict(density=.2), mask_fisher=dict(importance=folders)).get(method, {})
     how = dict(base_model=base) if method=='ties' else {}
     return lambda: CrossEncoder.merge(folders, method=method, parameters=dict(weight=WEIGHTS) | more, **how).save_pretrained(out)

@@ -110,12 +110,12 @@ def test_a_shell_runs_their_file(pair, tmp_path, capsys):
 @needs_mergekit
 def test_files_and_schemes_in_yaml(pair, tmp_path):
     config = write_yaml(tmp_path/'m.yml', pair, top='parameters: {scheme: with-value}\n', b=dict(importance=str(pair['b']/FILE)))
-    plugin.run_mergekit(config, tmp_path/'out')
+    plugin.run_config(config, tmp_path/'out')
     close(weights_of(tmp_path/'out'), ours(pair, scheme='with-value'))
 
 @needs_mergekit
 def test_the_other_methods_of_theirs_still_run(pair, tmp_path):
-    plugin.run_mergekit(write_yaml(tmp_path/'m.yml', pair, method='linear'), tmp_path/'out')
+    plugin.run_config(write_yaml(tmp_path/'m.yml', pair, method='linear'), tmp_path/'out')
     a, b = map(weights_of, pair.values())
     close(weights_of(tmp_path/'out'), {k: (a[k].double()+.5*b[k].double()).div(1.5).float() for k in a})
 
@@ -217,7 +217,7 @@ def test_sentence_transformers_without_files(pair):
     with pytest.raises(ValueError, match='give `importance`, for each model a file'): CrossEncoder.merge(list(map(str, pair.values())), method='mask_fisher')
 
 def refused(config, out, says):
-    with pytest.raises((ValueError, OSError), match=says) as e: plugin.run_mergekit(config, out)
+    with pytest.raises((ValueError, OSError), match=says) as e: plugin.run_config(config, out)
     assert '\n' not in str(e.value) and not Path(out).exists()
 
 @needs_mergekit
@@ -241,7 +241,7 @@ def test_what_their_file_may_not_ask(pair, tmp_path):
     refused(config, out, 'm.yml is not YAML')
     config.write_text('merge_method: linear\n')
     refused(config, out, 'm.yml: .*Exactly one of')
-    with pytest.raises(ValueError, match='is, holds or lies in the model'): plugin.run_mergekit(write_yaml(config, pair), pair['a']/'out')
+    with pytest.raises(ValueError, match='is, holds or lies in the model'): plugin.run_config(write_yaml(config, pair), pair['a']/'out')
 
 @needs_mergekit
 def test_no_pickle_is_loaded(pair, tmp_path, monkeypatch):
@@ -264,7 +264,7 @@ def test_nothing_outside_the_folder_and_no_network(pair, tmp_path, monkeypatch):
     def files(): return {o: hashlib.sha256(o.read_bytes()).hexdigest() for o in tmp_path.rglob('*') if o.is_file() and tmp_path/'out' not in o.parents}
     config = write_yaml(tmp_path/'m.yml', pair)
     before = files()
-    plugin.run_mergekit(config, tmp_path/'out')
+    plugin.run_config(config, tmp_path/'out')
     assert files()==before
     assert sorted(o.name for o in (tmp_path/'out').iterdir())==['README.md', 'config.json', 'mergekit.json', 'mergekit_config.yml', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
 

@@ -93,13 +93,13 @@ def agreements(models, base, files, fishers):
 
 def run_theirs(method, base, folders, out):
     import yaml
-    from fisher_nodes.plugins.mergekit import run_mergekit
+    from fisher_nodes.plugins.mergekit import run_config
     parameters = dict(ties=dict(density=.2)).get(method, {})
     asked = dict(merge_method=method, models=[dict(model=o, parameters=dict(weight=w) | parameters) for o, w in zip(folders, WEIGHTS)])
     if method=='ties': asked['base_model'] = base
     config = Path(out).with_suffix('.yml')
     config.write_text(yaml.safe_dump(asked))
-    return lambda: run_mergekit(config, out)
+    return lambda: run_config(config, out)
 
 def run_sentence(method, base, folders, out):
     from sentence_transformers import CrossEncoder

@@ -143,7 +143,8 @@ def _check_wanted(args:argparse.Namespace)->Path|None: # where to write what is 
     if not args.expand: return None
     if args.variant!='paper': raise ValueError('--expand is for --variant paper; '
         f'{args.variant!r} looks at the Fishers of all models')
-    if Path(args.expand).resolve()==Path(args.out).resolve(): raise ValueError('--expand and --out are one file')
+    if Path(args.expand).resolve()==Path(args.out).resolve():
+        raise ValueError('--expand and --out are one file')
     return check_file(args.expand, args.overwrite, args.model, args.data)
 
 def run_fisher(args:argparse.Namespace)->dict|None:
@@ -483,7 +484,8 @@ def run_convert(args:argparse.Namespace)->dict|None:
 def run_mergekit(args:argparse.Namespace)->dict|None:
     "Run a file of mergekit's, which may use the method mask_fisher."
     from fisher_nodes.plugins import mergekit
-    with redirect_stdout(sys.stderr): out = mergekit.run_mergekit(args.config, args.out, overwrite=args.overwrite)
+    with redirect_stdout(sys.stderr):
+        out = mergekit.run_config(args.config, args.out, overwrite=args.overwrite)
     record = json.loads((out/mergekit.RECORD).read_text())
     return {'method': record['method'], 'models': list(record['models'].values()), 'wrote': str(out)}
 

@@ -697,7 +697,7 @@ def merge_options(
 @checked
 def merge(
     models:Mapping[str,Any]|Sequence[Any], # task -> model, folder, Hub id or reference; or a list of them
-    fishers:Mapping[str,Any]|str|None=None, # task -> the method's statistic of that model, or file; or 'beside'
+    fishers:Mapping[str,Any]|str|None=None, # task -> the method's statistic of it, or file; or 'beside'
     *,
     data:Mapping[str,Any]|None=None, # task -> training rows to measure it on, or a data spec
     num_samples:int|None=128, # training rows of each task, if Fishers are measured
@@ -925,7 +925,7 @@ def _check_no_measuring(given:Mapping[str,Any]):
 @checked
 def merge_files(
     models:Mapping[str,Any]|Sequence[Any], # task -> folder, Hub id or reference; or a list of them
-    fishers:Mapping[str,Any]|str|None=None, # task -> the method's statistic of that model, or file; or 'beside'
+    fishers:Mapping[str,Any]|str|None=None, # task -> the method's statistic of it, or file; or 'beside'
     *,
     out:PathName, # folder to write; made if missing
     max_shard_size:int|str='5GB', # of one file of the body

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'INSTEAD', 'RECORD', 'TensorView', 'open_view', 'merge_tensor', 'merge_group', 'register', 'heads_explained',
-           'run_mergekit']
+           'run_config']
 
 # %% ../../nbs/plugins/00_mergekit.ipynb #e82834f8
 import json
@@ -47,7 +47,8 @@ class TensorView:
     )->Tensor|None: # of its axes, each of its size or 1; None where the file does not know it
         "The importance of a tensor; names of tools may have more before them."
         parts = name.split('.')
-        return next((self.values[o] for i in range(len(parts)) if (o:='.'.join(parts[i:])) in self.values), None)
+        shorter = ('.'.join(parts[i:]) for i in range(len(parts)))
+        return next((self.values[o] for o in shorter if o in self.values), None)
 
 def _both_names(values:Mapping[str,Tensor], prefix:str)->dict[str,Tensor]:
     "By full names, and by those within the body."
@@ -62,7 +63,8 @@ def _hash_folder(folder:str)->str:
 def _expand_folder(fisher:MaskFisher, folder:str, scheme:str|None)->tuple[dict[str,Tensor],dict[str,Any]]:
     "A mask Fisher by the names of the model in a folder, in the model and in its files."
     check_measured_on('the Fisher', fisher.meta, _hash_folder(folder))
-    with model_errors(folder): model = empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    with model_errors(folder): config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = empty_model(config)
     found = expand_importance(fisher, model, scheme)
     names = file_names(model, folder)
     values = _both_names(found.values, found.meta['prefix'])
@@ -75,14 +77,16 @@ def _read_expanded(path:Path, scheme:str|None)->TensorView:
         raise ValueError(f'{path} is expanded by scheme {found.meta.get("scheme")!r}, not {scheme!r}')
     return TensorView(path, _both_names(found.values, found.meta.get('prefix', '')), found.meta)
 
+_NAMELESS = ('{} numbers heads and neurons, and there is no model beside it that names them; lay it into '
+             'the folder of its model, or give what `fisher-nodes fisher --expand` wrote')
+
 @lru_cache(maxsize=16)
 def _read_view(path:Path, stamp:tuple, folder:str|None, scheme:str|None)->TensorView:
     "What a file says; its stamp is part of the key, so that a file written again is read again."
     with open_saved(path, 'importance file') as f: kind = (f.metadata() or {}).get('kind', 'MaskFisher')
     if kind=='ExpandedFisher': return _read_expanded(path, scheme)
     fisher = MaskFisher.load(path)
-    if folder is None: raise ValueError(f'{path} numbers heads and neurons, and there is no model beside it that '
-        'names them; lay it into the folder of its model, or give what `fisher-nodes fisher --expand` wrote')
+    if folder is None: raise ValueError(_NAMELESS.format(path))
     try: values,meta = _expand_folder(fisher, folder, scheme)
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     return TensorView(path, values, meta)
@@ -105,24 +109,29 @@ def open_view(
 # %% ../../nbs/plugins/00_mergekit.ipynb #547e33c0
 def _check_lambdas(weights:Sequence[float]):
     "`ValueError` unless they can be λ."
-    fine = all(w>=0 and w<float('inf') for w in weights) and any(weights)
-    if not fine: raise ValueError(f'`weight` must be finite, not negative and not all zero, got {list(weights)}')
+    if all(0<=w<float('inf') for w in weights) and any(weights): return
+    raise ValueError(f'`weight` must be finite, not negative and not all zero, got {list(weights)}')
 
 def _check_unknown(name:str, view:TensorView):
     "`ValueError` for a tensor of a numbered layer; what stands outside of layers may be unknown."
     if not re.search(r'\.\d+\.', re.sub(r'^(\d+\.)+', '', name)): return
     raise ValueError(f'{view.path} knows no tensor {name}; it has names such as {next(iter(view.values))}')
 
-def _importances(name:str, views:Sequence[TensorView], shape:Sequence[int])->list[Tensor]|None: # None: a plain average
-    "What the files say of one tensor; `ValueError` if they do not fit it, or each other."
+def _fits(found:Tensor, first:Tensor, shape:Sequence[int])->bool:
+    "Whether an importance is of a tensor, and like that of the first model."
+    if found.shape!=first.shape or found.ndim!=len(shape): return False
+    return all(n in (1, m) for n,m in zip(found.shape, shape))
+
+def _importances(name:str, views:Sequence[TensorView], shape:Sequence[int])->list[Tensor]|None:
+    "What the files say of one tensor, None for a plain average; `ValueError` if they do not fit it."
     found = [o.of(name) for o in views]
     if all(o is None for o in found): return _check_unknown(name, views[0])
     if lacking := [v for v,o in zip(views, found) if o is None]:
         raise ValueError(f'{lacking[0].path} knows no tensor {name}, but others do')
     for v,o in zip(views, found):
-        if o.shape!=found[0].shape or o.ndim!=len(shape) or any(n not in (1, m) for n,m in zip(o.shape, shape)):
-            raise ValueError(f'{v.path}: importance of shape {tuple(o.shape)} for {name}, '
-                             f'which is {tuple(shape)} and has {tuple(found[0].shape)} in {views[0].path}')
+        if _fits(o, found[0], shape): continue
+        raise ValueError(f'{v.path}: importance of shape {tuple(o.shape)} for {name}, '
+                         f'which is {tuple(shape)} and has {tuple(found[0].shape)} in {views[0].path}')
     return found
 
 def merge_tensor(
@@ -157,7 +166,8 @@ def merge_group(
     scheme:str|None=None, # as in `open_view`
 )->Tensor:
     "What mergekit calls for each tensor."
-    if group.metadata.name is None: raise ValueError('mask_fisher looks tensors up by their names; this one has none')
+    if group.metadata.name is None:
+        raise ValueError('mask_fisher looks tensors up by their names; this one has none')
     ids = [o.id for o in group.entries]
     views = {str(k): open_view(importance[k], _model_folder(k), scheme) for k in ids}
     check_alike(views, None)
@@ -178,7 +188,8 @@ def register():
 if find_spec('mergekit') is not None: register()
 
 # %% ../../nbs/plugins/00_mergekit.ipynb #f94bbedf
-_DIFFER = re.compile(r'Tensor size mismatch|different (configuration|type|module structure|state keys|tensor keys)')
+_DIFFER = re.compile('Tensor size mismatch|'
+                     'different (configuration|type|module structure|state keys|tensor keys)')
 INSTEAD = ('heads are merged there too, so they must be alike; `fisher_nodes.merge` (`fisher-nodes merge`) '
            'merges the bodies and keeps a head for each task')
 
@@ -203,10 +214,13 @@ def _configuration(text:str, name:str)->Any:
     "What a file asks of mergekit; `ValueError` in one line for what it cannot."
     from mergekit.config import MergeConfiguration
     from pydantic import ValidationError
-    try: found = MergeConfiguration.model_validate(parse_yaml(text, name))
-    except (ValidationError, RuntimeError, TypeError) as e: raise ValueError(f'{name}: {one_line(e)}') from None
+    asked = parse_yaml(text, name)
+    try: found = MergeConfiguration.model_validate(asked)
+    except (ValidationError, RuntimeError, TypeError) as e:
+        raise ValueError(f'{name}: {one_line(e)}') from None
     if found.merge_method=='mask_fisher' and (found.slices or found.modules):
-        raise ValueError(f'{name}: mask_fisher takes `models`; with slices a layer would be weighted as another')
+        raise ValueError(f'{name}: mask_fisher takes `models`; '
+                         'with slices a layer would be weighted as another')
     return found
 
 def _find_models(config:Any)->dict[str,str]: # what stands in the file -> folder
@@ -232,12 +246,14 @@ def _with_folders(o:Any, folders:Mapping[str,str])->Any:
     "What stands in the file, with folders in place of names."
     if isinstance(o, list): return [_with_folders(v, folders) for v in o]
     if not isinstance(o, dict): return o
-    def named(k, v): return folders.get(v, v) if k in _OF_MODELS and isinstance(v, str) else _with_folders(v, folders)
+    def named(k, v):
+        is_name = k in _OF_MODELS and isinstance(v, str)
+        return folders.get(v, v) if is_name else _with_folders(v, folders)
     return {k: named(k, v) for k,v in o.items()}
 
 @once
 @checked
-def run_mergekit(
+def run_config(
     config:PathName, # mergekit's YAML file
     out:PathName, # folder to write; made if missing
     *,

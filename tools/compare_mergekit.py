@@ -133,15 +133,20 @@ def digest(folder):
     lines = sorted(f'{n} {o}\n' for n, o in found.items() if not n.startswith('classifier'))
     return hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]
 
+def held():
+    "The most that this process has held; `getrusage` would count what its parent did."
+    line = next(o for o in Path('/proc/self/status').read_text().splitlines() if o.startswith('VmHWM'))
+    return int(line.split()[1])*1024
+
 def one(tool, method, base, folders):
     "Seconds and memory of one merge, in this process, which has done nothing else."
     with tempfile.TemporaryDirectory() as d:
         run = TOOLS[tool](method, base, folders, f'{d}/out')
-        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        idle, before, start = held(), resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         run()
         seconds, after = time.perf_counter()-start, resource.getrusage(resource.RUSAGE_SELF)
         cpu = after.ru_utime+after.ru_stime-before.ru_utime-before.ru_stime
-        found = dict(seconds=seconds, cpu_seconds=cpu, peak_bytes=after.ru_maxrss*1024, idle_bytes=before.ru_maxrss*1024, bits=digest(f'{d}/out'))
+        found = dict(seconds=seconds, cpu_seconds=cpu, peak_bytes=held(), idle_bytes=idle, bits=digest(f'{d}/out'))
     return found
 
 def costs(base, folders, rounds):

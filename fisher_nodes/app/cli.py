@@ -5,13 +5,10 @@
 # %% auto #0
 __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OWN_OPTIONS', 'TOUR', 'MISTAKES', 'parse_pairs',
            'number', 'for_tasks', 'check_file', 'either', 'two_words', 'run_fisher', 'import_methods', 'read_value',
-           'run_merge', 'run_evaluate', 'run_compare', 'run_predict', 'run_finetune', 'run_convert', 'run_demo',
-           'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number',
-           'count', 'share', 'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table',
-           'show', 'show_answers', 'main']
-           'run_merge', 'run_evaluate', 'run_finetune', 'run_convert', 'run_mergekit', 'run_demo', 'words', 'numbers',
-           'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number', 'count', 'share',
-           'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'main']
+           'run_merge', 'run_evaluate', 'run_compare', 'run_predict', 'run_finetune', 'run_convert', 'run_mergekit',
+           'run_demo', 'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report',
+           'seed_number', 'count', 'share', 'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell',
+           'make_table', 'show', 'show_answers', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse

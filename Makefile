@@ -4,7 +4,7 @@ RESOLUTION ?= lowest-direct
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test corner docs bench lint export notebooks readme clean
+.PHONY: demo test plugins corner docs bench lint export notebooks readme clean
 
 demo: .venv/installed
 	$(BIN)/fisher-nodes demo --out _demo
@@ -13,6 +13,17 @@ test: .venv/installed lint
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 0 tests/kernel
+	$(MAKE) plugins
+
+plugins: .plugins/installed  ## the real mergekit and sentence-transformers, in an environment of their own
+	.plugins/bin/python -m pytest -n 0 tests/test_mergekit.py
+
+# Their pins go with constraints.txt, but not with the oldest versions that settings.ini states, which `make corner` tests.
+.plugins/installed: setup.py settings.ini constraints.txt
+	test -x .plugins/bin/python || $(PYTHON) -m venv .plugins
+	.plugins/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	.plugins/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[mergekit]' 'sentence-transformers>=6.2' pytest pytest-xdist
+	touch $@
 
 corner:  ## the test files on the oldest versions that settings.ini states, as uv resolves them; with RESOLUTION=highest on the newest
 	$(PYTHON) -m venv .corner
@@ -49,4 +60,4 @@ readme: .venv/installed  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
 clean:
-	rm -rf .corner _bench _demo _docs _proc _site _sphinx build *.egg-info
+	rm -rf .corner .plugins _bench _demo _docs _proc _site _sphinx build *.egg-info

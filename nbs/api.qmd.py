@@ -21,6 +21,7 @@ LAYERS = dict( # each imports only from those above it here
     tasks='Data, metrics, fine-tuning, labels.',
     merging='One request, one run, what comes out.',
     experiment='Grids of merges, their results and pictures.',
+    plugins='The methods in tools of others.',
     app='The command line, the demo, the explorer.')
 CONSTANTS = dict( # the public names that can have no docstring
     GLUE='The GLUE tasks by name: columns, classes, metrics.',

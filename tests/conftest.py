@@ -2,12 +2,22 @@
 import os
 os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 
+import threading
+
 import pytest
 import torch
 
+from hub import Hub
 from reference import FAMILIES
 
 torch.set_num_threads(1)
 
 @pytest.fixture(params=FAMILIES)
 def family(request): return request.param
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown(); server.server_close()

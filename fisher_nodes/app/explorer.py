@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..core.places import count_nodes
 from ..engine.fingerprints import hash_weights
+from ..engine.importance import check_measured_on
 from ..engine.batches import sample_rows
 from ..engine.rows import is_dataset, is_raw
 from ..engine.models import load_model, load_tokenizer
@@ -34,7 +35,7 @@ from ..core.schemes import SCHEMES, WHOLE, Scheme, get_scheme
 from ..merging.merged import Merged
 from ..merging.request import match_tasks
 from ..methods.method import Count, Seed, checked
-from ..merging.run import check_measured_on, check_models, merge
+from ..merging.run import check_models, merge
 from ..experiment.plots import (
     MARKERS, PALETTE, check_fishers, compare_heads, new_axis, new_figure, plot_rows)
 

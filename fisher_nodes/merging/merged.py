@@ -23,8 +23,7 @@ import torch
 import transformers
 from fastcore.basics import patch
 from huggingface_hub import (
-    CommitOperationAdd, HfApi, get_token, snapshot_download, split_torch_state_dict_into_shards)
-from huggingface_hub.errors import HfHubHTTPError
+    CommitOperationAdd, HfApi, snapshot_download, split_torch_state_dict_into_shards)
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from ..engine.devices import running_device
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
 from ..engine.guard import frozen_eval, turn
 from ..engine.losses import batch_logits, moved_inputs
+from ..engine.hub import hub_name, hub_refusals
 from ..engine.models import DTYPE, FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
 from ..engine.reading import check_inside, load_json, read_text
@@ -639,23 +639,6 @@ def _card_text(merged:Merged, name:str)->str:
     return sign(str(card), '<!-- {} -->')
 
 # %% ../../nbs/merging/04_merged.ipynb #df5d3da6
-def _hub_name(api:HfApi, repo_id:str)->str:
-    "The full name of a repository; `ValueError` for a name or a token that cannot be."
-    try: validate_repo_id(repo_id)
-    except HFValidationError as e: raise ValueError(f'cannot push: {e}') from None
-    if not (api.token or get_token()):
-        raise ValueError('cannot push: no Hub token; give `token=`, set HF_TOKEN, or run `hf auth login`')
-    with _one_line('cannot push: the Hub does not know this token'): user = api.whoami()['name']
-    return repo_id if '/' in repo_id else f'{user}/{repo_id}'
-
-class _one_line:
-    "Turns what the Hub refuses into a `ValueError` of one line."
-    def __init__(self, what:str): self.what = what
-    def __enter__(self): return self
-    def __exit__(self, kind, e, trace):
-        if not isinstance(e, (HfHubHTTPError, OSError)): return
-        raise ValueError(f'{self.what}: {" ".join(str(e).split())}') from None
-
 def _additions(folder:Path)->list[CommitOperationAdd]:
     "All files of a folder, to be sent."
     files = [o for o in sorted(folder.rglob('*')) if o.is_file()]
@@ -676,12 +659,12 @@ def push_to_hub(self:Merged,
     "Upload what `save_pretrained(..., repo_id=repo_id)` writes, in one commit; `ValueError` if it cannot be."
     if scores is not None: check_scores(scores, list(self))
     api = HfApi(token=token)
-    name = _hub_name(api, repo_id)
+    name = hub_name(api, repo_id)
     with TemporaryDirectory() as d:
         folder = Path(d).resolve()/'model'
         self.save_pretrained(folder, scores=scores, repo_id=name)
         files,message = _additions(folder),commit_message or f'Merge {", ".join(self)}'
-        with _one_line(f'cannot push to {name}'):
+        with hub_refusals(f'cannot push to {name}'):
             api.create_repo(name, private=private, exist_ok=True)
             if revision and not create_pr: api.create_branch(name, branch=revision, exist_ok=True)
             made = api.create_commit(

@@ -25,6 +25,7 @@ from ..core.fisher import ESTIMATORS, VARIANTS, list_variants
 from ..core.heads import LOSSES, REDUCTIONS
 from ..core.schemes import get_scheme
 from ..engine.devices import PRECISIONS
+from ..engine.importance import find_beside
 from ..engine.models import ModelReference
 from ..engine.tables import READERS, split_suffix
 from ..engine.text import check_text
@@ -369,6 +370,13 @@ def _one_each(given:Mapping[str,Any], own:Mapping[str,Any])->dict[str,Any]:
     if twice := [k for k in own if k in given]: raise ValueError(f'option {twice[0]!r} is given twice')
     return dict(given) | dict(own)
 
+def _lying_beside(fishers:Any, models:Mapping[str,Any], method:Any)->Any:
+    "The files that lie beside the models, if they are asked for."
+    about = METHODS.get(method) if isinstance(method, str) else None
+    if not isinstance(fishers, str) or fishers!='beside' or about is None: return fishers
+    return {t: str(find_beside(t, as_model(o), about.statistic)) if about.statistic else fishers
+            for t,o in models.items()}
+
 def ask(
     models:Any, # task -> model, folder, Hub id or `ModelReference`; or a list of them
     **asked, # the other fields of `MergeRequest`, and options of the method
@@ -376,6 +384,8 @@ def ask(
     "A request; `ValueError` or `TypeError` in one line for what cannot be."
     named = name_models(models)
     given = {k: plain_value(v) for k,v in asked.items() if k in MergeRequest.model_fields}
+    method = given.get('method', MergeRequest.model_fields['method'].default)
+    given['fishers'] = _lying_beside(given.get('fishers'), named, method)
     for k in BY_TASK: given[k] = _as_mapping(k, given.get(k), list(named))
     own = {k: plain_value(v) for k,v in asked.items() if k not in given}
     said = given.get('options') or {}

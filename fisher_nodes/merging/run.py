@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'OF_HEADS', 'READ_BY_BODIES', 'all_finite', 'check_models', 'widest_body', 'narrowest_body', 'Inputs',
-           'find_tokenizers', 'one_tokenizer', 'load_base', 'check_measured_on', 'check_alike', 'measure_all',
-           'load_inputs', 'make_job', 'keep_memory', 'run', 'assemble', 'check_work', 'merge_loaded', 'merge_options',
-           'merge', 'CheckedBlocks', 'open_statistic', 'open_base', 'hash_base', 'open_inputs', 'check_read',
-           'make_files', 'source_names', 'merge_stored', 'merge_files', 'RecipeDiffers', 'run_recipe']
+           'find_tokenizers', 'one_tokenizer', 'load_base', 'check_alike', 'measure_all', 'load_inputs', 'make_job',
+           'keep_memory', 'run', 'assemble', 'check_work', 'merge_loaded', 'merge_options', 'merge', 'CheckedBlocks',
+           'open_statistic', 'open_base', 'hash_base', 'open_inputs', 'check_read', 'make_files', 'source_names',
+           'merge_stored', 'merge_files', 'RecipeDiffers', 'run_recipe']
 
 # %% ../../nbs/merging/07_run.ipynb #8ec12d5c
 import inspect
@@ -43,6 +43,7 @@ from ..engine.devices import find_device
 from ..engine.files import MERGED, RECIPE, check_apart, check_folder, versions, whole_folder
 from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, hash_weights, join_hashes
 from ..engine.guard import frozen_eval, keep_rng, turn
+from ..engine.importance import check_measured_on
 from ..engine.losses import make_objective
 from ..engine.measure import (
     check_checkpointing, check_saved, measure, read_about, statistic_batches)
@@ -328,17 +329,6 @@ def load_base(
     return state
 
 # %% ../../nbs/merging/07_run.ipynb #7935c1e9
-def check_measured_on(
-    what:str, # for the message
-    meta:Mapping[str,Any], # of a statistic
-    weight_hash:str|None, # `hash_weights` of the model it is for
-):
-    "`ValueError` if it was measured on other weights."
-    known = meta.get('weight_hash')
-    if not (known and weight_hash) or known==weight_hash: return
-    raise ValueError(f'{what} was measured on other weights ({known}) than its model has ({weight_hash}); '
-                     "if that is meant, remove 'weight_hash' from its `meta`")
-
 def check_alike(
     found:Mapping[str,Any], # task -> statistic
     variant:str|None, # that they must have; None accepts any
@@ -707,7 +697,7 @@ def merge_options(
 @checked
 def merge(
     models:Mapping[str,Any]|Sequence[Any], # task -> model, folder, Hub id or reference; or a list of them
-    fishers:Mapping[str,Any]|None=None, # task -> the method's statistic of that very model, or its file
+    fishers:Mapping[str,Any]|str|None=None, # task -> the method's statistic of it, or file; or 'beside'
     *,
     data:Mapping[str,Any]|None=None, # task -> training rows to measure it on, or a data spec
     num_samples:int|None=128, # training rows of each task, if Fishers are measured
@@ -935,7 +925,7 @@ def _check_no_measuring(given:Mapping[str,Any]):
 @checked
 def merge_files(
     models:Mapping[str,Any]|Sequence[Any], # task -> folder, Hub id or reference; or a list of them
-    fishers:Mapping[str,Any]|None=None, # task -> the method's statistic of that very model, or its file
+    fishers:Mapping[str,Any]|str|None=None, # task -> the method's statistic of it, or file; or 'beside'
     *,
     out:PathName, # folder to write; made if missing
     max_shard_size:int|str='5GB', # of one file of the body

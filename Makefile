@@ -18,11 +18,12 @@ test: .venv/installed lint
 plugins: .plugins/installed  ## the real mergekit and sentence-transformers, in an environment of their own
 	.plugins/bin/python -m pytest -n 0 tests/test_mergekit.py
 
-# Their pins go with constraints.txt, but not with the oldest versions that settings.ini states, which `make corner` tests.
-.plugins/installed: setup.py settings.ini constraints.txt
-	test -x .plugins/bin/python || $(PYTHON) -m venv .plugins
-	.plugins/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
-	.plugins/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[mergekit]' 'sentence-transformers>=6.2' pytest pytest-xdist
+# It sees what .venv has, whose pins suit both, and adds the two with what they need; a floor of settings.ini would not do.
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.plugins/installed: .venv/installed
+	test -x .plugins/bin/python || $(BIN)/python -m venv .plugins
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" > $$(.plugins/bin/python $(SITE))/venv.pth
+	.plugins/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt 'mergekit>=0.1.5' 'sentence-transformers>=6.2'
 	touch $@
 
 corner:  ## the test files on the oldest versions that settings.ini states, as uv resolves them; with RESOLUTION=highest on the newest

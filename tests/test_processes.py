@@ -6,6 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.testing import assert_close
@@ -28,7 +29,7 @@ def torchrun(count, *words, timeout=240):
     with subprocess.Popen([str(o) for o in line], cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as p:
         try: said, _ = p.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(p.pid, 9)
+            for o in [*psutil.Process(p.pid).children(recursive=True), p]: o.kill() # workers have sessions of their own
             pytest.fail(f'{words} hung; it said {p.communicate()[0][-2000:]}')
     return p.returncode, said
 

@@ -43,9 +43,15 @@ def ours(models, method, **options):
     from fisher_nodes import merge
     return body(merge(models, method=method, weights=WEIGHTS, **options, **QUIET)['a'])
 
-def largest(x, y):
-    "The largest difference in any tensor, as a share of the largest number in it."
-    return max(((x[n]-y[n]).abs().max()/y[n].abs().max().clamp_min(1e-30)).item() for n in y)
+def largest(x, y, but={}):
+    "The largest difference in any tensor, but for some of its numbers, as a share of the largest number in it."
+    def gap(n): return (x[n]-y[n]).abs().masked_fill(but.get(n, torch.zeros_like(y[n]).bool()), 0).max()
+    return max((gap(n)/y[n].abs().max().clamp_min(1e-30)).item() for n in y)
+
+def other_signs(models, base):
+    "The numbers for which the weighted sum of task vectors has another sign in float32 than in float64."
+    def total(n, b, dtype): return sum(w*(body(m)[n].to(dtype)-b.to(dtype)) for m, w in zip(models.values(), WEIGHTS))
+    return {n: (total(n, b, torch.float32)>=0)!=(total(n, b, torch.float64)>0) for n, b in body(base).items()}
 
 def trimmed_by_tensor(models, base, density, scale):
     "Our TIES, but with the elements to keep chosen in each tensor by itself, as mergekit does."
@@ -77,7 +83,9 @@ def agreements(models, base, files, fishers):
     out['linear, normalize: false'] = largest(theirs(models, 'linear', normalize=False, weight=[o/sum(WEIGHTS) for o in WEIGHTS]), ours(models, 'average'))
     out['task_arithmetic'] = largest(theirs(models, 'task_arithmetic', base, **w, **{'lambda': .4}), ours(models, 'task-arithmetic', base=base, scale=.4))
     out['task_arithmetic, normalize: true'] = largest(theirs(models, 'task_arithmetic', base, **w, normalize=True, **{'lambda': .4*sum(WEIGHTS)}), ours(models, 'task-arithmetic', base=base, scale=.4))
-    out['ties, density 1'] = largest(theirs(models, 'ties', base, **w, density=1.), ours(models, 'ties', base=base, density=1.))
+    whole = theirs(models, 'ties', base, **w, density=1.), ours(models, 'ties', base=base, density=1.)
+    out['ties, density 1'] = largest(*whole, but=other_signs(models, base))
+    out['ties, density 1, signs of sums near 0 included'] = largest(*whole)
     their_ties = theirs(models, 'ties', base, **w, density=.2)
     out['ties, density 0.2, trimmed in each tensor'] = largest(their_ties, trimmed_by_tensor(models, base, .2, 1.))
     out['ties, density 0.2, as each does it'] = largest(their_ties, ours(models, 'ties', base=base, density=.2))

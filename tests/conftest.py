@@ -12,6 +12,9 @@ from reference import FAMILIES
 
 torch.set_num_threads(1)
 
+EVERY = bool(os.environ.get('FISHER_NODES_EVERY')) # as in `make corner`, which may take longer than a commit
+def SLOW(params): return params if EVERY else []
+
 @pytest.fixture(params=FAMILIES)
 def family(request): return request.param
 

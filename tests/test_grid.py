@@ -22,6 +22,7 @@ from fisher_nodes.experiment.grid import (
 from fisher_nodes.experiment.results import load_results
 from fisher_nodes.methods.method import METHODS
 from fisher_nodes.tasks.tasks import GLUE, load_task
+from conftest import SLOW
 from test_processes import torchrun
 
 WORDS = '[PAD] [UNK] [CLS] [SEP] [MASK] good fine bad dull the film was plot rather'.split()
@@ -332,7 +333,7 @@ def run_processes(count, here, out, logs, fault=(), **change):
 
 def work(logs): return {int(o.stem): [tuple(json.loads(line)) for line in o.read_text().splitlines()] for o in sorted(logs.glob('*.jsonl'))}
 
-@pytest.mark.parametrize('count', [2, 3])
+@pytest.mark.parametrize('count', [2, *SLOW([3])])
 def test_processes_divide_the_files(here, whole, tmp_path, count):
     code, said = run_processes(count, here, tmp_path/'out', tmp_path/'logs')
     assert code == 0, said[-3000:]
@@ -349,7 +350,7 @@ def test_processes_divide_the_files(here, whole, tmp_path, count):
     files = [{o[1] for o in done[r] if o[0] == 'merge'} for r in range(count)]
     assert not set.intersection(*files[:2]) and max(map(len, files))-min(map(len, files)) <= 1
 
-@pytest.mark.parametrize('fault', ['merge', 'measure'])
+@pytest.mark.parametrize('fault', ['merge', *SLOW(['measure'])])
 def test_failure_of_a_process_is_everybodys_and_the_run_goes_on_later(here, whole, tmp_path, fault):
     out, logs = tmp_path/'out', tmp_path/'logs'
     code, said = run_processes(2, here, out, logs, [fault])

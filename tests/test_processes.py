@@ -15,11 +15,12 @@ from accelerate import dispatch_model
 
 from fisher_nodes.app.cli import main
 from fisher_nodes import MaskFisher, ParameterFisher, linear_grams, mask_fisher, parameter_fisher, predict
+from conftest import SLOW
 from test_cli import save_model
 from processes_case import DTYPES, FAULTS, MEASURED, dataset, tensors, tiny
 
 HERE = Path(__file__).parent
-COUNTS = (2, 3)
+COUNTS = (2, *SLOW([3]))
 NAMES = [f'{d}/{k}' for d in DTYPES for k in MEASURED if d != 'bfloat16' or k == 'data set']
 
 def torchrun(count, *words, timeout=240):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import zoo
+from conftest import EVERY
 from fisher_nodes import Merged, merge, merge_files
 from fisher_nodes.core.checkpointing import find_layers
 from fisher_nodes.core.families import body_of
@@ -36,7 +37,7 @@ HOW = dict(refit_heads=0, **ALL)
 SHARED = {'albert', 'albert-groups', 'deberta-v3', 'deberta-v2-conv'} # layers or matrices that are used more than once
 PARALLEL = {'cohere', 'cohere-norms', 'gptj', 'gpt_neox', 'falcon', 'falcon-one-key', 'phi', 'phi-norms', 'stablelm-norms'}
 SIZES = (7, 2)
-SOME = slice(None) if os.environ.get('FISHER_NODES_EVERY') else slice(0, None, 3) # of the zoo: all in `make corner`
+SOME = slice(0, None, 1 if EVERY else 3) # of the zoo: all in `make corner`
 
 def sample(name):
     rows = zoo.examples(name, sum(SIZES))

@@ -16,8 +16,8 @@ from fisher_nodes.core.start import start_cosines
 from fisher_nodes.engine.files import write_record
 from fisher_nodes.tasks.tasks import load_task
 
-ROWS = 512
-TRAINED = [(5e-5, 3), (1e-4, 10), (3e-4, 3), (1e-3, 3), (3e-3, 3)] # learning rate, epochs
+ROWS = 256
+TRAINED = [(5e-5, 3), (3e-4, 3), (1e-3, 3), (3e-3, 3)] # learning rate, epochs
 
 def shuffled(body):
     "The same function with heads and neurons in another order."

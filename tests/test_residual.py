@@ -2,7 +2,6 @@
 
 The slow reference runs whole models, one example after the other, with hooks of torch alone, and solves stacked
 least squares. Where a stream is read it knows for the layouts that it checks."""
-import os
 from copy import deepcopy
 from threading import Thread
 

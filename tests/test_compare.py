@@ -320,3 +320,24 @@ def test_the_name_on_the_hub_stays(here, capsys):
     merge(dict(x='x', y='y'), method='average').save_pretrained('m', repo_id='some/merge')
     run(f'{SCORED} --alone --update-card', capsys)
     assert 'from_pretrained("some/merge")' in (here/'m'/'README.md').read_text()
+
+def test_the_shell_measures_as_many_rows_as_python(here, capsys):
+    save_rows(here/'x.csv', texts(200, 'many'), 2)
+    said = run(f'compare {BOTH} --methods average --limit 5', capsys)
+    assert said['rows']['x']['measured'] == 128 < said['rows']['x']['rows'] and said['rows']['y']['measured'] == said['rows']['y']['rows']
+
+def test_one_model_is_not_compared(here, capsys):
+    assert main('compare x=x --data x=x.csv'.split()) == 2 and "there is one model, 'x'; give two to merge" in capsys.readouterr().err
+
+def test_what_is_even_is_said():
+    found = Comparison({OWN: dict(a=.9, b=.8), 'average': dict(a=.8, b=.8), 'ties': dict(a=.8, b=.8)}, dict(a='accuracy', b='accuracy'), {}, {}, {}, {})
+    assert found.why.startswith('average won, even with ties: ')
+    found.scores['ties']['b'] = .7
+    assert found.why.startswith('average won: ')
+
+def test_a_card_names_the_rows_that_were_scored_not_those_that_were_measured():
+    from fisher_nodes.merging.card import eval_results
+    measured, scores = dict(data=dict(a='glue:sst2')), dict(scores=dict(a=dict(accuracy=.5)))
+    assert eval_results(scores | dict(scored={}), measured)[0].dataset_name == 'a'
+    assert eval_results(scores | dict(scored=dict(a='glue:rte')), measured)[0].dataset_name == 'GLUE rte'
+    assert eval_results(scores, measured)[0].dataset_name == 'GLUE sst2'

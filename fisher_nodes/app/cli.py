@@ -325,7 +325,8 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     beside = {} if merged is None or args.alone else _beside(merged, loaded, args.fetch, how)
     shown = {k: o | beside.get(k, {}) for k,o in scores.items()}
     if out: write_record(out, scores=shown, data=data, split=split, source=source)
-    if args.update_card: update_card(merged, args.model, scores)
+    named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
+    if args.update_card: update_card(merged, args.model, scores, named)
     return shown
 
 # %% ../../nbs/app/02_cli.ipynb #137a2626
@@ -355,7 +356,8 @@ def run_compare(args:argparse.Namespace)->dict|None:
     models = parse_pairs(args.models, 'models')
     data,held = for_tasks(args.data, models, '--data'),parse_pairs(args.held_out or [], '--held-out')
     from_main(lambda: _check_places(args, models | ({'base': args.base} if args.base else {}), data, held))
-    found = compare(models, data, held or None, **_columns(args), **_picked(args, _OF_COMPARE))
+    how = _picked(args, _OF_COMPARE) | dict(num_samples=either(args.num_samples, 128))
+    found = compare(models, data, held or None, **_columns(args), **how)
     if args.save: save_winner(found, args.save, args.overwrite)
     if args.out: write_comparison(found, args.out, args.overwrite)
     wrote = {k: str(o) for k,o in dict(saved=args.save, wrote=args.out).items() if o}
@@ -828,7 +830,7 @@ TOUR = """two models of your own, from rows they were trained on:
   fisher-nodes merge reviews=DIR topics=DIR --data reviews=reviews.csv topics=topics.csv --out both
   fisher-nodes evaluate both --data reviews=held-out.csv topics=held-out-topics.csv
   fisher-nodes predict both "a text, which every task answers"
-which merge is best, on rows that none of them saw:
+which merge is best, on rows that none was measured on:
   fisher-nodes compare reviews=DIR topics=DIR --data reviews=reviews.csv topics=topics.csv --save best
 the paper's experiment:
   fisher-nodes reproduce --checkpoints bert-base --methods average,mask-fisher --samples 128 --out results

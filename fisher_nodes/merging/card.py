@@ -175,10 +175,10 @@ def _dataset_fields(task:str, spec:Any)->dict[str,str]:
 
 def eval_results(
     report:Mapping[str,Any], # with `scores`
-    recipe:Mapping[str,Any]|None, # knows which tasks are of GLUE
+    recipe:Mapping[str,Any]|None, # knows which tasks are of GLUE, unless the report has `scored`
 )->list[EvalResult]:
     "Scores as the metadata of a model card holds them."
-    data = (recipe or {}).get('data') or {}
+    data = report.get('scored', (recipe or {}).get('data')) or {}
     found = [(t, k, v) for t,o in report.get('scores', {}).items() for k,v in o.items()]
     return [EvalResult(task_type='text-classification', metric_type=k, metric_value=v,
                        **_dataset_fields(t, data.get(t))) for t,k,v in found]

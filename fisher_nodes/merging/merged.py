@@ -615,6 +615,7 @@ def update_card(
     merged:Merged, # as it is in the folder
     path:str|Path, # folder that it was saved in
     scores:Mapping[str,Mapping[str,float]], # task -> metric -> number
+    scored:Mapping[str,str]={}, # task -> data spec of the rows, where it has a name
 ):
     "Write scores into the report and the card of a saved merge, each in one step; in the main process."
     if not is_main(): return
@@ -624,9 +625,9 @@ def update_card(
         check_card(path)
         card = path/'README.md'
         name = (_called(read_text(card)) if card.exists() else None) or path.resolve().name
-        merged.report['scores'] = found
+        merged.report |= (new := dict(scores=found, scored=dict(scored)))
         with whole_file(card) as part: part.write_text(_card_text(merged, name), encoding='utf-8')
-        report = load_json(path/MERGED) | dict(scores=found)
+        report = load_json(path/MERGED) | new
         if 'README.md' in report.get('files', {}): report['files']['README.md'] = describe_file(card)
         with whole_file(path/MERGED) as part: part.write_text(json.dumps(report, indent=1)+'\n')
 

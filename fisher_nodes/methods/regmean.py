@@ -138,6 +138,7 @@ def _rows(self:InputGrams, x:Tensor)->Tensor: # shape `(n, in)`
 
 @patch
 def commit(self:InputGrams):
+    "After a batch: multiply what waits, once that is enough."
     if max((sum(map(len, o)) for o in self.waiting.values()), default=0)>=WAITING: self.finish()
 
 @patch

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from fisher_nodes import merge
 from fisher_nodes.engine.batches import make_batches, sample_rows
 from fisher_nodes.engine.files import write_record
-from fisher_nodes.experiment.grid import find_entry, load_checkpoint
+from fisher_nodes.experiment.grid import find_entry, load_checkpoint, rows_to_read
 
 NAMES = ('average', 'mask-fisher', 'fisher-exact', 'regmean-0.99', 'sequential-regmean', 'chain-of-merges',
          'residual-body', 'residual-regression', 'actmat', 'wudi', 'prodistill')
@@ -45,10 +45,8 @@ def forward(checkpoints, n):
 def run(checkpoints, name, n):
     "Measure and merge as the grid does."
     e = find_entry(name)
-    models,data = {t: c.model for t,c in checkpoints.items()},{t: c.train for t,c in checkpoints.items()}
-    rows = dict(data=data, num_samples=n, text={t: c.task.text for t,c in checkpoints.items()},
-                tokenizer=next(iter(checkpoints.values())).tokenizer,
-                max_length={t: c.task.max_length for t,c in checkpoints.items()}) if e.statistic else {}
+    models = {t: c.model for t,c in checkpoints.items()}
+    rows = rows_to_read([*checkpoints], n, checkpoints) if e.statistic else {}
     how = dict(labels=e.labels) if e.statistic and 'labels' in e.statistic.takes else {}
     base = next(iter(models.values())).base_model if e.needs_base else None
     merge(models, method=e.method, refit_heads=e.refit_heads, base=base, progress=False, **rows, **how, **e.options)

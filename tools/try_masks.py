@@ -4,12 +4,9 @@ Scores and divergences of some groups of GLUE checkpoints at one N; an interrupt
 fitted everywhere, on rows kept apart, which also choose damping and steps. A minute or so a group and body on a core:
   FISHER_NODES_GLUE=DIR python tools/try_masks.py CHECKPOINTS --out nbs/results/best/masks.json
 """
-import argparse
-import json
 import time
 import warnings
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -25,6 +22,7 @@ from fisher_nodes.methods.mask_fisher import mask_fisher_rule
 from fisher_nodes.methods.masks import fit_masks, fold_masks, mean_kl, own_norms, with_numbers
 from fisher_nodes.methods.method import Job
 from fisher_nodes.methods.refit import refit_head
+from try_residual import make_parser, open_record
 
 TUNING = 'mnli+sst2', 'sst2+qnli'
 GROUPS = *TUNING, 'mnli+qqp+qnli+sst2+mrpc+rte', 'mrpc+rte', 'qqp+mrpc', 'mnli+rte'
@@ -102,19 +100,12 @@ def extras(model):
     return dict(masks=nodes, norms_and_biases=sum(fit.values()), body=sum(p.numel() for p in body.parameters()))
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('checkpoints', type=Path)
-    p.add_argument('--out', type=Path, required=True)
-    p.add_argument('--num-samples', type=int, default=128)
-    p.add_argument('--limit', type=int, default=250)
-    p.add_argument('--seed', type=int, default=0)
+    p = make_parser(__doc__)
     p.add_argument('--groups', nargs='*', default=GROUPS)
     p.add_argument('--bodies', nargs='*', default=BODIES)
     args = p.parse_args()
     warnings.simplefilter('ignore')
-    about = dict(num_samples=args.num_samples, limit=args.limit, seed=args.seed, kept=KEPT, tuning=list(TUNING))
-    record = json.loads(args.out.read_text()) if args.out.is_file() else about | dict(groups={})
-    if {k: record[k] for k in about} != about: raise SystemExit(f'{args.out} is of other settings')
+    record, _ = open_record(args, kept=KEPT, tuning=list(TUNING))
     def missing(g, b): return [t for t in g.split('+') if t not in record['groups'].get(g, {}).get(b, {})]
     todo = [(g, b) for g in args.groups for b in args.bodies if missing(g, b)]
     if not todo: return

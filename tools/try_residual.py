@@ -122,18 +122,27 @@ def run_group(study):
     note('all rows, heads by four bodies that each left a fold out', whole, apart)
     return found
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(about):
+    "The options of a study."
+    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('checkpoints', type=Path)
     p.add_argument('--out', type=Path, required=True)
     p.add_argument('--num-samples', type=int, default=128)
     p.add_argument('--limit', type=int, default=250)
     p.add_argument('--seed', type=int, default=0)
-    args = p.parse_args()
-    warnings.simplefilter('ignore')
-    about = dict(num_samples=args.num_samples, limit=args.limit, seed=args.seed)
+    return p
+
+def open_record(args, **more):
+    "What a study has found so far, and its settings."
+    about = dict(num_samples=args.num_samples, limit=args.limit, seed=args.seed) | more
     record = json.loads(args.out.read_text()) if args.out.is_file() else about | dict(groups={})
     if {k: record[k] for k in about} != about: raise SystemExit(f'{args.out} is of other settings')
+    return record, about
+
+def main():
+    args = make_parser(__doc__).parse_args()
+    warnings.simplefilter('ignore')
+    record, about = open_record(args)
     todo = [g for g in GROUPS if g not in record['groups']]
     points = {t: load_checkpoint(args.checkpoints/t, t, args.limit) for t in dict.fromkeys('+'.join(todo).split('+'))}
     for c in points.values(): c.labels = torch.tensor(c.validation['labels'])

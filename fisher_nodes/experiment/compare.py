@@ -246,10 +246,10 @@ class Comparison:
     @property
     def why(self)->str:
         "By what rule the winner won."
-        (worst,mean),*_ = points = [self.losses[self.winner], *self.losses.values()]
-        even = [m for m,o in self.losses.items() if o==points[0] and m!=self.winner]
+        (first,best),*others = self.losses.items()
+        even = [m for m,o in others if o==best]
         tie = f', even with {", ".join(even)}' if even else ''
-        return f'{self.winner} won{tie}: {RULE} ({worst:+.1f} points, {mean:+.1f} on the mean)'
+        return f'{first} won{tie}: {RULE} ({best[0]:+.1f} points, {best[1]:+.1f} on the mean)'
 
     @property
     def tasks(self)->list[str]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENTRIES', 'ABLATIONS', 'SCHEMA', 'Entry', 'all_entries', 'find_entry', 'Cell', 'plan_cells', 'Checkpoint',
            'load_checkpoint', 'measure_choices', 'cache_path', 'measure_once', 'check_schema', 'read_result',
-           'mean_divergence', 'own_scores', 'run_group', 'open_record', 'open_groups', 'run_cell', 'measure_ahead',
-           'run_cells', 'relative_error', 'found_cells', 'fisher_errors', 'reproduce']
+           'mean_divergence', 'own_scores', 'rows_to_read', 'run_group', 'open_record', 'open_groups', 'run_cell',
+           'measure_ahead', 'run_cells', 'relative_error', 'found_cells', 'fisher_errors', 'reproduce']
 
 # %% ../../nbs/experiment/01_grid.ipynb #5994183a
 import hashlib
@@ -38,6 +38,7 @@ from ..engine.processes import (
     alone, exchange, find_rank, from_main, is_main, own_share, together)
 from .checkpoints import find_checkpoints
 from ..merging.run import load_base, merge
+from ..methods.agreement import divergences
 from ..methods.method import METHODS, STATISTICS, Count, PathName, Statistic, checked, quoted
 from ..methods.released import RELEASED
 from ..tasks.evaluation import run_model, score_logits
@@ -332,8 +333,7 @@ def mean_divergence(
 )->float: # nats; half the squared difference of numbers, the divergence of two normals of variance one
     "How far answers are from those of the own model."
     if own.shape[1]==1: return (own-given).square().mean().item()/2
-    p,q = own.log_softmax(1),given.log_softmax(1)
-    return (p.exp()*(p-q)).sum(1).mean().item()
+    return divergences(own, given).mean().item()
 
 def _score(model:PreTrainedModel, checkpoint:Checkpoint, **how)->tuple[dict[str,float],float]:
     "What a model scores on the validation rows of a checkpoint, and how far it is from its own model."
@@ -359,16 +359,20 @@ def _merge(group:Sequence[str], cell:Cell, checkpoints:Mapping, statistics:Mappi
     "Merge one group as a cell says."
     e,models = cell.entry,{t: checkpoints[t].model for t in group}
     fishers = {t: statistics[t] for t in group} if e.statistic else None
-    heads = _head_rows(group, cell, checkpoints) if cell.needs_rows else {}
+    heads = rows_to_read(group, cell.num_samples, checkpoints) if cell.needs_rows else {}
     return merge(models, fishers, method=e.method, variant=e.variant, scheme=e.scheme, seed=cell.seed or 0,
                  base=base if e.needs_base else None, refit_heads=e.refit_heads, progress=False, **heads,
                  **e.options)
 
-def _head_rows(group:Sequence[str], cell:Cell, checkpoints:Mapping)->dict[str,Any]:
-    "Rows to fit heads on, where the method itself takes none."
+def rows_to_read(
+    group:Sequence[str], # tasks
+    num_samples:int|None, # N
+    checkpoints:Mapping[str,Checkpoint], # task -> checkpoint
+)->dict[str,Any]: # arguments of `merge`
+    "Training rows of some tasks, and how they are read."
     found = {t: checkpoints[t] for t in group}
     return dict(
-        data={t: c.train for t,c in found.items()}, num_samples=cell.num_samples,
+        data={t: c.train for t,c in found.items()}, num_samples=num_samples,
         text={t: c.task.text for t,c in found.items()}, tokenizer=checkpoints[group[0]].tokenizer,
         max_length={t: c.task.max_length for t,c in found.items()})
 
@@ -538,7 +542,7 @@ def fisher_errors(
 
 # %% ../../nbs/experiment/01_grid.ipynb #56d218fc
 def _find_paths(checkpoints:str|Path, tasks:Sequence[str]|None)->dict[str,Any]:
-    "Where the models are, in the paper's order of tasks."
+    "Where the models are, in the order of `GLUE`."
     found = find_checkpoints(checkpoints, tasks)
     return {t: found[t] for t in GLUE if t in found}
 

@@ -236,6 +236,11 @@ class Inputs:
         "A model whose body has what all have."
         return narrowest_body(self.models)
 
+    @cached_property
+    def states(self)->dict[str,Mapping[str,Any]]: # task -> name within the body -> numbers, or their place
+        "What can be averaged of every body."
+        return {t: _floating(list(_floats(self.shared)), o) for t,o in self.bodies.items()}
+
     def having(self, name:str)->list[str]:
         "The tasks whose models have a parameter."
         return [t for t,o in self.bodies.items() if name in o]
@@ -405,6 +410,11 @@ def _hear_all(inputs:Inputs, read:Mapping[str,tuple], what:Mapping, run:Mapping)
             for t,(rows,own) in read.items()}
 
 # %% ../../nbs/merging/07_run.ipynb #f38abda7
+def _compare_starts(inputs:Inputs):
+    "Note how alike the weights of all models are, with a warning where that is little."
+    inputs.alike,count = start_cosines(inputs.states, inputs.shared)
+    warn_of_starts(inputs.alike, count)
+
 def _gather(request:MergeRequest, models:Mapping, bodies:Mapping, statistics:Mapping,
             find_base:Callable)->Inputs:
     "All that a request names, loaded or opened; `ValueError` unless models, scheme and base fit together."
@@ -413,6 +423,7 @@ def _gather(request:MergeRequest, models:Mapping, bodies:Mapping, statistics:Map
     find_places(inputs.shared) # refuses a matrix without a place
     if request.base is not None: inputs.base = find_base(request.base, inputs.shared)
     inputs.about_base = describe_base(request.base)
+    _compare_starts(inputs)
     return inputs
 
 def _check_statistics(request:MergeRequest, inputs:Inputs, check:Callable):
@@ -471,10 +482,9 @@ def _in_memory(inputs:Inputs)->bool:
 
 def make_job(request:MergeRequest, inputs:Inputs)->Job:
     "What a method is given."
-    shared = inputs.shared
-    states = {t: _floating(list(_floats(shared)), o) for t,o in inputs.bodies.items()}
     models = inputs.models if METHODS[request.method].runs_models and _in_memory(inputs) else {}
-    return Job(states, request.lambdas, inputs.statistics, inputs.base, request.seed, shared, models)
+    return Job(inputs.states, request.lambdas, inputs.statistics, inputs.base, request.seed, inputs.shared,
+               models)
 
 # %% ../../nbs/merging/07_run.ipynb #529daecd
 def _name_culprit(job:Job, inputs:Inputs, name:str):
@@ -572,8 +582,6 @@ def run(
 )->tuple[Job,Rule]: # which say what was done
     "Merge every parameter; the first failure ends it."
     job = replace(make_job(request, inputs), progress=progress, shelf=shelf)
-    inputs.alike,count = start_cosines(job.states, job.model)
-    warn_of_starts(inputs.alike, count)
     with ExitStack() as stack:
         ordered = sorted(job.models.values(), key=lambda m: id(body_of(m))) # as in `assemble`
         for m in ordered: stack.enter_context(frozen_eval(m, inputs.device))

@@ -19,6 +19,7 @@ from ..core.heads import known_head
 from ..core.nodes import MaskGradients
 from ..core.places import Nodes, Slice, find_nodes
 from ..core.walk import gives, reads, watching
+from .agreement import divergences
 from .calls import Calls, as_given
 from .refit import FOLDS, HeadSums, Refit, can_refit, kept_answers, last_linear, on_body
 
@@ -151,8 +152,7 @@ def mean_kl(
     said:Tensor, # same shape
 )->float: # in nats
     "Mean divergence from the own answers."
-    p,q = own.double().log_softmax(1),said.to(own.device).double().log_softmax(1)
-    return float(torch.where(p.exp()>0, p.exp()*(p-q), 0.).sum(1).mean())
+    return float(divergences(own, said).mean())
 
 def _apart(task:_Task, body:PreTrainedModel)->tuple[float,Refit|None]:
     "Divergence on rows that were kept apart, each with a head fitted without it, and the fit of the head."

@@ -190,6 +190,7 @@ def _together(parts:_Pairs)->_Pairs:
     "The vectors of small batches, some hundred at a time."
     some = []
     def joined():
+        if len(some)==1: return some[0] # large batches are not copied
         xs,asked = zip(*some)
         return torch.cat(xs), {k: torch.cat([o[k] for o in asked]) for k in asked[0]}
     for o in parts:

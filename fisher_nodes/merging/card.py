@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 from ..core.heads import HEADS
 from ..core.start import LEAST
-from ..engine.files import RECIPE
+from ..engine.files import MERGED, RECIPE
 from ..engine.models import find_file
 from ..engine.reading import parse_yaml, load_json, read_text
 from .recipe import unnamed
@@ -240,6 +240,10 @@ class _Chosen(_Told):
 class _Won(_Told):
     why:str
 
+class _File(_Told):
+    size:int=Field(ge=0)
+    sha256:str=Field(pattern='^[0-9a-f]{64}$')
+
 class _Report(_Told):
     method:str
     base:str|None
@@ -257,6 +261,7 @@ class _Report(_Told):
     chosen:_Chosen|None=None
     alike:list[_Likeness]=[]
     won:_Won|None=None
+    inputs:dict[str,dict[str,dict[str,_File]|None]]={}
 
 def beside_files(
     report:Mapping[str,Any],
@@ -298,6 +303,7 @@ class Origin:
     model:str # name
     hub:bool # whether the name is a Hub id
     card:Mapping|None # of `read_card`
+    revision:str|None=None # its commit on the Hub
 
 def origins(
     report:Mapping[str,Any],
@@ -307,7 +313,7 @@ def origins(
     adapted = {t: o['adapter'] for t,o in found.items() if o.get('adapter')}
     found |= {f'base of {t}': dict(o, model=o['base']) for t,o in adapted.items()}
     found |= {'base': dict(base, model=report['base'])} if base else {}
-    return [Origin(t, o['model'], bool(o.get('hub')), o.get('card')) for t,o in found.items()]
+    return [Origin(t, o['model'], bool(o.get('hub')), o.get('card'), o.get('revision')) for t,o in found.items()]
 
 # %% ../../nbs/merging/03_card.ipynb #c767a1d9
 def _union(values)->list[str]|None:
@@ -341,7 +347,7 @@ def card_data(
     cards = [o.card for o in origins(report)]
     ids,scores = _union(o.model for o in origins(report) if o.hub),eval_results(report, recipe)
     return ModelCardData(
-        base_model=ids, base_model_relation='merge' if ids else None,
+        base_model=ids, base_model_relation='merge',
         library_name='transformers', pipeline_tag=pipeline, tags=_tags(report),
         datasets=_datasets(cards, recipe), language=_languages(cards),
         model_name=name if scores else None, eval_results=scores or None, **agreed_license(cards))
@@ -421,6 +427,11 @@ One Transformer body for {n} tasks, merged with [fisher_nodes](https://github.co
 ## How to repeat it
 
 {repeat}
+
+## How to check it
+
+`fisher-nodes verify DIR` compares the files of this folder with their SHA-256 in `{report}`, which also
+has those of the files that were merged.
 """
 
 def _settings(report:Mapping[str,Any])->list[tuple[str,Any]]:
@@ -516,13 +527,13 @@ def _agreement(report:Mapping[str,Any])->str:
 
 def _tables(report:Mapping[str,Any])->dict[str,str]:
     "The tables of a card, by their places in the text."
-    licences = [(o.role, o.model, _license_words(o)) for o in origins(report)]
+    licences = [(o.role, o.model, _license_words(o), o.revision or '–') for o in origins(report)]
     return dict(
         tasks=table(['task', 'model', 'λ', 'examples', 'scores'], _task_rows(report), escaped),
         how=table(['setting', 'value'], _settings(report), escaped),
         weights=table(['weighted by the Fisher of', 'parameters', 'numbers'], _weighting(report), escaped),
         agreement=_agreement(report),
-        licences=table(['source', 'model', 'licence'], licences, escaped))
+        licences=table(['source', 'model', 'licence', 'revision'], licences, escaped))
 
 def model_card(
     report:Mapping[str,Any], # of a `Merged`
@@ -536,7 +547,7 @@ def model_card(
     tasks = list(report['tasks'])
     licence = agreed_license([o.card for o in origins(report)]).get('license_name')
     words = dict(
-        title=f'Merged: {", ".join(tasks)}', n=len(tasks), where=_quoted(where),
+        title=f'Merged: {", ".join(tasks)}', n=len(tasks), where=_quoted(where), report=MERGED,
         load=_loading(where, tasks[0], auto, tokenizer), notes=_notes(report),
         licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME, repeat=_repeat_words(recipe, changed))
     whole = any(o.whole and o.auto==auto for o in HEADS.values())

@@ -34,10 +34,10 @@ from ..engine.batches import own_batches
 from ..methods.method import Count, PathName, checked, quoted
 from ..engine.adapters import adapter_base
 from ..engine.files import (
-    LOCK, MERGED, RECIPE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, hold,
+    LOCK, MERGED, RECIPE, SIGNATURE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, hold,
     is_merged, read_list, replaced, sign, whole_file, whole_folder)
 from ..engine.devices import running_device
-from ..engine.fingerprints import TensorHash, check_hash, hash_tensors, join_hashes
+from ..engine.fingerprints import TensorHash, digest_file, check_hash, hash_tensors, join_hashes
 from ..engine.guard import frozen_eval, turn
 from ..engine.losses import batch_logits, moved_inputs
 from ..engine.hub import hub_name, hub_refusals
@@ -48,6 +48,7 @@ from ..engine.text import check_text, recorded_text, same_tokens, trained_record
 from .card import beside_files, check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
 from .request import TASK_NAME
+from .signature import Seal, seal_folder
 from .store import folder_slots, hash_file
 from ..tasks.evaluation import (
     check_answers, in_order, in_words, progress_bar, run_model, text_data)
@@ -377,11 +378,12 @@ def check_room(
     path:Path, # folder to write
     tasks:Sequence[str],
     report:Mapping[str,Any]={}, # what sentence-transformers reads
+    more:Sequence[str]=(), # names that will be written too
 )->list[str]: # patterns of what an earlier model without a list left there
     "By what names an earlier merge is known; `OutputExistsError` for what is in the way of a new one."
     old = read_report(path/MERGED) if is_merged(path) else None
     stale = [*WEIGHTS, *(_entries(old, list(old['tasks'])) if old else ())]
-    check_free(path, _entries(report, tasks), replaced(path, MERGED, stale))
+    check_free(path, [*_entries(report, tasks), *more], replaced(path, MERGED, stale))
     return stale
 
 def check_inputs(
@@ -402,13 +404,15 @@ def check_target(
     report:Mapping[str,Any], # what sentence-transformers reads
     sources:Mapping[str,Any], # task, or `base` -> folder or Hub id of a model that was read
     tasks:Sequence[str],
+    seal:Seal=Seal(),
 )->list[str]: # patterns of what an earlier model without a list left there
     "An error unless a merged model can be written to a folder, and loaded from there."
+    seal.check(path)
     _check_widths(body)
     taken = sorted({o.split('/')[0] for o in kept_files(report)}&set(tasks))
     if taken: raise ValueError(f'task names {taken} are files of sentence-transformers')
     check_inputs(path, sources)
-    return check_room(Path(path), tasks, report)
+    return check_room(Path(path), tasks, report, seal.names)
 
 # %% ../../nbs/merging/04_merged.ipynb #1244b0f0
 def _save_modules(report:Mapping, folder:Path):
@@ -459,6 +463,7 @@ def save_rest(
     place:Path, # what the folder will be
     repo_id:str|None=None, # as in `save_pretrained`
     changed:bool=False, # whether the weights were changed after merging
+    seal:Seal=Seal(),
 ):
     "Write all that stands beside the weights of the body."
     _save_config(merged.body, folder)
@@ -469,25 +474,26 @@ def save_rest(
     _save_modules(merged.report, folder)
     _save_beside(merged.report, folder)
     _save_words(merged, _tensor_files(merged, files, hashes, tasks), folder, place, repo_id, changed)
+    seal_folder(folder, seal, repo_id or place.name)
 
 # %% ../../nbs/merging/04_merged.ipynb #999c149b
 @checked
 def _save(merged:Merged, path:PathName, overwrite:bool, scores:Mapping|None, repo_id:str|None,
-          max_shard_size:int|str):
+          max_shard_size:int|str, bom:bool, key:PathName|None):
     "Write the folder of a merged model."
-    path = Path(path).resolve()
+    path,seal = Path(path).resolve(),Seal(bom, key)
     check_shard_size(max_shard_size)
     if scores is not None: merged.report['scores'] = check_scores(scores, list(merged))
     recipe = merged.recipe or {}
     check_folder(path, overwrite)
     check_inputs(path, {}, entry_names(recipe, 'fishers'), entry_names(recipe, 'data'))
     sources = entry_names(recipe, 'models') | {'base': entry_name(recipe.get('base'))}
-    stale = check_target(path, merged.body, merged.report, sources, list(merged))
+    stale = check_target(path, merged.body, merged.report, sources, list(merged), seal)
     with whole_folder(path, MERGED, overwrite, stale) as out:
         files = _save_body(whole_model(merged), out, max_shard_size)
         hashes = tensor_hashes(merged.body.state_dict())
         changed = bool(recipe) and recipe.get('result')!=hash_merged(merged.body, merged.models, hashes)
-        save_rest(merged, files, hashes, out, path, repo_id, changed)
+        save_rest(merged, files, hashes, out, path, repo_id, changed, seal)
 
 @patch
 def save_pretrained(self:Merged,
@@ -497,9 +503,11 @@ def save_pretrained(self:Merged,
     scores:Mapping[str,Mapping[str,float]]|None=None, # task -> metric -> number, for card and report
     repo_id:str|None=None, # Hub id to write for: what the card calls the model; local paths are left out
     max_shard_size:int|str='5GB', # of one file of the body
+    bom:bool=False, # write a bill of materials too
+    sign:PathName|None=None, # a private key; None signs nothing
 ):
     "Write the body once and a folder for each task; `OutputExistsError` if the folder is not empty."
-    if is_main(): _save(self, path, overwrite, scores, repo_id, max_shard_size)
+    if is_main(): _save(self, path, overwrite, scores, repo_id, max_shard_size, bom, sign)
 
 # %% ../../nbs/merging/04_merged.ipynb #fe2a890e
 def _fetch_folder(name:str, revision:str|None, token:str|bool|None)->Path:
@@ -605,8 +613,11 @@ def _called(card:str)->str|None:
 def check_card(
     path:str|Path, # folder of a merged model
 ):
-    "`ValueError` for a card that is not as it was written."
+    "`ValueError` for a card that is not as it was written, or is signed with all else."
     card = Path(path)/'README.md'
+    if (Path(path)/SIGNATURE).exists():
+        raise ValueError(f'{path} is signed, and with other scores the signature would not fit; '
+                         f'remove {SIGNATURE}, and sign again after that')
     if card.is_symlink() or card.exists() and describe_file(card)!=dict(signed=True):
         raise ValueError(f'{card} was changed since it was written; move it away, '
                          'or write the scores yourself')
@@ -628,7 +639,9 @@ def update_card(
         merged.report |= (new := dict(scores=found, scored=dict(scored)))
         with whole_file(card) as part: part.write_text(_card_text(merged, name), encoding='utf-8')
         report = load_json(path/MERGED) | new
-        if 'README.md' in report.get('files', {}): report['files']['README.md'] = describe_file(card)
+        listed = report.get('files', {})
+        listed.pop(SIGNATURE, None)
+        if 'README.md' in listed: listed['README.md'] = describe_file(card) | digest_file(card)
         with whole_file(path/MERGED) as part: part.write_text(json.dumps(report, indent=1)+'\n')
 
 def _card_text(merged:Merged, name:str)->str:
@@ -656,6 +669,8 @@ def push_to_hub(self:Merged,
     revision:str|None=None, # branch; None is the main one
     create_pr:bool=False, # propose it instead
     scores:Mapping[str,Mapping[str,float]]|None=None, # as in `save_pretrained`
+    bom:bool=False, # as in `save_pretrained`
+    sign:PathName|None=None, # as in `save_pretrained`
 )->str: # address of the commit
     "Upload what `save_pretrained(..., repo_id=repo_id)` writes, in one commit; `ValueError` if it cannot be."
     if scores is not None: check_scores(scores, list(self))
@@ -663,7 +678,7 @@ def push_to_hub(self:Merged,
     name = hub_name(api, repo_id)
     with TemporaryDirectory() as d:
         folder = Path(d).resolve()/'model'
-        self.save_pretrained(folder, scores=scores, repo_id=name)
+        self.save_pretrained(folder, scores=scores, repo_id=name, bom=bom, sign=sign)
         files,message = _additions(folder),commit_message or f'Merge {", ".join(self)}'
         with hub_refusals(f'cannot push to {name}'):
             api.create_repo(name, private=private, exist_ok=True)

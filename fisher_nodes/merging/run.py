@@ -61,6 +61,8 @@ from .record import describe_base, merge_recipe, merge_report
 from .request import READING, MergeRequest, ask
 from .shelf import Shelf, work_key
 from .skeletons import open_model, outline
+from .signature import Seal
+from .sources import describe_inputs
 from .store import (
     FileStore, MemoryStore, TensorSlot, check_stamp, file_stamp, make_file, read_slots)
 from ..methods.average import average_model
@@ -620,6 +622,7 @@ def _record(merged:Merged, request:MergeRequest, inputs:Inputs, done:tuple[Job,R
     merged.report['not_in_all'] = {n: t for n,t in lacking.items() if len(t)<len(inputs.models)}
     recipe = merge_recipe(request, inputs.models, inputs.lengths, inputs.hashes, about['base_source'])
     merged.recipe = recipe | dict(result=result)
+    merged.report['inputs'] = describe_inputs(recipe)
 
 def _stamps(request:MergeRequest)->dict[Path,tuple]:
     "The files of weights in folders that are named; what is loaded from there is mapped, not copied."
@@ -684,6 +687,7 @@ def merge_loaded(
     inputs.hashes |= {t: hash_weights(m) for t,m in inputs.models.items() if t not in inputs.hashes}
     if inputs.base is not None: inputs.hashes[None] = hash_tensors(inputs.base)
     _record(merged, request, inputs, done, hash_merged(merged.body, merged))
+    for path,o in stamps.items(): check_stamp(path, o)
     if agreed: merged.report['agreement'] = agreed
     return merged
 
@@ -892,6 +896,7 @@ def _fill(merged:Merged, request:MergeRequest, inputs:Inputs, store:FileStore, p
     done = run(request, inputs, store, progress)
     check_read(request, inputs, store)
     _record(merged, request, inputs, done, _hash_result(store, merged))
+    _check_files(inputs)
 
 @once
 def merge_stored(
@@ -902,20 +907,22 @@ def merge_stored(
     device:str|torch.device='cpu', # where blocks are combined
     threads:int|None=None, # parameters worked on at once; None is one a core, at most four
     progress:bool=True, # show a progress bar when it takes more than two seconds
+    seal:Seal=Seal(),
 )->Path: # the folder
     "Do from file to file what was asked."
     check_shard_size(max_shard_size)
     device,path = find_device(device),check_folder(Path(out).resolve(), overwrite)
     check_inputs(path, source_names(request), request.fishers)
+    seal.check(path)
     inputs = open_inputs(request)
     merged = _empty(inputs)
-    stale = check_target(path, merged.body, merged.report, source_names(request), list(merged))
+    stale = check_target(path, merged.body, merged.report, source_names(request), list(merged), seal)
     if inputs.base is not None: inputs.hashes[None] = hash_base(request.base, inputs.base)
     with whole_folder(path, MERGED, overwrite, stale) as folder:
         slots,files = make_files(whole_model(merged), folder, max_shard_size)
         store = FileStore(inputs.bodies, slots, device, threads or min(4, os.cpu_count() or 1))
         _fill(merged, request, inputs, store, progress)
-        save_rest(merged, files, store.hashes[None], folder, path)
+        save_rest(merged, files, store.hashes[None], folder, path, seal=seal)
     return path
 
 # %% ../../nbs/merging/07_run.ipynb #896f0a1f
@@ -941,12 +948,14 @@ def merge_files(
     device:str|torch.device='cpu', # where blocks are combined
     threads:Count|None=None, # parameters worked on at once; None is one a core, at most four
     progress:bool=True, # show a progress bar when it takes more than two seconds
+    bom:bool=False, # write a bill of materials too
+    sign:PathName|None=None, # a private key; None signs nothing
     **kwargs, # of the method, see `METHODS`
 )->Path: # the folder
     "Merge saved models into a saved model without loading any; as `merge(...).save_pretrained(out)` would."
     _check_no_measuring(kwargs)
     request = ask(models, fishers=fishers, **kwargs)
-    return merge_stored(request, out, max_shard_size, overwrite, device, threads, progress)
+    return merge_stored(request, out, max_shard_size, overwrite, device, threads, progress, Seal(bom, sign))
 
 # %% ../../nbs/merging/07_run.ipynb #ca18b518
 class RecipeDiffers(UserWarning, ValueError):
@@ -962,6 +971,8 @@ def run_recipe(
     checkpointing:bool=False, # as in `mask_fisher`
     work:PathName|None=None, # as in `merge`
     accept_changes:bool=False, # whether models may have other weights than were recorded
+    bom:bool=False, # write a bill of materials too
+    sign:PathName|None=None, # a private key; None signs nothing
     progress:bool=True, # show progress bars
 )->Path: # the folder
     "Do the merge of a recipe, from file to file if nothing is measured; `ValueError` before any model loads."
@@ -970,14 +981,16 @@ def run_recipe(
     from_main(lambda: str(check_folder(out, overwrite)))
     check_apart(out, {Path(path).name: path}, 'recipe')
     check_inputs(out, source_names(request), request.fishers, request.data)
-    from_main(lambda: check_room(Path(out), request.tasks))
+    seal = Seal(bom, sign)
+    seal.check(out)
+    from_main(lambda: check_room(Path(out), request.tasks, more=seal.names))
     check_checkpointing(STATISTICS.get(request.statistic) if request.data else None, checkpointing)
     if not accept_changes: check_pinned(path)
     asked = without_pins(request) if accept_changes else request
     check_work(request, work)
     run = dict(device=device, progress=progress, checkpointing=checkpointing, work=work)
-    if request.in_memory: merge_loaded(asked, **run).save_pretrained(out, overwrite=overwrite)
-    else: merge_stored(asked, out, overwrite=overwrite, device=device or 'cpu', progress=progress)
+    if request.in_memory: merge_loaded(asked, **run).save_pretrained(out, overwrite, bom=bom, sign=sign)
+    else: merge_stored(asked, out, '5GB', overwrite, device or 'cpu', progress=progress, seal=seal)
     made = from_main(lambda: load_recipe(Path(out)/RECIPE))
     if not accept_changes and request.result and request.result!=made['result']:
         warnings.warn(f'the merged weights differ from those of {Path(path).name}, and are in {out}; '

@@ -133,6 +133,7 @@ def _expand(fisher, model, name:str, path:Path):
 
 def _check_wanted(args:argparse.Namespace)->Path|None: # where to write what is expanded
     "Look at what is wanted beside the file, before anything is measured."
+    from fisher_nodes.engine.files import is_untold
     if args.push_to:
         from huggingface_hub import HfApi
         from fisher_nodes.engine.importance import find_repository
@@ -142,7 +143,14 @@ def _check_wanted(args:argparse.Namespace)->Path|None: # where to write what is 
         f'{args.variant!r} looks at the Fishers of all models')
     if Path(args.expand).resolve()==Path(args.out).resolve():
         raise ValueError('--expand and --out are one file')
-    return check_file(args.expand, args.overwrite, args.model, args.data)
+    return check_file(args.expand, args.overwrite or is_untold(Path(args.out)), args.model, args.data)
+
+def _save_and(fisher, out:Path, then:Callable[[],dict])->dict:
+    "Write what was measured, and do what is left; while that is not done, the command may be run again."
+    from fisher_nodes.engine.files import whole_file
+    found = {}
+    with whole_file(out, lambda: found.update(then())) as part: fisher.save(part)
+    return found
 
 def run_fisher(args:argparse.Namespace)->dict|None:
     "Measure the mask Fisher of one model on one data set."
@@ -156,13 +164,13 @@ def run_fisher(args:argparse.Namespace)->dict|None:
                          'device', 'checkpointing'))
     fisher = mask_fisher(model, data, **read, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
-    fisher.save(out)
-    more = {}
-    if expanded:
-        _expand(fisher, model, args.model, expanded)
-        more['expanded'] = str(expanded)
-    if args.push_to: more['pushed'] = from_main(lambda: push_importance(fisher, args.push_to))
-    return {'wrote': str(out), 'num_examples': fisher.num_examples} | more
+    more = {'expanded': str(expanded)} if expanded else {}
+    def then():
+        if expanded: _expand(fisher, model, args.model, expanded)
+        if args.push_to: more['pushed'] = push_importance(fisher, args.push_to)
+        return more
+    found = from_main(lambda: _save_and(fisher, out, then))
+    return {'wrote': str(out), 'num_examples': fisher.num_examples} | found
 
 # %% ../../nbs/app/02_cli.ipynb #e62d7d43
 def import_methods(

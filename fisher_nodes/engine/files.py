@@ -166,6 +166,7 @@ def clear_beside(
 @contextmanager
 def whole_file(
     path:str|Path, # file to write; its folder must exist
+    then:Callable[[],Any]|None=None, # what belongs to it and is done last; until then the file is untold
 )->Iterator[Path]: # write here
     "What was written inside the block appears at `path` when the block ends well, and else nowhere."
     path = Path(path)
@@ -179,6 +180,7 @@ def whole_file(
             held.note(done=_mark(part))
             os.replace(part, path)
             sync(path.parent)
+            if then is not None: then()
         except BaseException:
             if held.left.get('done')!=_mark(path): held.left.clear()
             part.unlink(missing_ok=True)

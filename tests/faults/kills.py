@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -33,6 +34,7 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
+import fisher_nodes.engine.importance as importance
 import fisher_nodes.experiment.bench as timing
 import fisher_nodes.tasks.finetuning as finetuning
 from fisher_nodes import MaskFisher, Merged, merge, run_recipe
@@ -57,7 +59,7 @@ SPACE = {'open', 'os.mkdir', 'os.link', 'os.pwrite', 'os.fsync', 'written', 'ser
 
 class Cut:
     "Counts operations on files below a folder; the n-th does not happen."
-    def __init__(self, root, way, n): self.root, self.way, self.n, self.count, self.before, self.done = str(root), way, n, 0, '', False
+    def __init__(self, root, way, n, reads=False): self.root, self.way, self.n, self.reads, self.count, self.before, self.done = str(root), way, n, reads, 0, '', False
 
     def __call__(self, event, path=None, half=None):
         if self.done: return
@@ -71,7 +73,7 @@ class Cut:
     def audit(self, event, args):
         if event == 'open':
             path, _, flags = args
-            if not isinstance(path, (str, bytes)) or not flags & (os.O_WRONLY|os.O_RDWR|os.O_CREAT): return
+            if not isinstance(path, (str, bytes)) or not (self.reads or flags & (os.O_WRONLY|os.O_RDWR|os.O_CREAT)): return
             if os.fsdecode(path).startswith(self.root): self('open')
         elif event in ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.link', 'os.chmod', 'os.truncate'): self(event)
 
@@ -278,7 +280,74 @@ def carded_of(here):
     if not re.search(r'accuracy [01] ', (here/'out'/'README.md').read_text()): raise ValueError('no card with scores')
     return 1 if found == 1 else 2
 
-INPUTS = dict(winner=make_pair, tabled=make_pair, carded=make_pair, convert=make_pickles, adapters=make_adapters, evaluate=make_rows, measure=make_rows, bench=make_rows, shapes=make_rows, report=make_results, reproduce=lambda o: make_grid(o/'in'))
+def make_sealed(here):
+    "Two models, a pair of keys, and a signed merge."
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+    make_inputs(here)
+    key = ec.generate_private_key(ec.SECP256R1())
+    (here/'in'/'key.pem').write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    (here/'in'/'key.pub').write_bytes(key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+    sealed(here, 1, to='in/signed')
+
+def sealed(here, n, *more, to='out'):
+    given = [f'{t}={o}' for t, o in models(here).items()]
+    shell('merge', *given, '--fisher', *[f'{t}={o}' for t, o in fishers(here).items()], '--weights', 'rte=1', f'sst2={n}', '--bom', '--sign', here/'in'/'key.pem', '--out', here/to, *more)
+
+def sealed_of(here):
+    "`ValueError` unless list, bill and signature are of the merge that is there; what others have beside it was not signed."
+    from model_signing import verifying
+    from fisher_nodes.merging.bom import bom_differences
+    out, n = here/'out', merged_of(here)
+    as_listed(out, 'merge_report.json')
+    if bom_differences(json.loads((out/'bom.cdx.json').read_text()), json.loads((out/'merge_report.json').read_text())): raise ValueError('the bill of another')
+    verifying.Config().use_elliptic_key_verifier(public_key=here/'in'/'key.pub').set_ignore_unsigned_files(True).verify(out, out/'model.sig')
+    return n
+
+def verified(here):
+    "A check, which writes nothing; what it said is written down here."
+    shell('verify', here/'in'/'signed', '--key', here/'in'/'key.pub', '--inputs', here/'in', '--repeat')
+    (here/'out').mkdir(exist_ok=True)
+    (here/'out'/'said').write_text('2')
+
+def verified_of(here): return int((here/'out'/'said').read_text() or 0)
+
+def make_mergekit(here):
+    "Two models, and two files of what is asked, with other weights."
+    make_rows(here)
+    for n in (1, 2):
+        lines = [f'  - model: {here}/in/m{i}\n    parameters: {{weight: {w}}}' for i, w in ((1, 1), (2, n))]
+        (here/'in'/f'{n}.yml').write_text('merge_method: linear\nmodels:\n'+'\n'.join(lines)+'\n')
+
+def kitted(here, n, *more):
+    with mock.patch.dict(os.environ, TQDM_DISABLE='1'): shell('mergekit', here/'in'/f'{n}.yml', here/'out', *more)
+
+def kitted_of(here):
+    as_listed(here/'out', 'mergekit.json')
+    n = int(json.loads((here/'out'/'mergekit.json').read_text())['config'][0])
+    if round(load_model(here/'out').classifier.bias[0].item(), 4) != round((1+2*n)/(1+n), 4): raise ValueError('the record of another')
+    return n
+
+class Shop:
+    "Stands for the Hub: a commit is there whole or not at all, in a folder."
+    def __init__(self, here): self.here = here
+    def create_commit(self, name, parts, **kw):
+        (self.here/'hub').mkdir(exist_ok=True)
+        for o in parts: shutil.copyfile(o.path_or_fileobj, self.here/'hub'/'coming')
+        os.replace(self.here/'hub'/'coming', self.here/'hub'/parts[0].path_in_repo)
+        return mock.Mock(commit_url='commit')
+
+def pushed(here, n, *more):
+    with mock.patch.object(importance, 'HfApi', lambda **kw: Shop(here)), mock.patch.object(importance, 'find_repository', lambda api, name: name), \
+            mock.patch.object(tempfile, 'tempdir', str(here)):
+        measured(here, n, '--push-to', 'me/m1', *more)
+
+def pushed_of(here):
+    "What is here, once the same is there; else the older one."
+    there = here/'hub'/'mask-fisher.safetensors'
+    return min(fisher_of(here), MaskFisher.load(there).num_examples)
+
+INPUTS = dict(sealed=make_sealed, verified=make_sealed, mergekit=make_mergekit, pushed=make_rows, winner=make_pair, tabled=make_pair, carded=make_pair, convert=make_pickles, adapters=make_adapters, evaluate=make_rows, measure=make_rows, bench=make_rows, shapes=make_rows, report=make_results, reproduce=lambda o: make_grid(o/'in'))
 
 CASES = dict( # what makes the older result, the command, what tells which result is there, and what it tells of a new one
     merge_new=(None, lambda o: save(o, [1, 2]), merged_of, 2),
@@ -306,6 +375,13 @@ CASES = dict( # what makes the older result, the command, what tells which resul
     tabled_new=(None, lambda o: tabled(o, 2), tabled_of, 2),
     tabled_overwrite=(lambda o: tabled(o, 1), lambda o: tabled(o, 2, '--overwrite'), tabled_of, 2),
     carded_again=(lambda o: carded(o, 1), lambda o: carded(o, 2), carded_of, 2),
+    sealed_new=(None, lambda o: sealed(o, 2), sealed_of, 2),
+    sealed_overwrite=(lambda o: sealed(o, 1), lambda o: sealed(o, 2, '--overwrite'), sealed_of, 2),
+    verified_reads=(None, verified, verified_of, 2),
+    mergekit_new=(None, lambda o: kitted(o, 2), kitted_of, 2),
+    mergekit_overwrite=(lambda o: kitted(o, 1), lambda o: kitted(o, 2, '--overwrite'), kitted_of, 2),
+    pushed_new=(None, lambda o: pushed(o, 2), pushed_of, 2),
+    pushed_overwrite=(lambda o: pushed(o, 1), lambda o: pushed(o, 2, '--overwrite'), pushed_of, 2),
     measure_new=(None, lambda o: measured(o, 2), fisher_of, 2),
     measure_overwrite=(lambda o: measured(o, 1), lambda o: measured(o, 2, '--overwrite'), fisher_of, 2),
     bench_new=(None, lambda o: bench(o, 2), timed_of, 2),
@@ -314,6 +390,11 @@ CASES = dict( # what makes the older result, the command, what tells which resul
     shapes_again=(lambda o: shapes(o, 1), lambda o: shapes(o, 2), timed_of, 2),
     reproduce_new=(None, lambda o: grid(o, '2'), grid_of, 1),
     reproduce_more=(first_grid, lambda o: grid(o, '2,4'), grid_of, 2))
+
+READS = {'verified_reads'} # what writes nothing is cut off at each file that it opens
+NEEDS = dict(sealed='model_signing', verified='model_signing', mergekit='mergekit') # what `make plugins` installs
+
+def can_run(case): return find_spec(NEEDS.get(case.partition('_')[0], 'torch')) is not None
 
 
 # --- trials -----------------------------------------------------------------------------------
@@ -356,7 +437,7 @@ def trial(case, way, n, template, here):
     command, new, wrong = CASES[case][1], CASES[case][3], []
     old, inputs = found(case, here), contents(here/'in')
     def cut():
-        hook = Cut(here, way, n)
+        hook = Cut(here, way, n, case in READS)
         hook.install()
         try: command(here)
         except BaseException: # an error is told, and what was there before is there now
@@ -393,7 +474,7 @@ def operations(case, template, here):
     shutil.copytree(template, here)
     told = here.with_name('count')
     def run():
-        hook = Cut(here, 'kill', None)
+        hook = Cut(here, 'kill', None, case in READS)
         hook.install()
         CASES[case][1](here)
         hook.done = True
@@ -448,7 +529,8 @@ def main():
     parser.add_argument('--add', action='store_true', help='keep the other cases of FILE')
     args, start, runs = parser.parse_args(), time.time(), []
     quiet()
-    for case in args.cases:
+    for case in [o for o in args.cases if not can_run(o)]: print(f'{case} is left out: it needs {NEEDS[case.partition("_")[0]]}, see `make plugins`')
+    for case in filter(can_run, args.cases):
         with prepared(case) as ready:
             for i, way in enumerate(args.ways):
                 chosen = lambda total: range(1+i*args.stride//len(args.ways), total+1, args.stride) # each way begins elsewhere

@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=['fisher_nodes', 'fisher_nodes.*']), package_data={'fisher_nodes': ['py.typed', '*.pyi', '*.json']},
     include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
-    extras_require={'peft': cfg['peft_requirements'].split(), 'mergekit': cfg['mergekit_requirements'].split(), 'dev': cfg['dev_requirements'].split() + cfg['docs_requirements'].split(), 'docs': cfg['docs_requirements'].split()},
+    extras_require={'peft': cfg['peft_requirements'].split(), 'mergekit': cfg['mergekit_requirements'].split(), 'provenance': cfg['provenance_requirements'].split(), 'dev': cfg['dev_requirements'].split() + cfg['docs_requirements'].split(), 'docs': cfg['docs_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['fisher_nodes=fisher_nodes._modidx:d']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3', 'Typing :: Typed', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['State', 'MOST_FILES', 'SHOWN', 'Finding', 'fits', 'misfits', 'unchecked', 'is_sound', 'as_lines', 'check_files',
-           'check_recipe', 'check_bom', 'check_signed', 'check_inputs_of', 'compare_bits', 'repeat_merge', 'check_key',
+           'check_recipe', 'check_bom', 'check_signed', 'check_inputs_of', 'compare_bits', 'repeat_merge',
            'verify_merge']
 
 # %% ../../nbs/merging/08_verify.ipynb #c992a1bb
@@ -28,7 +28,7 @@ from .merged import Merged, all_heads
 from .recipe import load_recipe, read_recipe
 from .request import MergeRequest
 from .run import merge_loaded
-from .signature import FETCHED, check_signature
+from .signature import FETCHED, check_signature, load_verifier
 from .sources import FILE, entry_place, input_places, place_files
 from ..methods.method import PathName, checked, one_line
 
@@ -166,6 +166,7 @@ _UNSIGNED = 'who can change a file here can change its hash too'
 def check_signed(
     folder:Path, # of a merge
     key:str|Path|None, # the public key that is expected; None expects nothing
+    verifier:Any, # of `load_verifier`
     sound:bool, # whether every file was found to be as listed
 )->Finding:
     "Whether a folder is as it was signed."
@@ -176,8 +177,7 @@ def check_signed(
     except ValueError as e: return misfits('signature', str(e))
     if not sound: return misfits('signature', 'files are not as listed, so not as signed; not looked at further')
     links = any((folder/n).is_symlink() for n in _walk(folder))
-    check_key(key)
-    try: check_signature(folder, key, links)
+    try: check_signature(folder, verifier, links)
     except ValueError as e: return misfits('signature', str(e))
     return fits('signature', f'of all files here, by the key in {one_line(Path(key).name, 60)}')
 
@@ -190,7 +190,7 @@ def _within(path:Path, given:Sequence[Path])->bool:
 def _known_places(recipe:Mapping[str,Any], given:Sequence[Path])->dict[tuple[str,str],Path|None|str]:
     "Where inputs are: a place, None where there is none, or why it is not looked at."
     models = {t: (o, entry_place(o)) for t,o in (recipe.get('models') or {}).items()}
-    inside = {t: o for t,(o,place) in models.items() if place and _within(place, given)}
+    inside = {t: o for t,(o,place) in models.items() if place is None or _within(place, given)}
     shown = dict(recipe) | dict(models=inside) # of others not even a config is read
     found = {(kind, of): place for kind,of,place in input_places(shown)}
     return {k: o if o is None or _within(o, given) else 'elsewhere' for k,o in found.items()}
@@ -291,20 +291,15 @@ def repeat_merge(
     return fits('repeat', f'made again in memory: {len(_all_tensors(made))} tensors, every bit the same')
 
 # %% ../../nbs/merging/08_verify.ipynb #4e19a73c
-def check_key(
-    key:str|Path|None,
-):
-    "`FileNotFoundError` or `ValueError` unless it is a file that can be a key."
-    if key is not None: check_regular(key, 1<<16)
-
 def _read_report(folder:Path)->tuple[dict|None,Mapping,list[Finding]]:
     "The report and its list; and what is wrong with them."
     try:
         check_inside(folder/MERGED, folder)
         report,listed = read_report(folder/MERGED),read_list(folder/MERGED)
     except (ValueError, OSError) as e: return None, {}, [misfits('report', str(e))]
-    if listed is None: return report, {}, [unchecked('files', f'{MERGED} lists none: a folder of version 0.1')]
-    return report, listed, []
+    if listed: return report, listed, []
+    if 'files' in report: return report, {}, [misfits('files', f'the list in {MERGED} is empty, or is none')]
+    return report, {}, [unchecked('files', f'{MERGED} lists none: a folder of version 0.1')]
 
 def _repeated(folder:Path, report:Mapping, given:Sequence, found:Sequence[Finding])->Finding:
     "A repeated merge, where everything is as it should be."
@@ -326,12 +321,12 @@ def verify_merge(
     "Check a merge; it is sound if nothing is found that does not fit. Writes nothing, runs no code of it."
     folder = Path(path)
     if not is_merged(folder): raise ValueError(f'{path} is not a merged model: it has no {MERGED}')
-    check_key(key)
+    verifier = None if key is None else load_verifier(key)
     report,listed,found = _read_report(folder)
     if report is None: return found
     found += check_files(folder, listed) if listed else []
     sound = bool(listed) and is_sound(found)
-    found += [check_recipe(folder, report), *check_bom(folder, report), check_signed(folder, key, sound)]
+    found += [check_recipe(folder, report), *check_bom(folder, report), check_signed(folder, key, verifier, sound)]
     went_in = check_inputs_of(folder, report, inputs)
     again = [_repeated(folder, report, inputs, [*found, *went_in])] if repeat else [_NOT_ASKED]
     return [*found, *_summed(went_in), *again]

@@ -4,7 +4,7 @@ RESOLUTION ?= lowest-direct
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test plugins corner docs bench lint export notebooks readme clean
+.PHONY: demo test plugins nbdev3 corner docs bench lint export notebooks readme clean
 
 demo: .venv/installed
 	$(BIN)/fisher-nodes demo --out _demo
@@ -15,16 +15,22 @@ test: .venv/installed lint
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 0 tests/kernel
 	$(MAKE) plugins
 
-plugins: .plugins/installed  ## the real mergekit and sentence-transformers, in an environment of their own
-	.plugins/bin/python -m pytest -n 0 tests/test_mergekit.py
+plugins: .plugins/installed  ## the real mergekit, sentence-transformers, CycloneDX and model signing, in an environment of their own
+	.plugins/bin/python -m pytest -n 0 tests/test_mergekit.py tests/test_provenance.py
 
-# It sees what .venv has, whose pins suit both, and adds the two with what they need; a floor of settings.ini would not do.
+# It sees what .venv has, whose pins suit all, and adds these with what they need; a floor of settings.ini would not do.
 SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 .plugins/installed: .venv/installed
 	test -x .plugins/bin/python || $(BIN)/python -m venv .plugins
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" > $$(.plugins/bin/python $(SITE))/venv.pth
-	.plugins/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt 'mergekit>=0.1.5' 'sentence-transformers>=6.2'
+	.plugins/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt 'mergekit>=0.1.5' 'sentence-transformers>=6.2' \
+	  'cyclonedx-python-lib[json-validation]>=11.1' 'model-signing>=1.1' 'pyopenssl>=24'
 	touch $@
+
+nbdev3:  ## whether nbdev 3 exports the same modules, in an environment of its own
+	test -x .nbdev3/bin/python || $(PYTHON) -m venv .nbdev3
+	.nbdev3/bin/python -m pip --disable-pip-version-check install -q 'nbdev==3.3.26'
+	.nbdev3/bin/python tools/nbdev3.py
 
 corner:  ## the test files on the oldest versions that settings.ini states, as uv resolves them; with RESOLUTION=highest on the newest
 	$(PYTHON) -m venv .corner
@@ -61,4 +67,4 @@ readme: .venv/installed  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
 clean:
-	rm -rf .corner .plugins _bench _demo _docs _proc _site _sphinx build *.egg-info
+	rm -rf .corner .nbdev3 .plugins _bench _demo _docs _proc _site _sphinx build *.egg-info

@@ -448,5 +448,4 @@ def run_bench_shapes(
     print(summary(found))
 
 # %% ../../nbs/experiment/05_bench.ipynb #f175a695
-#| eval: false
 if __name__=='__main__': run_bench_shapes()

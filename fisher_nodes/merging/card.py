@@ -313,7 +313,8 @@ def origins(
     adapted = {t: o['adapter'] for t,o in found.items() if o.get('adapter')}
     found |= {f'base of {t}': dict(o, model=o['base']) for t,o in adapted.items()}
     found |= {'base': dict(base, model=report['base'])} if base else {}
-    return [Origin(t, o['model'], bool(o.get('hub')), o.get('card'), o.get('revision')) for t,o in found.items()]
+    def as_origin(t, o): return Origin(t, o['model'], bool(o.get('hub')), o.get('card'), o.get('revision'))
+    return [as_origin(t, o) for t,o in found.items()]
 
 # %% ../../nbs/merging/03_card.ipynb #c767a1d9
 def _union(values)->list[str]|None:

@@ -34,8 +34,8 @@ from ..engine.batches import own_batches
 from ..methods.method import Count, PathName, checked, quoted
 from ..engine.adapters import adapter_base
 from ..engine.files import (
-    LOCK, MERGED, RECIPE, SIGNATURE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file, hold,
-    is_merged, read_list, replaced, sign, whole_file, whole_folder)
+    LOCK, MERGED, RECIPE, SIGNATURE, TRAINED, WEIGHTS, check_apart, check_folder, check_free, describe_file,
+    hold, is_merged, read_list, replaced, sign, whole_file, whole_folder)
 from ..engine.devices import running_device
 from ..engine.fingerprints import TensorHash, digest_file, check_hash, hash_tensors, join_hashes
 from ..engine.guard import frozen_eval, turn

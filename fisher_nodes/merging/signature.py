@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from ..engine.files import BOM, MERGED, SIGNATURE, check_apart, list_files
 from ..engine.reading import check_regular, load_json
-from .bom import NEEDED, check_schema, write_bom
+from .bom import LIBRARIES, check_form, write_bom
 from .card import front_matter
 from ..methods.method import one_line
 
@@ -35,14 +35,15 @@ def _with_key(path:Path, use:Callable[[Path],Any], what:str)->Any:
     try: return use(path)
     except Exception as e: # of several libraries
         why = 'it is encrypted' if 'encrypted' in str(e) else one_line(e, 100)
-        raise ValueError(f'{one_line(path)} cannot be used as {what} on an elliptic curve, in PEM: {why}') from None
+        said = f'{one_line(path)} cannot be used as {what} on an elliptic curve, in PEM: {why}'
+        raise ValueError(said) from None
 
 def load_signer(
     key:str|Path, # a private key on an elliptic curve, in PEM
 )->Any: # signs a folder
     "A key to sign with; `ValueError` for what is none, `ImportError` without the library."
     try: from model_signing import signing
-    except ImportError: raise ImportError(NEEDED) from None
+    except ImportError: raise ImportError(LIBRARIES) from None
     def use(o): return signing.Config().use_elliptic_key_signer(private_key=o)
     return _with_key(Path(key), use, 'a private key').set_hashing_config(_hashing(False))
 
@@ -69,7 +70,7 @@ def load_verifier(
 )->Any: # checks a signature
     "A key to check with; `ValueError` for what is none, `ImportError` without the library."
     try: from model_signing import verifying
-    except ImportError: raise ImportError(NEEDED) from None
+    except ImportError: raise ImportError(LIBRARIES) from None
     def use(o): return verifying.Config().use_elliptic_key_verifier(public_key=o)
     return _with_key(Path(key), use, 'a public key')
 
@@ -100,7 +101,7 @@ class Seal:
         out:str|Path, # folder to write
     ):
         "An error for a key that cannot be used, or a library that is missing."
-        if self.bom: check_schema('{"bomFormat": "CycloneDX", "specVersion": "1.7"}')
+        if self.bom: check_form('{"bomFormat": "CycloneDX", "specVersion": "1.7"}')
         if self.key is None: return
         check_apart(out, dict(sign=self.key), 'key')
         load_signer(self.key)

@@ -22,7 +22,7 @@ from ..engine.files import BOM, MERGED, RECIPE, SIGNATURE, is_merged, read_list,
 from ..engine.fingerprints import digest_file
 from ..engine.models import ModelReference, as_reference
 from ..engine.reading import check_inside, check_regular, load_json, parse_yaml, read_text
-from .bom import bom_differences, check_schema
+from .bom import bom_differences, check_form
 from .card import read_report
 from .merged import Merged, all_heads
 from .recipe import load_recipe, read_recipe
@@ -102,7 +102,8 @@ def _entry_fault(path:Path, inside:Path|None, said:Any, seen:dict)->str|None: # 
 def _several(what:str, faults:Sequence[str], shown:int=SHOWN)->list[Finding]:
     "A line for each of some faults, and how many there are more."
     more = len(faults)-shown
-    return [misfits(what, o) for o in faults[:shown]] + ([misfits(what, f'and {more} more')] if more>0 else [])
+    rest = [misfits(what, f'and {more} more')] if more>0 else []
+    return [misfits(what, o) for o in faults[:shown]] + rest
 
 def check_files(
     folder:Path, # of a merge
@@ -122,9 +123,11 @@ def check_files(
     wrong = {n: _entry_fault(folder/n, folder, listed[n], seen) for n in kept}
     changed = [f'{one_line(n, 100)}: {o}' for n,o in wrong.items() if o]
     found = _several('files', [*gone, *extra, *changed])
-    if not found and kept: found = [fits('files', f'{len(kept)}, as {MERGED} lists them by SHA-256; no others')]
-    if old: found.append(unchecked('files', f'{len(old)} have no SHA-256 in {MERGED}: a folder of version 0.1'))
-    if there-own: found.append(unchecked('fetched', f'{len(there-own)} files of git or the Hub, not of the merge'))
+    if not found and kept:
+        found = [fits('files', f'{len(kept)}, as {MERGED} lists them by SHA-256; no others')]
+    if old: found.append(unchecked('files', f'{len(old)} have no SHA-256 in {MERGED}: of version 0.1'))
+    fetched = f'{len(there-own)} files of git or the Hub, not of the merge'
+    if there-own: found.append(unchecked('fetched', fetched))
     return found
 
 # %% ../../nbs/merging/08_verify.ipynb #d2232d8b
@@ -156,7 +159,7 @@ def check_bom(
         odd = bom_differences(load_json(folder/BOM), report)
         if odd: return _several('bom', [f'says otherwise than {MERGED}: {one_line(o, 100)}' for o in odd], 2)
         said = fits('bom', f'names and hashes are those of {MERGED}')
-        check_schema(read_text(folder/BOM))
+        check_form(read_text(folder/BOM))
     except ImportError: return [said, unchecked('bom', 'its schema: cyclonedx-python-lib is not installed')]
     except (ValueError, OSError) as e: return [misfits('bom', str(e))]
     return [said, fits('bom', 'it is CycloneDX 1.7')]
@@ -171,11 +174,12 @@ def check_signed(
 )->Finding:
     "Whether a folder is as it was signed."
     there = os.path.lexists(folder/SIGNATURE)
-    if key is None: return unchecked('signature', 'no --key was given' if there else f'there is none: {_UNSIGNED}')
+    if key is None:
+        return unchecked('signature', 'no --key was given' if there else f'there is none: {_UNSIGNED}')
     if not there: return misfits('signature', 'there is none')
     try: check_inside(folder/SIGNATURE, folder)
     except ValueError as e: return misfits('signature', str(e))
-    if not sound: return misfits('signature', 'files are not as listed, so not as signed; not looked at further')
+    if not sound: return misfits('signature', 'files are not as listed, so not as signed')
     links = any((folder/n).is_symlink() for n in _walk(folder))
     try: check_signature(folder, verifier, links)
     except ValueError as e: return misfits('signature', str(e))
@@ -230,16 +234,17 @@ def check_inputs_of(
     listed = report.get('inputs') or {}
     every = {(kind, of): o for kind,files in listed.items() for of,o in files.items()}
     if not every: return [unchecked('inputs', f'{MERGED} lists none: a folder of version 0.1')]
-    if not given: return [unchecked('inputs', f'{len(every)}; name the folders to read them from by --inputs')]
+    if not given: return [unchecked('inputs', f'{len(every)}; name folders to read them from by --inputs')]
     allowed = [Path(os.path.realpath(o)) for o in given]
     try: places = _known_places(load_recipe(folder/RECIPE), allowed)
     except (ValueError, OSError) as e: return [misfits('inputs', str(e))]
-    return [_check_input(f'{k} of {t}', places.get((k, t), 'elsewhere'), o, allowed) for (k,t),o in every.items()]
+    def check(k, t, o): return _check_input(f'{k} of {t}', places.get((k, t), 'elsewhere'), o, allowed)
+    return [check(k, t, o) for (k,t),o in every.items()]
 
 # %% ../../nbs/merging/08_verify.ipynb #f50d7c49
 def _pinned(request:MergeRequest, places:Mapping[tuple[str,str],Any])->MergeRequest:
     "The request with models where they were checked."
-    def at(o, key): return ModelReference(str(places[key]), None, o.weight_hash, getattr(o, 'head_hash', None))
+    def at(o, key): return ModelReference(str(places[key]), None, o.weight_hash, o.head_hash)
     models = {t: at(as_reference(o), ('model', t)) for t,o in request.models.items()}
     base = None if request.base is None else at(as_reference(request.base), ('base', 'all'))
     return request.model_copy(update=dict(models=models, base=base))
@@ -258,7 +263,8 @@ def _on_hub(places:Mapping[tuple[str,str],Any])->list[str]:
     bases = {of: adapter_base(o) for (kind,of),o in places.items() if kind=='model'}
     return [t for t,o in bases.items() if o and not Path(o).is_dir()]
 
-def _all_tensors(merged:Merged)->dict[str,torch.Tensor]: return dict(body_state(merged.body)) | all_heads(merged)
+def _all_tensors(merged:Merged)->dict[str,torch.Tensor]:
+    return dict(body_state(merged.body)) | all_heads(merged)
 
 def _same_bits(a:torch.Tensor, b:torch.Tensor)->bool:
     if a.dtype!=b.dtype or a.shape!=b.shape: return False
@@ -281,7 +287,8 @@ def repeat_merge(
     places = _known_places(load_recipe(folder/RECIPE), [Path(os.path.realpath(o)) for o in given])
     if odd := _unlisted(places, report.get('inputs') or {}):
         return misfits('repeat', f'not begun: {odd[0]} would be read, and {MERGED} has no SHA-256 of it')
-    if odd := _on_hub(places): return misfits('repeat', f'not begun: the base of adapter {odd[0]} is on the Hub')
+    if odd := _on_hub(places):
+        return misfits('repeat', f'not begun: the base of adapter {odd[0]} is on the Hub')
     made = merge_loaded(_pinned(read_recipe(folder/RECIPE), places), progress=False)
     if made.report['inputs']!=report['inputs']: return misfits('repeat', 'an input was changed meanwhile')
     stored = Merged.from_pretrained(folder)
@@ -306,7 +313,8 @@ def _repeated(folder:Path, report:Mapping, given:Sequence, found:Sequence[Findin
     ready = all(o.state=='fits' for o in found if o.what in ('files', 'recipe', 'inputs'))
     if not ready: return misfits('repeat', 'not begun: files, recipe and all inputs must fit first')
     try: return repeat_merge(folder, report, given)
-    except (ValueError, TypeError, OSError, ImportError) as e: return misfits('repeat', f'it cannot be repeated: {e}')
+    except (ValueError, TypeError, OSError, ImportError) as e:
+        return misfits('repeat', f'it cannot be repeated: {e}')
 
 _NOT_ASKED = unchecked('repeat', 'not asked for; --repeat merges again')
 
@@ -326,7 +334,8 @@ def verify_merge(
     if report is None: return found
     found += check_files(folder, listed) if listed else []
     sound = bool(listed) and is_sound(found)
-    found += [check_recipe(folder, report), *check_bom(folder, report), check_signed(folder, key, verifier, sound)]
+    found += [check_recipe(folder, report), *check_bom(folder, report)]
+    found.append(check_signed(folder, key, verifier, sound))
     went_in = check_inputs_of(folder, report, inputs)
     again = [_repeated(folder, report, inputs, [*found, *went_in])] if repeat else [_NOT_ASKED]
     return [*found, *_summed(went_in), *again]

@@ -285,7 +285,7 @@ merge(dict(a='me/a', b='me/b'), method='average').save_pretrained(here/'from_hub
 run_recipe(here/'from_hub'/'recipe.yml', here/'repeated')
 """, HF_TOKEN='good')
     card, recipe = card_of(tmp_path/'from_hub'), yaml.safe_load((tmp_path/'from_hub'/'recipe.yml').read_text())
-    assert card.data.base_model==['me/a', 'me/b'] and card.data.to_dict()['base_model_relation']=='merge' and '| a | me/a | mit |' in card.text
+    assert card.data.base_model==['me/a', 'me/b'] and card.data.to_dict()['base_model_relation']=='merge' and '| a | me/a | mit |' in card.text and f"- b: me/b at {hub.repos['me/b']['sha']}" in card.text
     assert recipe['models']['b']['model']=='me/b' and recipe['models']['b']['revision']==hub.repos['me/b']['sha']
     assert 'not stated: it has no model card' in card.text
     for name in ('model.safetensors', 'recipe.yml'): assert (tmp_path/'from_hub'/name).read_bytes()==(tmp_path/'repeated'/name).read_bytes()

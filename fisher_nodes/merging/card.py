@@ -433,6 +433,8 @@ One Transformer body for {n} tasks, merged with [fisher_nodes](https://github.co
 
 `fisher-nodes verify DIR` compares the files of this folder with their SHA-256 in `{report}`, which also
 has those of the files that were merged.
+
+{commits}
 """
 
 def _settings(report:Mapping[str,Any])->list[tuple[str,Any]]:
@@ -528,13 +530,15 @@ def _agreement(report:Mapping[str,Any])->str:
 
 def _tables(report:Mapping[str,Any])->dict[str,str]:
     "The tables of a card, by their places in the text."
-    licences = [(o.role, o.model, _license_words(o), o.revision or '–') for o in origins(report)]
+    licences = [(o.role, o.model, _license_words(o)) for o in origins(report)]
+    commits = [f'- {escaped(o.role)}: {escaped(o.model)} at {escaped(o.revision)}'
+               for o in origins(report) if o.hub and o.revision]
     return dict(
         tasks=table(['task', 'model', 'λ', 'examples', 'scores'], _task_rows(report), escaped),
         how=table(['setting', 'value'], _settings(report), escaped),
         weights=table(['weighted by the Fisher of', 'parameters', 'numbers'], _weighting(report), escaped),
         agreement=_agreement(report),
-        licences=table(['source', 'model', 'licence', 'revision'], licences, escaped))
+        licences=table(['source', 'model', 'licence'], licences, escaped), commits='\n'.join(commits))
 
 def model_card(
     report:Mapping[str,Any], # of a `Merged`

@@ -241,6 +241,9 @@ def _check_measuring(method:str, labels:str, measuring:Mapping[str,Any], measure
     takes = STATISTICS[needed].takes if needed else ()
     if labels!='empirical' and 'labels' not in takes:
         raise ValueError(f'method {method!r} reads no labels, so they cannot be {labels!r}')
+    if needed=='calls' and measuring.get('precision') in ('tf32', 'bf16'):
+        raise ValueError(f'method {method!r} fits in float32 or better; '
+                         f"`precision` {measuring['precision']!r} would have no effect")
     choices = measuring | dict(labels=None if labels=='empirical' else labels)
     idle = [k for k,v in choices.items() if v is not None]
     if idle and not measured:

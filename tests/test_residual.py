@@ -220,6 +220,17 @@ def test_half_precision_is_fitted_in_float32():
         assert (p.float()-body(b)[n]).norm() <= .02*body(b)[n].norm(), n
 
 @pytest.mark.parametrize('kind', ['bert', 'llama'])
+def test_a_second_sweep_changes_nothing(kind):
+    "What a layer is fitted to depends on the layers below it, and not on what stands in it or above."
+    models = {t: tiny(kind, i, torch.float64) for i, t in enumerate('ab', 1)}
+    rows = {t: measure('calls', models[t], o, **QUIET) for t, o in as_data(texts(1)).items()}
+    new = deepcopy(models['a'])
+    with torch.no_grad(): fit_body(new, lanes(list(models.values()), new, list(rows.values())), .1)
+    first = {n: p.clone() for n, p in body_of(new).named_parameters()}
+    with torch.no_grad(): fit_body(new, lanes(list(models.values()), new, list(rows.values())), .1)
+    for n, p in body_of(new).named_parameters(): assert_close(p, first[n], rtol=1e-6, atol=1e-9*first[n].norm().item())
+
+@pytest.mark.parametrize('kind', ['bert', 'llama'])
 def test_only_the_layer_at_hand_is_in_float32(kind, monkeypatch):
     "The others, and what was fitted, have the type of the models; what is outside of layers is small and stays float32."
     models = {t: tiny(kind, i, torch.bfloat16) for i, t in enumerate('ab', 1)}

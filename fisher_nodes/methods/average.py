@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from ..core.averaging import plain_shares, weighted_mean
+from ..core.blocks import cut, rows_meant
 from ..core.families import body_of
 from .method import Job, Rule, merge_method
 
@@ -31,6 +32,10 @@ def average_model(
 )->PreTrainedModel: # a copy of `job.model`
     "A model whose body is the average, in the types that the merged body will have."
     named,shares = dict(body_of(job.model).named_parameters()),plain_shares(job.weights)
-    def mean(n): return weighted_mean([o[n] for o in job.states.values()], shares, job.dtype(n))
-    means = {id(named[n]): nn.Parameter(mean(n).to(named[n].device), False) for n in job.names}
+    def mean(n):
+        out = torch.empty_like(named[n], dtype=job.dtype(n))
+        for o in map(rows_meant, cut(n, out.shape, len(shares))):
+            out[o] = weighted_mean([state[n][o] for state in job.states.values()], shares, out.dtype)
+        return out
+    means = {id(named[n]): nn.Parameter(mean(n), False) for n in job.names}
     return deepcopy(job.model, means)

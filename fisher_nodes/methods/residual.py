@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from ..core.averaging import plain_shares, weighted_mean
 from ..core.checkpointing import find_layers
 from ..core.families import body_of
 from ..core.places import find_places
@@ -35,10 +34,12 @@ def with_ones(
     "The inputs of a layer with a bias."
     return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
+def _plus(total:Tensor|None, part:Tensor)->Tensor: return part.double() if total is None else total.add_(part)
+
 @dataclass
 class Sums:
     "What the equations of one input need of one task."
-    gram:Any=0 # XᵀX, shape `(in, in)`, float64
+    gram:Any=None # XᵀX, shape `(in, in)`, float64
     right:dict[str,Any]=field(default_factory=dict) # name of a matrix -> XᵀY, shape `(in, out)`, float64
     n:int=0 # vectors
 
@@ -47,8 +48,8 @@ class Sums:
         wanted:Mapping[str,Tensor], # name of a matrix -> what is asked for, shape `(n, out)`
     ):
         "Take in some vectors."
-        self.gram = self.gram+(x.T @ x).double()
-        for k,y in wanted.items(): self.right[k] = self.right.get(k, 0)+(x.T @ y.to(x)).double()
+        self.gram = _plus(self.gram, x.T @ x)
+        for k,y in wanted.items(): self.right[k] = _plus(self.right.get(k), x.T @ y.to(x))
         self.n += len(x)
 
 # %% ../../nbs/methods/08_residual.ipynb #7c525456
@@ -60,12 +61,12 @@ def solve_residual(
     ridge:float, # ρ
 )->tuple[Tensor,int]: # shape `(out, in)`, and the number of inputs that no model used
     "Solve the normal equations of one matrix; `ValueError` if they have no single solution."
-    k,left,right = owners[0].shape[1],0,0
+    k = owners[0].shape[1]
+    left,right = owners[0].new_zeros(k, k),torch.zeros_like(owners[0].T)
     for o,w,λ in zip(sums, owners, shares):
-        gram = o.gram[:k,:k]
-        size = ridge*gram.diagonal()
-        left = left+λ/o.n*(gram+size.diag())
-        right = right+λ/o.n*(o.right[name][:k]+size[:,None]*w.T)
+        size = ridge*o.gram.diagonal()[:k]
+        left.add_(o.gram[:k,:k], alpha=λ/o.n).diagonal().add_(size, alpha=λ/o.n)
+        right.add_(o.right[name][:k], alpha=λ/o.n).add_(size[:,None]*w.T, alpha=λ/o.n)
     unused = left.diagonal()==0
     mean = sum(λ*w for w,λ in zip(owners, shares))/sum(shares)
     left.diagonal()[unused] = 1.
@@ -374,12 +375,8 @@ def fit_rule(
     state = dict(body_of(model).named_parameters())
     names = {f'{n}.{o}' for n in fitted for o in ('weight', 'bias')}
     kinds = {n: 'fit' if n in names else 'one' for n in job.names}
-    shares = plain_shares(job.weights)
-    def combine(name, tensors):
-        if kinds[name]=='fit': return state[name].to(tensors[0].device)
-        return weighted_mean(tensors, shares, job.dtype(name))
-    counts = dict(fitted_matrices=len(fitted), unused_inputs=unused)
-    return Rule(combine, kinds, counts, whole={n for n,k in kinds.items() if k=='fit'})
+    def combine(name, tensors): return state[name].to(tensors[0].device)
+    return Rule(combine, kinds, dict(fitted_matrices=len(fitted), unused_inputs=unused))
 
 @merge_method('residual-regression', statistic='calls', runs_models=True, keeps_layers=True,
               refit_heads=.25)

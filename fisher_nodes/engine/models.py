@@ -38,6 +38,7 @@ from .guard import keep_rng
 from .hub import FILES, hub_file, with_safetensors
 from .reading import (
     check_pointer, check_inside, check_regular, is_memory_error, read_header, load_json)
+from .quiet import quiet
 from ..methods.method import WRITTEN, explain, one_line
 
 # %% ../../nbs/engine/05_models.ipynb #0bcb31e9
@@ -349,7 +350,8 @@ def model_errors(
 )->Iterator[None]:
     "Look at a model's folder, and turn a failure to load it into a `ValueError` that says which."
     if not isinstance(model, PreTrainedModel): _check_named(model, adapters)
-    try: yield
+    try:
+        with quiet(): yield
     except BaseException as e:
         foreign = isinstance(e, Exception) or type(e).__name__=='PanicException' # of libraries in Rust
         start = f'cannot load {one_line(model)}: '

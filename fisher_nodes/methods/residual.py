@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from ..core.averaging import plain_shares, weighted_mean
@@ -22,6 +21,7 @@ from ..core.families import body_of
 from ..core.places import find_places
 from ..core.walk import (
     Reached, Sum, Walk, called, check_unrepeated, find_sum, gives, reads, watch_sum)
+from .bars import show_bar
 from .average import average_model
 from .calls import as_given, tokens
 from .method import Job, Positive, Rule, merge_method
@@ -286,7 +286,7 @@ def fit_body(
     "Fit every layer from below, then what comes after the last."
     writers,stages = _writers(model),_stages(lanes, fitted_maps(model), layers_in_order(lanes), targets)
     fitted,unused = [],0
-    for stage in tqdm(stages, desc='fit', unit='layer', delay=2, disable=not progress):
+    for stage in show_bar(stages, 'fit', progress, unit='layer'):
         groups = _groups(lanes, stage.maps, stage.layer(lanes[0].new))
         names,part = [n for g in groups for n in g],stage.path or 'after'
         found = shelf.load(part) if shelf else None

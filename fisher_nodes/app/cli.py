@@ -15,6 +15,7 @@ import argparse
 import json
 import linecache
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -873,8 +874,10 @@ _AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 
 def _examples(lines:str)->str:
     "Examples in lines that fit, as a shell reads them."
-    def folded(o): return wrap(o.strip(), 74, break_on_hyphens=False, break_long_words=False)
-    return '\n'.join(['example:', *('  '+' \\\n    '.join(folded(o)) for o in lines.split('\n'))])
+    how = dict(width=74, break_on_hyphens=False, break_long_words=False)
+    def folded(o): return wrap(re.sub(r'(--[\w-]+) (?!-)', '\\1\xa0', o.strip()), **how) # an option with its value
+    shown = ['  '+' \\\n    '.join(folded(o)) for o in lines.split('\n')]
+    return '\n'.join(['example:', *shown]).replace('\xa0', ' ')
 
 def _add_command(commands, name:str, options:bool):
     "One command, with its options if they are needed."
@@ -901,7 +904,7 @@ def make_parser(
 def _told(rows:Mapping[str,Mapping])->dict[str,dict[str,str]]:
     "Rows as a table shows them."
     from fisher_nodes.experiment.screen import as_cell
-    return {k: {c.replace('_', ' '): as_cell(v) for c,v in o.items()} for k,o in rows.items()}
+    return {k: {c.replace('_', ' '): as_cell(v, 4) for c,v in o.items()} for k,o in rows.items()}
 
 def _tables(result:Mapping[str,Any])->list[dict[str,dict]]:
     "Tables, and between them the rows that stand alone."
@@ -932,7 +935,7 @@ def show_answers(
     "Print a line for each text and task, the score first."
     from fisher_nodes.experiment.screen import as_cell, screen_width
     from fisher_nodes.methods.method import one_line
-    def cells(t, o): return as_cell(o.get('score', o.get('value'))), as_cell(o.get('label', '')), t
+    def cells(t, o): return as_cell(o.get('score', o.get('value')), 4), as_cell(o.get('label', '')), t
     rows = [(*cells(t, o[i]), text) for i,text in enumerate(texts) for t,o in answers.items()]
     head = ('score', 'label', 'task')
     wide = [min(24, max(len(o[i]) for o in (head, *rows))) for i in range(3)]

@@ -19,14 +19,15 @@ def screen_width()->int: # columns of the terminal; 80 where there is none
     return max(40, get_terminal_size((WIDTH, 24)).columns)
 
 # %% ../../nbs/experiment/00a_screen.ipynb #a272e462
-_CELL = 36 # letters of a name or a cell
+_NAME,_CELL = 46,30 # letters
 
 def as_cell(
     value:Any, # of a result
+    digits:int|None=None, # of a number, behind the point; None shows four that count
 )->str:
-    "A value as a table shows it."
-    if isinstance(value, float): return f'{value:.4g}'
-    if isinstance(value, (list,tuple)): return ', '.join(map(as_cell, value))
+    "A value in words."
+    if isinstance(value, float): return f'{value:.{digits}f}' if digits else f'{value:.4g}'
+    if isinstance(value, (list,tuple)): return ', '.join(as_cell(o, digits) for o in value)
     return '–' if value is None else str(value)
 
 def _cut(text:str, width:int=_CELL)->str: return text if len(text)<=width else f'{text[:width-1]}…'
@@ -38,7 +39,7 @@ def table_lines(
     columns:Sequence[str], # to show, in this order
 )->list[str]:
     "Some columns as lines of text; a space before or behind a column's name tells two of one name apart."
-    names = {r: _cut(r) for r in rows}
+    names = {r: _cut(r, _NAME) for r in rows}
     first = max(map(len, names.values()))
     cells = {c: [_cut(o.get(c, '')) for o in rows.values()] for c in columns}
     wide = {c: max(len(_cut(c.strip())), *map(len, cells[c])) for c in columns}

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
+from tqdm import std
 from tqdm.auto import tqdm
 from .method import one_line
 
@@ -41,6 +43,11 @@ def bar_title(
 # %% ../../nbs/methods/00b_bars.ipynb #53f84789
 _IN_LOG = dict(delay=60, mininterval=60, maxinterval=120)
 
+class _Log(std.tqdm):
+    "A bar that is written and not drawn, and so no more often than it is time for."
+    def refresh(self, *args, **kwargs):
+        if self._time()-self.last_print_t>=self.mininterval: super().refresh(*args, **kwargs)
+
 def _is_watched()->bool:
     "Whether someone sees the bar move: in a terminal or a notebook."
     in_notebook = any(o.__module__=='tqdm.notebook' for o in tqdm.__mro__)
@@ -51,7 +58,7 @@ def show_bar(
     what:str='', # is done with them
     shown:bool=True, # whether there is a bar at all
     **kwargs, # of `tqdm`
-)->tqdm:
+)->Any: # a `tqdm`
     "A progress bar that says what is done and for which task."
-    how = dict(delay=2) | kwargs | ({} if _is_watched() else _IN_LOG)
-    return tqdm(items, desc=bar_title(what), disable=not shown, **how)
+    kind,how = (tqdm, {}) if _is_watched() else (_Log, _IN_LOG)
+    return kind(items, desc=bar_title(what), disable=not shown, **dict(delay=2) | kwargs | how)

@@ -174,7 +174,7 @@ def _watch(bar:Any)->Any: # a `transformers.TrainerCallback`
         def on_train_begin(self, args, state, control, **kwargs): bar.total = state.max_steps
         def on_step_end(self, args, state, control, **kwargs): bar.update()
         def on_log(self, args, state, control, logs, **kwargs):
-            if 'loss' in logs: bar.set_postfix_str(f'loss {float(logs["loss"]):.3g}')
+            if 'loss' in logs: bar.set_postfix_str(f'loss {float(logs["loss"]):.3g}', refresh=False)
     return Watch()
 
 def train_model(

@@ -294,14 +294,15 @@ def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[
     if len(specs)!=1:
         raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
     model,tokenizer = _load(name, merge_adapters)
-    key = specs[0] if specs[0].startswith('glue:') else Path(specs[0]).name
+    key = specs[0] if specs[0].startswith(('glue:', 'hub:')) else Path(specs[0]).name
     return {key: model}, {key: specs[0]}, {key: tokenizer}, dict(model=model_name(model))
 
 def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mapping[str,str])->dict[str,tuple]:
     "Rows and task of every data spec; `ValueError` for a split of a file."
+    from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.tasks.tasks import load_rows
-    if args.split and not any(o.startswith('glue:') for o in specs.values()):
-        raise ValueError('--split is about glue:TASK; a file has no splits')
+    if args.split and not any(o.startswith('glue:') or has_splits(o) for o in specs.values()):
+        raise ValueError('--split is about glue:TASK, hub:ID and saved folders; a file has no splits')
     split = either(args.split, 'validation')
     return {k: load_rows(v, models[k], split, **_columns(args, k), loss=args.loss) for k,v in specs.items()}
 
@@ -564,7 +565,8 @@ def _outline(name:str):
     "A model without numbers, from its config."
     import torch
     from transformers import AutoConfig, AutoModel
-    from fisher_nodes.engine.models import model_errors
+    from fisher_nodes.engine.models import fetched, model_errors
+    name = fetched(name)
     with model_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device('meta'): return AutoModel.from_config(config, trust_remote_code=False)
@@ -632,6 +634,15 @@ def as_line(
     "What can be printed of a message, in one line; without importing what takes seconds."
     return ''.join(o for o in ' '.join(str(message).split()) if o.isprintable())[:2000]
 
+_PATHS = ('model', 'models', 'data', 'held_out', 'validation', 'fisher', 'base', 'checkpoints', 'results',
+          'config', 'out', 'save', 'work', 'expand')
+
+def _at_home(value:Any)->Any:
+    "A path, or some behind `task=`, where `~` is the home folder; a shell knows it at the start of a word only."
+    if isinstance(value, list): return [_at_home(o) for o in value]
+    task,eq,path = value.rpartition('=') if isinstance(value, str) else ('', '', '')
+    return f'{task}{eq}{os.path.expanduser(path)}' if path.startswith('~') else value
+
 class Parser(argparse.ArgumentParser):
     "Answers a mistake with one line, and knows which options were given."
     def __init__(self, *args, **kwargs): super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -643,6 +654,8 @@ class Parser(argparse.ArgumentParser):
             found.texts,rest = found.texts+rest,[] # those behind an option, which argparse passes over
         if rest: self.error(f'unrecognized arguments: {" ".join(rest)}')
         found.given = [o.partition('=')[0] for o in args if o.startswith('--')]
+        for k in _PATHS:
+            if (value := getattr(found, k, None)) is not None: setattr(found, k, _at_home(value))
         return found
     def error(self, message):
         "One line on standard error, exit status 2."
@@ -694,13 +707,14 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
 
 OPTIONS = dict(
     data=_option('--data', required=True, metavar='SPEC',
-        help='glue:TASK for its training rows, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
+        help='glue:TASK for its training rows, a file of rows (.parquet, .csv, .tsv, .json, .jsonl), a folder '
+             'of save_to_disk, or hub:ID:SPLIT'),
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
     device=_option('--device', metavar='NAME', help='cpu, cuda, cuda:1, …; by default where the model loads'),
     checkpointing=_option('--checkpointing', action='store_true',
         help='run layers twice, to need less memory: for long rows and large models'),
-    split=_option('--split', help='split of glue:TASK to score on (validation)'),
+    split=_option('--split', help='split of glue:TASK, hub:ID or a saved folder to score on (validation)'),
     imports=_option('--import', nargs='+', dest='imports', metavar='FILE',
         help='Python files or modules that register methods'),
     json=_option('--json', action='store_true', help='print the result as JSON, for programs'))
@@ -805,8 +819,8 @@ OWN_OPTIONS = dict(
                  help='texts are pairs: two by two, or on one line with a tab between them'),
              _option('--tasks', type=words, metavar='TASKS', help='some, as in mnli,rte; by default all')],
     finetune=[_option('model', metavar='MODEL', help='folder or Hub id to start from'),
-              _option('--data', metavar='SPEC',
-                  help='glue:TASK, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
+              _option('--data', metavar='SPEC', help='glue:TASK, a file of rows (.parquet, .csv, .tsv, .json, '
+                  '.jsonl), a folder of save_to_disk, or hub:ID:SPLIT'),
               _option('--glue', type=words, metavar='TASKS',
                   help='all, or some as in mnli,rte: one folder for each'),
               _option('--validation', metavar='SPEC', help='rows to score the result on'),

@@ -34,7 +34,7 @@ from ..engine.fingerprints import hash_weights
 from ..engine.guard import keep_rng
 from ..engine.hub import with_safetensors
 from ..engine.measure import describe_data
-from ..engine.models import HOW, check_wrapped, load_tokenizer, model_errors, model_name
+from ..engine.models import HOW, check_wrapped, fetched, load_tokenizer, model_errors, model_name
 from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw
 from ..engine.text import check_text, text_columns
 from ..engine.processes import is_main
@@ -87,6 +87,7 @@ def load_body(
     "The body of a model, from safetensors only when it is loaded."
     check_wrapped(model)
     if isinstance(model, PreTrainedModel): return model.base_model
+    model = fetched(model)
     with model_errors(model): return AutoModel.from_pretrained(with_safetensors(model), **HOW)
 
 def first_layers(

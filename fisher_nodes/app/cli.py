@@ -327,6 +327,7 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     or one model on one data set."""
     from fisher_nodes.engine.files import write_record
     from fisher_nodes.engine.measure import describe_data
+    from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.merging.merged import check_card, update_card
     from fisher_nodes.tasks.evaluation import evaluate
     read = (args.model, *(o.rpartition('=')[2] for o in args.data))
@@ -342,7 +343,9 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
     beside = {} if merged is None or args.alone else _beside(merged, loaded, args.fetch, how)
     shown = {k: o | beside.get(k, {}) for k,o in scores.items()}
-    if out: write_record(out, scores=shown, data=data, split=split, source=source)
+    splits = {k: split for k,o in specs.items() if o.startswith('glue:') or has_splits(o)}
+    data = {k: o if k in splits else o.replace(f'/{split}#', '#') for k,o in data.items()} # a file has none
+    if out: write_record(out, scores=shown, data=data, split=splits, source=source)
     named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
     if args.update_card: update_card(merged, args.model, scores, named)
     return shown

@@ -30,7 +30,7 @@ from ..engine.batches import (
 from ..engine.devices import find_device, precision_context
 from ..engine.files import (
     TOKENIZER, TRAINED, WEIGHTS, check_apart, check_folder, check_free, replaced, versions, whole_folder)
-from ..engine.fingerprints import hash_weights
+from ..engine.fingerprints import hash_keys, hash_weights, row_keys
 from ..engine.guard import keep_rng
 from ..engine.hub import with_safetensors
 from ..engine.measure import describe_data
@@ -78,6 +78,7 @@ def task_config(
     config.id2label = dict(enumerate(names))
     config.label2id = {name:i for i,name in enumerate(names)}
     config.problem_type = 'single_label_classification' if task.labels else 'regression'
+    config._name_or_path = '' # what the start was trained on is no matter
     return config
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #03b3ee8c
@@ -244,6 +245,11 @@ def _check_out(out:str|Path, model:Any, overwrite:bool):
     check_folder(out, overwrite)
     check_free(Path(out), TOKENIZER, replaced(Path(out), TRAINED, WEIGHTS))
 
+def _rows_hash(data:Any, task:Task)->dict[str,str]: # empty where texts are not read
+    "Which rows a model was offered, so that `compare` knows them again."
+    columns = task_text(task, data)
+    return dict(rows_hash=hash_keys(row_keys(data, columns))) if columns else {}
+
 @checked
 def finetune(
     model:PreTrainedModel|str|Path, # a model with or without a head, a folder or a Hub id
@@ -281,7 +287,7 @@ def finetune(
         scores = None
         if validation is not None: scores = evaluate(new, validation, task, progress=progress, **text)
         record = dict(base=model_name(model), base_hash=hash_weights(base), data=describe_data(data),
-            task=asdict(task), num_examples=len(rows), max_length=text['max_length'],
+            task=asdict(task), **_rows_hash(data, task), num_examples=len(rows), max_length=text['max_length'],
             num_layers=num_layers, **recipe, losses=losses, scores=scores,
             seconds=round(time.perf_counter()-start, 2), device=device.type, versions=versions())
         save_all(new, text['tokenizer'], files, record)

@@ -22,7 +22,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 from ..core.heads import HEADS
-from ..core.start import LEAST
+from ..core.start import LEAST, Likeness, least_alike, starts_words
 from ..engine.files import RECIPE
 from ..engine.models import find_file
 from ..engine.reading import parse_yaml, load_json, read_text
@@ -230,6 +230,8 @@ class _Likeness(_Told):
     a:str
     b:str
     cosine:float
+    layer:str=''
+    of_layer:float=1.
 
 class _Chosen(_Told):
     method:str
@@ -436,10 +438,10 @@ def _notes(report:Mapping[str,Any])->str:
     out = [f'The model of {t} is an adapter, merged into {escaped(o["base"])}.' for t,o in adapted.items()]
     if any(zero.values()):
         out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
-    least = min(report.get('alike') or [dict(cosine=1)], key=lambda o: o['cosine'])
-    if least['cosine']<LEAST:
-        out.append(f'The weights of {escaped(least["a"])} and {escaped(least["b"])} have a cosine of '
-                   f'{least["cosine"]:.2g}; those of models of one start have more than {LEAST}.')
+    fields = Likeness._fields
+    if o := least_alike([Likeness(**{k: v for k,v in o.items() if k in fields}) for o in report.get('alike', ())]):
+        out.append(f'The weights of {escaped(o.a)} and {escaped(o.b)} have {escaped(starts_words(o))}; '
+                   f'those of models of one start have more than {LEAST}.')
     if lacking := report.get('not_in_all'):
         out.append(f'Not every model has {", ".join(map(escaped, lacking))}; averaged over those that do.')
     if won := report.get('won'):

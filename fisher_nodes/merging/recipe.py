@@ -18,6 +18,7 @@ from ..engine.fingerprints import check_hash
 from ..engine.measure import saved_hash
 from ..engine.models import ModelReference
 from ..engine.reading import parse_yaml, read_text
+from ..engine.specs import HUB
 from .request import MergeRequest, check_names
 from ..methods.method import WRITTEN, PathName, can_name, checked, explain, one_line
 
@@ -100,11 +101,11 @@ def recipe_text(
 # %% ../../nbs/merging/01_recipe.ipynb #83e45c5e
 def _is_local(key:str, name:str, here:Path)->bool:
     "Whether a name in a recipe is a path."
-    if key in ('data', 'fishers'): return not name.startswith('glue:')
+    if key in ('data', 'fishers'): return not name.startswith(('glue:', HUB))
     return name.startswith(('.', '~', '/')) or os.path.exists(here/name)
 
 _MODEL = 'a folder or Hub id'
-_MEANT = dict(models=_MODEL, base=_MODEL, data='glue:TASK or a file', fishers='a file')
+_MEANT = dict(models=_MODEL, base=_MODEL, data='glue:TASK, hub:ID, a saved folder or a file', fishers='a file')
 
 def _check_name(key:str, of:str, entry:Any):
     "`ValueError` unless an entry names something, or nothing."

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from ..core.checkpointing import find_layers
@@ -22,6 +21,7 @@ from ..core.families import body_of
 from ..core.places import find_places
 from ..core.walk import (
     Reached, Sum, Walk, called, check_unrepeated, find_sum, gives, reads, watch_sum)
+from .bars import show_bar
 from .average import average_model
 from .calls import as_given, tokens
 from .method import Job, Positive, Rule, merge_method
@@ -355,7 +355,7 @@ def fit_body(
     "Fit every layer from below, then what comes after the last."
     writers,stages = _writers(model),_stages(lanes, fitted_maps(model), layers_in_order(lanes), targets)
     fitted,unused = [],0
-    for stage in tqdm(stages, desc='fit', unit='layer', delay=2, disable=not progress):
+    for stage in show_bar(stages, 'fit', progress, unit='layer'):
         layer = stage.layer(lanes[0].new)
         with in_float32(layer) if layer else nullcontext():
             names,more = _fit_or_take(stage, writers, ridge, shelf)

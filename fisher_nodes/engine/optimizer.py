@@ -96,6 +96,9 @@ def _moment(path:Path, name:str, state:Any, group:Mapping)->tuple[Tensor,float|N
         has = one_line([*state]) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f'{path}: the state of {one_line(name)} has no `exp_avg_sq`, as Adam keeps it, '
                          f'but {has}')
+    if not v.is_floating_point():
+        raise ValueError(f'{path}: the state of {one_line(name)} has numbers of type {v.dtype}, '
+                         'expected floating-point ones')
     if 'betas' not in group or 'step' not in state: return v, None
     t,β = _number(state['step']),group['betas']
     β2 = _number(β[1]) if isinstance(β, (list, tuple)) and len(β)==2 else None

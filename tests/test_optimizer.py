@@ -4,6 +4,8 @@ import os
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, T5Config, T5ForConditionalGeneration, Trainer,
@@ -13,7 +15,7 @@ import zoo
 from fisher_nodes import MaskFisher, ParameterFisher, mask_fisher, merge, merge_files, optimizer_fisher, optimizer_mask_fisher, parameter_fisher
 from fisher_nodes.app.cli import main
 from fisher_nodes.core.families import body_of
-from fisher_nodes.engine.importance import expand_importance
+from fisher_nodes.engine.importance import expand_importance, importance_schema
 from fisher_nodes.engine.optimizer import fold_nodes
 from reference import examples, collate, ragged_batches, tiny
 from test_cli import WORDS, save_model
@@ -288,6 +290,10 @@ def test_the_shell(pair, tmp_path, capsys):
     assert_close(MaskFisher.load(tmp_path/'a.safetensors').rows, want.rows, rtol=0, atol=0)
     want = optimizer_fisher(pair['a'], batch_size=3)
     assert_close(ParameterFisher.load(tmp_path/'a.full.safetensors').values, want.values, rtol=0, atol=0)
+    schema = Draft202012Validator(importance_schema())
+    for path in tmp_path.glob('*.safetensors'):
+        with safe_open(path, 'pt') as f: about = f.metadata()
+        schema.validate(about | dict(meta=json.loads(about['meta'])))
     models = ' '.join(f'{t}={o}' for t, o in pair.items())
     def files(end): return ' '.join(f'{t}={tmp_path}/{t}{end}.safetensors' for t in pair)
     assert not main(f'merge {models} --fisher {files("")} --out {tmp_path}/masks'.split()), capsys.readouterr().err

@@ -2,8 +2,10 @@
 
   python tools/compare_optimizer.py --out nbs/results/optimizer.json --seeds 0 1 2
 Fine-tunes MiniLM on the demo's two corpora as the demo does, with its rows, seeds and recipe, and keeps a checkpoint with
-the optimizer's states of every epoch. What was trained stays in --work and is not trained again."""
+the optimizer's states of every epoch. What was trained stays in --work and is not trained again, and
+seeds that are in the file are not measured again."""
 import argparse
+import json
 import time
 from pathlib import Path
 import numpy as np
@@ -156,8 +158,11 @@ def main():
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(minilm_path(), trust_remote_code=False)
-    found = {str(s): one_seed(args.work, s, tokenizer) for s in args.seeds}
-    write_record(args.out, device='cpu', threads=torch.get_num_threads(), rows=ROWS, trained=TRAINED, held_out=HELD_OUT,
-        recipe=TRAINING, seeds=found)
+    found = json.loads(args.out.read_text())['seeds'] if args.out.exists() else {}
+    for s in args.seeds:
+        if str(s) in found: continue
+        found[str(s)] = one_seed(args.work, s, tokenizer)
+        write_record(args.out, device='cpu', threads=torch.get_num_threads(), rows=ROWS, trained=TRAINED, held_out=HELD_OUT,
+            recipe=TRAINING, seeds=found)
 
 if __name__=='__main__': main()

@@ -17,6 +17,7 @@ test: .venv/installed lint
 
 plugins: .plugins/installed  ## the real mergekit and sentence-transformers, in an environment of their own
 	.plugins/bin/python -m pytest -n 0 tests/test_mergekit.py
+	.plugins/bin/python -m pytest -n 0 tests/test_trainer.py -k cross_encoder
 
 # It sees what .venv has, whose pins suit both, and adds the two with what they need; a floor of settings.ini would not do.
 SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"

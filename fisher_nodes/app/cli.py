@@ -144,19 +144,39 @@ def _check_wanted(args:argparse.Namespace)->Path|None: # where to write what is 
         f'{args.variant!r} looks at the Fishers of all models')
     if Path(args.expand).resolve()==Path(args.out).resolve():
         raise ValueError('--expand and --out are one file')
-    return check_file(args.expand, args.overwrite, args.model, args.data)
+    return check_file(args.expand, args.overwrite, args.model, args.data or args.from_optimizer)
 
-def run_fisher(args:argparse.Namespace)->dict|None:
-    "Measure the mask Fisher of one model on one data set."
-    from fisher_nodes.engine.importance import push_importance
+def _measure_rows(args:argparse.Namespace)->tuple[Any,Any]: # what was measured, and of which model
+    "The mask Fisher of a model on rows."
     from fisher_nodes.engine.measure import mask_fisher
-    from fisher_nodes.engine.processes import from_main
-    out = check_file(args.out, args.overwrite, args.model, args.data)
-    expanded = _check_wanted(args)
     model,data,read = _load_both(args)
     how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'loss', 'reduction', 'precision',
                          'device', 'checkpointing'))
-    fisher = mask_fisher(model, data, **read, **how)
+    return mask_fisher(model, data, **read, **how), model
+
+def _read_optimizer(args:argparse.Namespace)->tuple[Any,Any]: # what it says, and of which model
+    "What Adam squared, in place of a Fisher."
+    from fisher_nodes.engine.models import load_model
+    from fisher_nodes.engine.optimizer import optimizer_fisher, optimizer_mask_fisher
+    model,read = load_model(args.model),optimizer_fisher if args.parameters else optimizer_mask_fisher
+    return read(args.from_optimizer, model, batch_size=args.batch_size), model
+
+def _check_source(args:argparse.Namespace):
+    "`ValueError` unless it is clear where the numbers come from, and all options are about that."
+    if bool(args.data)==bool(args.from_optimizer): raise ValueError('give either --data or --from-optimizer')
+    of_rows = {f'--{k.replace("_", "-")}' for k in MEASURING}
+    odd = [o for o in args.given if o in (of_rows if args.from_optimizer else ('--parameters', '--batch-size'))]
+    if odd: raise ValueError(f'{odd[0]} is not about {"--from-optimizer" if args.from_optimizer else "--data"}')
+    if args.parameters and args.expand: raise ValueError('--expand is for masks, not for --parameters')
+
+def run_fisher(args:argparse.Namespace)->dict|None:
+    """Measure the mask Fisher of one model on one data set, or take from its optimizer what stands in for it."""
+    from fisher_nodes.engine.importance import push_importance
+    from fisher_nodes.engine.processes import from_main
+    _check_source(args)
+    out = check_file(args.out, args.overwrite, args.model, args.data or args.from_optimizer)
+    expanded = _check_wanted(args)
+    fisher,model = _read_optimizer(args) if args.from_optimizer else _measure_rows(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(out)
     more = {}
@@ -164,7 +184,8 @@ def run_fisher(args:argparse.Namespace)->dict|None:
         _expand(fisher, model, args.model, expanded)
         more['expanded'] = str(expanded)
     if args.push_to: more['pushed'] = from_main(lambda: push_importance(fisher, args.push_to))
-    return {'wrote': str(out), 'num_examples': fisher.num_examples} | more
+    said = dict(estimator='adam') if args.from_optimizer else dict(num_examples=fisher.num_examples)
+    return {'wrote': str(out)} | said | more
 
 # %% ../../nbs/app/02_cli.ipynb #e62d7d43
 def import_methods(
@@ -729,8 +750,9 @@ RUNNING = ['num_samples', 'seed', 'device', 'precision', 'max_length', 'text', '
 
 COMMANDS = dict(
     demo=(run_demo, ['seed', 'overwrite'], 'fisher-nodes demo --out _demo'),
-    fisher=(run_fisher, ['data', *MEASURING, 'out', 'overwrite'],
+    fisher=(run_fisher, [*MEASURING, 'out', 'overwrite'],
         'fisher-nodes fisher MODEL --data glue:sst2 --num-samples 128 --out sst2.fisher.safetensors\n'
+        '  fisher-nodes fisher CHECKPOINT --from-optimizer CHECKPOINT --out sst2.adam.safetensors\n'
         '  fisher-nodes fisher ME/MODEL --data glue:sst2 --out sst2.safetensors --push-to ME/MODEL'),
     merge=(run_merge, ['method', 'scheme', 'base', *MEASURING, 'refit_heads', 'imports', 'out', 'overwrite'],
         'fisher-nodes merge mnli=MODEL sst2=MODEL --data mnli=glue:mnli sst2=glue:sst2 '
@@ -777,6 +799,14 @@ OWN_OPTIONS = dict(
           _option('--num-samples', type=count, default=128, metavar='N',
               help='training rows for each Fisher (128)')],
     fisher=[_option('model', metavar='MODEL', help='folder or Hub id'),
+            _option('--data', metavar='SPEC',
+                help='glue:TASK for its training rows, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
+            _option('--from-optimizer', metavar='CHECKPOINT',
+                help='in place of --data: a checkpoint of Trainer, or exp_avg_sq.safetensors; what Adam squared'),
+            _option('--parameters', action='store_true',
+                help='of an optimizer: a number for each parameter, for --method fisher; else for each node'),
+            _option('--batch-size', type=count, metavar='N',
+                help='of an optimizer: rows of a step, which are multiplied in'),
             _option('--expand', metavar='FILE',
                 help="also write what weights every tensor, by its name in the model's files"),
             _option('--push-to', metavar='ID', help='also put the file beside the model on the Hub')],

@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/fisher-nodes demo --out _demo
 
 test: .venv/installed lint
-	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python tools/run_notebooks.py --check --workers 2
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 0 tests/kernel
 	$(MAKE) plugins
@@ -62,4 +62,4 @@ readme: .venv/installed  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
 clean:
-	rm -rf .corner .plugins _bench _demo _docs _proc _site _sphinx build *.egg-info
+	rm -rf .corner .plugins _bench _demo _small _docs _proc _site _sphinx build *.egg-info

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, Trainer, TrainerCallback, TrainingArguments
 
-from fisher_nodes import FisherCallback, Grams, MaskFisher, ParameterFisher, mask_fisher, merge, parameter_fisher
+from fisher_nodes import FisherCallback, Grams, MaskFisher, ParameterFisher, mask_fisher, merge
 from fisher_nodes.engine.files import OutputExistsError
 from fisher_nodes.engine.importance import find_beside
 from reference import collate, examples, tiny

@@ -80,13 +80,6 @@ def test_the_numbers_are_a_moving_mean_of_squared_means(tmp_path):
     share = torch.tensor([.999**(4-t) for t in range(5)], dtype=torch.float64)
     for n in params: assert_close(found.values[n], sum(s*f[n] for s, f in zip(share, single))/share.sum(), rtol=1e-6, atol=1e-30, msg=n)
 
-def test_rows_of_a_step_are_multiplied_in(tmp_path):
-    model = tiny()
-    torch.save(stepped(model, tmp_path, ragged_batches()).state_dict(), tmp_path/'optimizer.pt')
-    one, sixteen = optimizer_mask_fisher(tmp_path/'optimizer.pt', model), optimizer_mask_fisher(tmp_path/'optimizer.pt', model, batch_size=16)
-    for i in range(2): assert_close([16*o for o in one.layer(i)], list(sixteen.layer(i)), rtol=1e-12, atol=0)
-    assert (one.meta['scaled'], sixteen.meta['scaled'], sixteen.meta['batch_size'])==(False, True, 16)
-
 FAMILIES = ['bert', 'distilbert', 'albert', 'gpt2', 'llama', 'gpt_neox', 'phi3', 'mixtral', 't5', 'bart', 'modernbert', 'deberta-v2', 'falcon', 'vit']
 
 @pytest.mark.parametrize('name', [o for o in FAMILIES if o in zoo.ZOO])
@@ -234,7 +227,7 @@ def test_places_that_hold_something_else(made, tmp_path):
     for odd, says in ((dict(list(states.items())[1:]), r"missing \['bert.embeddings.word_embeddings.weight'\]"), (states | dict(more=torch.ones(2)), r"unknown \['more'\]")):
         save_file({n: v.contiguous() for n, v in odd.items()}, tmp_path/'o.safetensors')
         with pytest.raises(ValueError, match=says): optimizer_fisher(tmp_path/'o.safetensors', model)
-    with pytest.raises(ValueError, match='batch_size'): optimizer_fisher(folder/'out'/'checkpoint-4', batch_size=0)
+    with pytest.raises(ValueError, match='`path`'): optimizer_fisher(3)
 
 def test_the_optimizer_of_other_weights_is_refused(made):
     folder, model, _, _ = made
@@ -273,7 +266,7 @@ def test_what_is_not_alike_is_not_merged(pair, made):
     model = AutoModelForSequenceClassification.from_pretrained(pair['b'])
     true = mask_fisher(model, [collate(examples(4, 2, vocab=V))], **QUIET)
     raw = MaskFisher(nodes['b'].heads, nodes['b'].rows, meta=nodes['b'].meta | dict(corrected=False))
-    for other, word in ((true, 'estimator'), (raw, 'corrected'), (optimizer_mask_fisher(pair['b'], batch_size=3), 'scaled')):
+    for other, word in ((true, 'estimator'), (raw, 'corrected')):
         with pytest.raises(ValueError, match=f'the Fishers differ in {word}'): merge(pair, dict(a=nodes['a'], b=other), **QUIET)
     with pytest.raises(ValueError, match='measured on other weights|other weights'): merge(pair, dict(a=nodes['b'], b=nodes['a']), **QUIET)
 
@@ -284,11 +277,11 @@ def test_the_shell(pair, tmp_path, capsys):
     for t, o in pair.items():
         assert not main(f'fisher {o} --from-optimizer {o} --out {tmp_path}/{t}.safetensors --json'.split()), capsys.readouterr().err
         assert json.loads(capsys.readouterr().out)=={'wrote': f'{tmp_path}/{t}.safetensors', 'estimator': 'adam'}
-        assert not main(f'fisher {o} --from-optimizer {o}/optimizer.pt --parameters --batch-size 3 --out {tmp_path}/{t}.full.safetensors'.split())
+        assert not main(f'fisher {o} --from-optimizer {o}/optimizer.pt --parameters --out {tmp_path}/{t}.full.safetensors'.split())
         assert 'adam' in capsys.readouterr().out
     want = optimizer_mask_fisher(pair['a'])
     assert_close(MaskFisher.load(tmp_path/'a.safetensors').rows, want.rows, rtol=0, atol=0)
-    want = optimizer_fisher(pair['a'], batch_size=3)
+    want = optimizer_fisher(pair['a'])
     assert_close(ParameterFisher.load(tmp_path/'a.full.safetensors').values, want.values, rtol=0, atol=0)
     schema = Draft202012Validator(importance_schema())
     for path in tmp_path.glob('*.safetensors'):
@@ -302,7 +295,7 @@ def test_the_shell(pair, tmp_path, capsys):
 @pytest.mark.parametrize('words, says', [
     ('', 'give either --data or --from-optimizer'), ('--data d.csv --from-optimizer {o}', 'give either --data or --from-optimizer'),
     ('--from-optimizer {o} --num-samples 3', '--num-samples is not about --from-optimizer'), ('--data d.csv --parameters', '--parameters is not about --data'),
-    ('--data d.csv --batch-size 4', '--batch-size is not about --data'), ('--from-optimizer {o} --parameters --expand e', '--expand is for masks'),
+    ('--from-optimizer {o} --parameters --expand e', '--expand is for masks'),
     ('--from-optimizer {o}/config.json', 'is not read: it holds more than tensors')])
 def test_the_shell_refuses(pair, words, says, tmp_path, capsys):
     assert main(f'fisher {pair["a"]} --out {tmp_path}/f {words.format(o=pair["a"])}'.split())==2

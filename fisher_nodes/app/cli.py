@@ -159,18 +159,20 @@ def _read_optimizer(args:argparse.Namespace)->tuple[Any,Any]: # what it says, an
     from fisher_nodes.engine.models import load_model
     from fisher_nodes.engine.optimizer import optimizer_fisher, optimizer_mask_fisher
     model,read = load_model(args.model),optimizer_fisher if args.parameters else optimizer_mask_fisher
-    return read(args.from_optimizer, model, batch_size=args.batch_size), model
+    return read(args.from_optimizer, model), model
 
 def _check_source(args:argparse.Namespace):
     "`ValueError` unless it is clear where the numbers come from, and all options are about that."
     if bool(args.data)==bool(args.from_optimizer): raise ValueError('give either --data or --from-optimizer')
     of_rows = {f'--{k.replace("_", "-")}' for k in MEASURING}
-    odd = [o for o in args.given if o in (of_rows if args.from_optimizer else ('--parameters', '--batch-size'))]
-    if odd: raise ValueError(f'{odd[0]} is not about {"--from-optimizer" if args.from_optimizer else "--data"}')
+    about,others = ('--from-optimizer', of_rows) if args.from_optimizer else ('--data', {'--parameters'})
+    odd = [o for o in args.given if o in others]
+    if odd: raise ValueError(f'{odd[0]} is not about {about}')
     if args.parameters and args.expand: raise ValueError('--expand is for masks, not for --parameters')
 
 def run_fisher(args:argparse.Namespace)->dict|None:
-    """Measure the mask Fisher of one model on one data set, or take from its optimizer what stands in for it."""
+    """Measure the mask Fisher of one model on one data set,
+    or take what stands in for it from its optimizer."""
     from fisher_nodes.engine.importance import push_importance
     from fisher_nodes.engine.processes import from_main
     _check_source(args)
@@ -799,14 +801,11 @@ OWN_OPTIONS = dict(
           _option('--num-samples', type=count, default=128, metavar='N',
               help='training rows for each Fisher (128)')],
     fisher=[_option('model', metavar='MODEL', help='folder or Hub id'),
-            _option('--data', metavar='SPEC',
-                help='glue:TASK for its training rows, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
+            _option('--data', metavar='SPEC', help=OPTIONS['data'][1]['help']),
             _option('--from-optimizer', metavar='CHECKPOINT',
-                help='in place of --data: a checkpoint of Trainer, or exp_avg_sq.safetensors; what Adam squared'),
+                help='in place of --data: a checkpoint of Trainer, or exp_avg_sq.safetensors'),
             _option('--parameters', action='store_true',
-                help='of an optimizer: a number for each parameter, for --method fisher; else for each node'),
-            _option('--batch-size', type=count, metavar='N',
-                help='of an optimizer: rows of a step, which are multiplied in'),
+                help='of an optimizer: for each parameter, for --method fisher --options floor=0'),
             _option('--expand', metavar='FILE',
                 help="also write what weights every tensor, by its name in the model's files"),
             _option('--push-to', metavar='ID', help='also put the file beside the model on the Hub')],

@@ -22,7 +22,7 @@ from .models import check_index, load_model, model_name
 from .pickles import unpickle
 from .reading import check_inside, check_regular
 from ..methods.full_fisher import ParameterFisher
-from ..methods.method import Count, PathName, check_numbers, check_shapes, checked, one_line, widen
+from ..methods.method import PathName, check_numbers, check_shapes, checked, one_line, widen
 
 # %% ../../nbs/engine/10a_optimizer.ipynb #e1ee823b
 STATES = 'optimizer.pt','exp_avg_sq.safetensors' # of transformers' `Trainer`, and of OTA merging
@@ -112,7 +112,8 @@ def _moment(path:Path, name:str, state:Any, group:Mapping)->tuple[Tensor,float|N
 def _read_torch(path:Path, model:PreTrainedModel)->tuple[dict[str,Tensor],dict]:
     "The second moments in what `torch.save(optimizer.state_dict())` wrote, by the names of parameters."
     with open(path, 'rb') as f: found = unpickle(path, f)
-    if not _is_optimizer(found): raise ValueError(f'{path} does not hold what an optimizer\'s `state_dict` gives')
+    if not _is_optimizer(found):
+        raise ValueError(f"{path} does not hold what an optimizer's `state_dict` gives")
     groups,states = found['param_groups'],found['state']
     names,group = _names(path, groups, model),{k: g for g in groups for k in g['params']}
     if odd := [k for k in states if k not in names]:
@@ -164,26 +165,21 @@ def _of_body(path:Path, model:PreTrainedModel, moments:Mapping[str,Tensor])->dic
     for n,v in values.items(): check_numbers(f'{path}, {n}', v, v)
     return values
 
-def _second_moments(path:str|Path, model:Any, batch_size:int|None)->tuple[ParameterFisher,PreTrainedModel]:
+def _second_moments(path:str|Path, model:Any)->tuple[ParameterFisher,PreTrainedModel]:
     "What stands for a model's Fisher, and the model."
     path = find_states(path)
     model = _load_beside(path, model)
     moments,said = _read_safetensors(path) if path.suffix=='.safetensors' else _read_torch(path, model)
-    values = {n: v*(batch_size or 1) for n,v in _of_body(path, model, moments).items()}
-    about = dict(model=model_name(model), weight_hash=hash_weights(model), estimator='adam',
-                 versions=versions(), scaled=batch_size is not None, **said)
-    if batch_size: about['batch_size'] = batch_size
-    return ParameterFisher(values, 0, about), model
+    about = dict(model=model_name(model), weight_hash=hash_weights(model), estimator='adam')
+    return ParameterFisher(_of_body(path, model, moments), 0, about | said | dict(versions=versions())), model
 
 @checked
 def optimizer_fisher(
     path:PathName, # a checkpoint's folder, its `optimizer.pt`, or OTA's `exp_avg_sq.safetensors`
     model:Any=None, # as it was trained, or its folder; None is the one beside the states
-    *,
-    batch_size:Count|None=None, # rows of a step, which are multiplied in; None leaves the mean's squares
 )->ParameterFisher:
     "Adam's second moment of every parameter, in place of its Fisher; `ValueError` if it does not fit."
-    return _second_moments(path, model, batch_size)[0]
+    return _second_moments(path, model)[0]
 
 # %% ../../nbs/engine/10a_optimizer.ipynb #d05ab4e0
 _MASKED = dict(head='attention_output', cross='attention_output', row='ffn_in') # kind -> what its masks scale
@@ -220,8 +216,6 @@ def fold_nodes(
 def optimizer_mask_fisher(
     path:PathName, # as in `optimizer_fisher`
     model:Any=None, # as in `optimizer_fisher`
-    *,
-    batch_size:Count|None=None, # as in `optimizer_fisher`
 )->MaskFisher:
     "Adam's second moments summed over nodes, in place of a mask Fisher; `ValueError` if they do not fit."
-    return fold_nodes(*_second_moments(path, model, batch_size))
+    return fold_nodes(*_second_moments(path, model))

@@ -339,7 +339,7 @@ def check_alike(
     variant:str|None, # that they must have; None accepts any
 ):
     "`ValueError` unless all were computed alike, and as the merge assumes."
-    for key in ('variant', 'estimator', 'corrected', 'scaled'):
+    for key in ('variant', 'estimator', 'corrected'):
         values = {t: f.meta[key] for t,f in found.items() if key in f.meta}
         if len(set(values.values()))>1: raise ValueError(f'the Fishers differ in {key}: {values}')
         if key=='variant' and variant and values and variant not in values.values():

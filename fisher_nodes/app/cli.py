@@ -405,6 +405,8 @@ def run_compare(args:argparse.Namespace)->dict|None:
     if args.save: save_winner(found, args.save, args.overwrite)
     if args.out: write_comparison(found, args.out, args.overwrite)
     wrote = {k: str(o) for k,o in dict(saved=args.save, wrote=args.out).items() if o}
+    unnamed = args.save and found.merged.report.get('measured_rows')
+    if unnamed: wrote['repeat'] = 'by this command; rows of a split have no name for a recipe'
     if not args.json: print(comparison_text(found, screen_width()))
     about = ('scores', 'metrics', 'seconds', 'left_out', 'chosen', 'rows')
     said = {k: getattr(found, k) for k in about} | dict(winner=found.winner, rule=RULE, why=found.why)

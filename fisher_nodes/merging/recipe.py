@@ -90,11 +90,13 @@ _NULL = '# in memory, or a local path that was not published: nothing here can n
 def recipe_text(
     recipe:Mapping[str,Any], # as in `public_recipe`
     changed:bool=False, # whether the weights were changed after merging
+    rows:Mapping[str,str]|None=None, # task -> which rows were measured, where they have no name
 )->str:
     "The recipe as YAML."
     def dump(k):
         text = yaml.safe_dump({k: recipe[k]}, sort_keys=False, allow_unicode=True, width=200)
         if k not in (*NAMED, *_SINGLE): return text
+        if k=='data' and rows: text = ''.join(f'# {one_line(t)}: {one_line(o)}\n' for t,o in rows.items())+text
         return re.sub(r': null$', f': null  {_NULL}', text, flags=re.M)
     return _HEAD + _CHANGED*changed + ''.join(map(dump, recipe))
 

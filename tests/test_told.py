@@ -41,11 +41,11 @@ def fails(line, capsys):
                                   'predict pair it', 'evaluate pair --data single.csv --text text'])
 def test_pairs_are_not_scored_on_single_texts(line, capsys, here):
     "Nor measured, nor asked: the same words everywhere, and nothing is written."
-    assert re.search(r'the model was fine-tuned on pairs of texts \(premise, hypothesis\), and text are single texts', fails(line, capsys))
+    assert re.search(r'the model was fine-tuned on pairs of texts \(premise, hypothesis\), and these are single texts \(text\)', fails(line, capsys))
     assert not (here/'m').exists() and not (here/'f.safetensors').exists()
 
 def test_nor_single_texts_on_pairs(capsys):
-    assert 'fine-tuned on single texts (text), and premise, hypothesis are pairs of texts' in fails('evaluate one --data pairs.csv', capsys)
+    assert 'fine-tuned on single texts (text), and these are pairs of texts (premise, hypothesis)' in fails('evaluate one --data pairs.csv', capsys)
     assert main('evaluate one --data pairs.csv --text premise'.split())==0 # one of two, by name
     assert main('evaluate pair --data pairs.csv'.split())==0
 

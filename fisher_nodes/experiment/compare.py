@@ -28,7 +28,7 @@ from ..engine.fingerprints import hash_keys, row_keys
 from ..engine.rows import INPUTS, is_dataset, is_made
 from ..engine.reading import load_json
 from ..engine.text import text_columns, trained_record
-from .screen import WIDTH, sentence_lines, table_text
+from .screen import WIDTH, sentence_lines, screen_table
 from .plots import MARKERS, PALETTE, new_axis
 from ..merging.merged import Merged
 from ..merging.recipe import entry_name
@@ -125,7 +125,8 @@ def read_apart(
         rest = [i for i,k in enumerate(keys) if k not in chosen]
         says = f'{share:g} of its rows, drawn by seed {seed}'
         return Apart(rows.select(rest), rows.select(out), task, (task and task.text) or text,
-                     task and task.max_length, [keys[i] for i in rest], [keys[i] for i in out], hash_keys(keys), says=says,
+                     task and task.max_length,
+                     [keys[i] for i in rest], [keys[i] for i in out], hash_keys(keys), says=says,
                      file=Path(data).name if isinstance(data, (str, Path)) else '')
     spec,kind = (held, 'given') if held is not None else (data, 'glue')
     try:
@@ -283,14 +284,15 @@ def comparison_text(
     said += [f'{t}: {o["held_out"]} rows held out ({o["says"]}); '
              f'{o["measured"]} of {o["rows"]} others to measure on.' for t,o in found.rows.items()]
     learned = [t for t,o in found.rows.items() if o.get('learned')]
-    if learned: said.append(f'the own models of {", ".join(learned)} were fine-tuned on these rows: what they '
-                            'score says how well they were learned, and what a merge loses looks larger.')
+    if learned:
+        said.append(f'the own models of {", ".join(learned)} were fine-tuned on these rows: they score how '
+                    'well they were learned, and what a merge loses looks larger.')
     said += [f'{m} took {o["method"]}: {o["why"]}.' for m,o in found.chosen.items()]
     reasons = {}
     for m,why in found.left_out.items(): reasons.setdefault(why, []).append(m)
     said += [f'left out: {", ".join(o)}: {why}.' for why,o in reasons.items()]
     lines = [l for o in (*said, f'{found.why}.') for l in sentence_lines(o, width)]
-    return '\n'.join([table_text(rows, width), '', *lines])
+    return '\n'.join([screen_table(rows, width), '', *lines])
 
 # %% ../../nbs/experiment/07_compare.ipynb #4ba8ddbd
 def plot_comparison(

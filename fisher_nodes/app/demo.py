@@ -349,9 +349,6 @@ def _run_demo(out:Path, num_samples:int, train_samples:int, test_samples:int, ma
     fishers, merged = merge_all(folders, data, files, num_samples, seconds, seed)
     with stopwatch(seconds, 'score four ways'):
         scores = score_all({'own model':models} | merged, data, test_samples, tokenizer, seed)
-    again = 'training rows of the demo; `fisher-nodes demo` draws them again'
-    rows = {t: f'{num_samples} of {len(o.train)} {again}' for t,o in data.items()}
-    merged['best'].report['measured_rows'] = rows
     with stopwatch(seconds, 'save and reload'):
         equal = save_merged(merged['best'], out/'merged', data, tokenizer)
     with stopwatch(seconds, 'draw'): draw(fishers, scores, out/'demo.png')

@@ -96,5 +96,7 @@ if __name__=='__main__':
         sys.path.insert(0, str(HERE.parent))
         with tempfile.TemporaryDirectory() as d:
             make(d)
-            for name, text in in_terminal(d).items(): (STORED/f'{name}.txt').write_text(f'$ fisher-nodes {COMMANDS[name]}\n{without_bars(text)[0]}')
-        print(f'wrote {len(COMMANDS)} screens into {STORED}')
+            found = {STORED/f'{k}.txt': f'$ fisher-nodes {COMMANDS[k]}\n{without_bars(text)[0]}' for k, text in in_terminal(d).items()}
+        new = {path: text for path, text in found.items() if not path.exists() or masked(path.read_text())!=masked(text)}
+        for path, text in new.items(): path.write_text(text)
+        print(f'{len(found)} screens, of which {len(new)} are other than in {STORED}: {", ".join(o.stem for o in new)}')

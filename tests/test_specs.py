@@ -13,7 +13,7 @@ from test_cli import WORDS, save_model
 from fisher_nodes import Merged, evaluate, load_task, merge
 from fisher_nodes.app.cli import main
 from fisher_nodes.engine.models import as_reference, load_model, load_tokenizer
-from fisher_nodes.engine.specs import read_rows
+from fisher_nodes.engine.specs import named_rows
 from fisher_nodes.merging.recipe import read_recipe
 
 NAMES = ['class a', 'class b']
@@ -120,7 +120,7 @@ def test_a_revision(here, tmp_path, capsys):
 def test_home(capsys, tmp_path):
     assert load_task('~/rows.json', text='review', label='stars')[1].name=='rows'
     for line in (f'merge x=~/x y=~/y --method average --out {tmp_path}/m', 'evaluate ~/x --data ~/rows.json --text review --label stars'): assert main(line.split())==0
-    assert load_model('~/x').config.num_labels==2 and read_rows('~/rows.json')[0].num_rows==24
+    assert load_model('~/x').config.num_labels==2 and named_rows('~/rows.json')[0].num_rows==24
 
 @pytest.mark.parametrize('spec, say', [
     ('rows.xlsx', 'rows.xlsx: expected a file in .parquet'), ('x', 'x is a folder that `save_to_disk` did not write: expected a file in'), ('hub:', 'hub: names nothing on the Hub; expected hub:ID'),

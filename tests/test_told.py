@@ -41,11 +41,11 @@ def fails(line, capsys):
                                   'predict pair it', 'evaluate pair --data single.csv --text text'])
 def test_pairs_are_not_scored_on_single_texts(line, capsys, here):
     "Nor measured, nor asked: the same words everywhere, and nothing is written."
-    assert re.search(r'the model was fine-tuned on pairs of texts \(premise, hypothesis\), and text are single texts', fails(line, capsys))
+    assert re.search(r'the model was fine-tuned on pairs of texts \(premise, hypothesis\), and these are single texts \(text\)', fails(line, capsys))
     assert not (here/'m').exists() and not (here/'f.safetensors').exists()
 
 def test_nor_single_texts_on_pairs(capsys):
-    assert 'fine-tuned on single texts (text), and premise, hypothesis are pairs of texts' in fails('evaluate one --data pairs.csv', capsys)
+    assert 'fine-tuned on single texts (text), and these are pairs of texts (premise, hypothesis)' in fails('evaluate one --data pairs.csv', capsys)
     assert main('evaluate one --data pairs.csv --text premise'.split())==0 # one of two, by name
     assert main('evaluate pair --data pairs.csv'.split())==0
 
@@ -106,3 +106,20 @@ def test_told_once_by_compare(here, tmp_path, monkeypatch, capsys):
     save_model(tmp_path/'far', seed=9, num_hidden_layers=3)
     assert main(f'compare a=start b={tmp_path}/far --data a=single.csv b=other.csv --methods average,regmean,mask-fisher,best'.split())==0
     assert capsys.readouterr().err.count('were they?')==1
+
+def test_which_rows_a_winner_measured(here, tmp_path, capsys):
+    "Rows of a split have no name: recipe, card and screen say which they were, and how to have them again; where none were measured the recipe is whole."
+    line = 'compare a=one b=two --data a=single.csv b=other.csv --num-samples 8 --share .25 --seed 3 --save'
+    assert main([*line.split(), f'{tmp_path}/rows', '--methods', 'regmean'])==0
+    assert 'repeat: by this command; rows of a split have no name for a recipe' in capsys.readouterr().out
+    want = r'rows of single.csv, without \d+ held out \(0.25 of its rows, drawn by seed 3\); `fisher-nodes compare` on the same files draws them again'
+    recipe, card = ((tmp_path/'rows'/o).read_text() for o in ('recipe.yml', 'README.md'))
+    assert re.search(fr'(?m)^# a: \d+ {want}$', recipe) and 'a: null' in recipe and re.search(r'rows of single.csv, without \d+ held out', card.replace('\\', ''))
+    said = fails(f'merge {tmp_path}/rows/recipe.yml --out {tmp_path}/again', capsys)
+    assert "no name for `data` of 'a'" in said
+    assert main([*line.split(), f'{tmp_path}/plain', '--methods', 'average'])==0
+    assert 'repeat:' not in capsys.readouterr().out and main(f'merge {tmp_path}/plain/recipe.yml --out {tmp_path}/again'.split())==0
+
+def test_the_card_says_that_the_folder_is_a_body(here, tmp_path):
+    merge(dict(a=here/'one', b=here/'two'), method='average').save_pretrained(tmp_path/'m')
+    assert 'a `pipeline` of it would make one at random' in ' '.join((tmp_path/'m'/'README.md').read_text().split())

@@ -407,6 +407,8 @@ def run_compare(args:argparse.Namespace)->dict|None:
     if args.save: save_winner(found, args.save, args.overwrite)
     if args.out: write_comparison(found, args.out, args.overwrite)
     wrote = {k: str(o) for k,o in dict(saved=args.save, wrote=args.out).items() if o}
+    unnamed = args.save and found.merged.report.get('measured_rows')
+    if unnamed: wrote['repeat'] = 'by this command; rows of a split have no name for a recipe'
     if not args.json: print(comparison_text(found, screen_width()))
     about = ('scores', 'metrics', 'seconds', 'left_out', 'chosen', 'rows')
     said = {k: getattr(found, k) for k in about} | dict(winner=found.winner, rule=RULE, why=found.why)
@@ -664,7 +666,7 @@ _PATHS = ('model', 'models', 'data', 'held_out', 'validation', 'fisher', 'base',
           'config', 'out', 'save', 'work', 'expand')
 
 def _at_home(value:Any)->Any:
-    "A path, or some behind `task=`, where `~` is the home folder; a shell knows it at the start of a word only."
+    "Paths, also behind `task=`, where `~` is the home folder; a shell knows it at the start of a word only."
     if isinstance(value, list): return [_at_home(o) for o in value]
     task,eq,path = value.rpartition('=') if isinstance(value, str) else ('', '', '')
     return f'{task}{eq}{os.path.expanduser(path)}' if path.startswith('~') else value
@@ -733,8 +735,8 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
 
 OPTIONS = dict(
     data=_option('--data', required=True, metavar='SPEC',
-        help='glue:TASK for its training rows, a file of rows (.parquet, .csv, .tsv, .json, .jsonl), a folder '
-             'of save_to_disk, or hub:ID:SPLIT'),
+        help='glue:TASK for its training rows, a file of rows (.parquet, .csv, .tsv, .json, .jsonl), '
+             'a folder of save_to_disk, or hub:ID:SPLIT'),
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
     device=_option('--device', metavar='NAME', help='cpu, cuda, cuda:1, …; by default where the model loads'),
@@ -851,8 +853,9 @@ OWN_OPTIONS = dict(
                  help='texts are pairs: two by two, or on one line with a tab between them'),
              _option('--tasks', type=words, metavar='TASKS', help='some, as in mnli,rte; by default all')],
     finetune=[_option('model', metavar='MODEL', help='folder or Hub id to start from'),
-              _option('--data', metavar='SPEC', help='glue:TASK, a file of rows (.parquet, .csv, .tsv, .json, '
-                  '.jsonl), a folder of save_to_disk, or hub:ID:SPLIT'),
+              _option('--data', metavar='SPEC',
+                  help='glue:TASK, a file of rows (.parquet, .csv, .tsv, .json, .jsonl), '
+                       'a folder of save_to_disk, or hub:ID:SPLIT'),
               _option('--glue', type=words, metavar='TASKS',
                   help='all, or some as in mnli,rte: one folder for each'),
               _option('--validation', metavar='SPEC', help='rows to score the result on'),
@@ -921,7 +924,8 @@ _AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 def _examples(lines:str)->str:
     "Examples in lines that fit, as a shell reads them."
     how = dict(width=74, break_on_hyphens=False, break_long_words=False)
-    def folded(o): return wrap(re.sub(r'(--[\w-]+) (?!-)', '\\1\xa0', o.strip()), **how) # an option with its value
+    def bound(o): return re.sub(r'(--[\w-]+) (?!-)', '\\1\xa0', o.strip()) # an option and its value
+    def folded(o): return wrap(bound(o), **how)
     shown = ['  '+' \\\n    '.join(folded(o)) for o in lines.split('\n')]
     return '\n'.join(['example:', *shown]).replace('\xa0', ' ')
 
@@ -967,8 +971,8 @@ def show(
     result:dict, # values, rows (a dict of values), and tables (a dict of rows)
 ):
     "Print a result: its tables and rows, and its values below."
-    from fisher_nodes.experiment.screen import as_cell, table_text
-    parts = [table_text(_told(o)) for o in _tables(result)]
+    from fisher_nodes.experiment.screen import as_cell, screen_table
+    parts = [screen_table(_told(o)) for o in _tables(result)]
     values = {k.replace('_', ' '): v for k,v in result.items() if not isinstance(v, dict)}
     if values: parts.append('\n'.join(f'{k}: {as_cell(v)}' for k,v in values.items()))
     if parts: print('\n\n'.join(parts))
@@ -999,7 +1003,8 @@ def _tell(args:argparse.Namespace, message:Any):
 def _is_foreign(name:str)->bool:
     "Whether a module belongs to a library that is installed beside this one."
     path = getattr(sys.modules.get(name), '__file__', None) or ''
-    return not name.startswith('fisher_nodes') and bool({'site-packages', 'dist-packages'}&{*Path(path).parts})
+    installed = {'site-packages', 'dist-packages'} & {*Path(path).parts}
+    return bool(installed) and not name.startswith('fisher_nodes')
 
 @contextmanager
 def _own_words(args:argparse.Namespace)->Iterator[None]:

@@ -110,8 +110,9 @@ _COUNTED = {1: 'single texts', 2: 'pairs of texts'}
 def _check_count(names:Sequence[str], recorded:Sequence[str]):
     "`ValueError` for single texts where a model was fine-tuned on pairs, or the other way."
     if not (names and recorded) or len(names)==len(recorded): return
-    raise ValueError(f'the model was fine-tuned on {_COUNTED.get(len(recorded))} ({", ".join(recorded)}), and '
-                     f'{", ".join(names)} are {_COUNTED[len(names)]}; name the columns with `text=` (--text)')
+    was,now = (f'{_COUNTED.get(len(o), "texts")} ({", ".join(o)})' for o in (recorded, names))
+    raise ValueError(f'the model was fine-tuned on {was}, and these are {now}; '
+                     'name the columns with `text=` (--text)')
 
 def pick_text(
     kinds:Mapping[str,str], # all columns -> type of what is in them

@@ -28,7 +28,7 @@ from ..engine.fingerprints import hash_keys, row_keys
 from ..engine.rows import INPUTS, is_dataset, is_made
 from ..engine.reading import load_json
 from ..engine.text import text_columns, trained_record
-from .screen import WIDTH, sentence_lines, table_text
+from .screen import WIDTH, sentence_lines, screen_table
 from .plots import MARKERS, PALETTE, new_axis
 from ..merging.merged import Merged
 from ..merging.recipe import entry_name
@@ -82,6 +82,7 @@ class Apart:
     digest:str='' # of all rows that the held-out ones are from
     kind:str='split' # or 'glue', or 'given'
     says:str='' # how the rows were held out
+    file:str='' # that was split
 
 def _for_task(given:Any, task:str)->Any: return given.get(task) if isinstance(given, Mapping) else given
 
@@ -124,7 +125,9 @@ def read_apart(
         rest = [i for i,k in enumerate(keys) if k not in chosen]
         says = f'{share:g} of its rows, drawn by seed {seed}'
         return Apart(rows.select(rest), rows.select(out), task, (task and task.text) or text,
-                     task and task.max_length, [keys[i] for i in rest], [keys[i] for i in out], hash_keys(keys), says=says)
+                     task and task.max_length,
+                     [keys[i] for i in rest], [keys[i] for i in out], hash_keys(keys), says=says,
+                     file=Path(data).name if isinstance(data, (str, Path)) else '')
     spec,kind = (held, 'given') if held is not None else (data, 'glue')
     try:
         scored,about = _read(spec, model, 'validation', text, label)
@@ -281,14 +284,15 @@ def comparison_text(
     said += [f'{t}: {o["held_out"]} rows held out ({o["says"]}); '
              f'{o["measured"]} of {o["rows"]} others to measure on.' for t,o in found.rows.items()]
     learned = [t for t,o in found.rows.items() if o.get('learned')]
-    if learned: said.append(f'the own models of {", ".join(learned)} were fine-tuned on these rows: what they '
-                            'score says how well they were learned, and what a merge loses looks larger.')
+    if learned:
+        said.append(f'the own models of {", ".join(learned)} were fine-tuned on these rows: they score how '
+                    'well they were learned, and what a merge loses looks larger.')
     said += [f'{m} took {o["method"]}: {o["why"]}.' for m,o in found.chosen.items()]
     reasons = {}
     for m,why in found.left_out.items(): reasons.setdefault(why, []).append(m)
     said += [f'left out: {", ".join(o)}: {why}.' for why,o in reasons.items()]
     lines = [l for o in (*said, f'{found.why}.') for l in sentence_lines(o, width)]
-    return '\n'.join([table_text(rows, width), '', *lines])
+    return '\n'.join([screen_table(rows, width), '', *lines])
 
 # %% ../../nbs/experiment/07_compare.ipynb #4ba8ddbd
 def plot_comparison(
@@ -330,6 +334,14 @@ def write_comparison(
         (part/_PAGE).write_text(page, encoding='utf-8')
         (part/_RECORD).write_text(json.dumps(record, indent=1)+'\n')
 
+def _measured_rows(found:Comparison)->dict[str,str]: # task -> words; empty where rows have names
+    "Which rows of a file were measured, and how to have them again."
+    unnamed = (found.merged.recipe or {}).get('data') or {}
+    split = {t: o for t,o in found.rows.items() if o.get('file') and t in unnamed and unnamed[t] is None}
+    again = '`fisher-nodes compare` on the same files draws them again'
+    return {t: f'{o["rows"]} rows of {o["file"]}, without {o["held_out"]} held out ({o["says"]}); {again}'
+            for t,o in split.items()}
+
 def save_winner(
     found:Comparison, # with the winner's merge
     out:str|Path, # folder to write; made if missing
@@ -340,6 +352,7 @@ def save_winner(
     losses = {m: dict(worst=a, mean=b) for m,(a,b) in found.losses.items()}
     merged.report['scored'] = {} # of rows without a name
     merged.report['won'] = dict(why=found.why, rows=found.rows, points=losses)
+    if rows := _measured_rows(found): merged.report['measured_rows'] = rows
     scores = {t: {found.metrics[t]: o} for t,o in found.scores[found.winner].items()}
     merged.save_pretrained(out, overwrite=overwrite, scores=scores)
 
@@ -353,7 +366,8 @@ def _held_words(model:Any, o:Apart, num_samples:int|None)->dict[str,Any]:
     "How many rows there are, how they were held out, and whether the own model knows them."
     n = len(o.keys)
     found = dict(held_out=len(o.held), rows=n, measured=min(num_samples or n, n), says=o.says)
-    return found | ({'learned': True} if _learned(model, o) else {})
+    file = {'file': o.file} if o.kind=='split' and o.file else {}
+    return found | file | ({'learned': True} if _learned(model, o) else {})
 
 def _read_all(models:Mapping, data:Mapping, held:Mapping, given:Mapping[str,Any])->dict[str,Apart]:
     "The rows of all tasks, apart from each other."

@@ -283,7 +283,7 @@ def measure_once(
     path = cache_path(checkpoint, cell, cache, how.get('precision'))
     if _is_there(path):
         try: return cell.entry.statistic.kind.load(path)
-        except ValueError as e: tqdm.write(f'{path.name} is corrupt and is measured again: {e}', file=sys.stderr)
+        except ValueError as e: _say(f'{path.name} is corrupt and is measured again: {e}')
     found = _measure(checkpoint, cell, **how)
     found.save(path)
     return found
@@ -317,7 +317,7 @@ def read_result(
     "Read what an earlier run wrote; `ValueError` if it comes from another experiment."
     if not _is_there(path): return None
     try: found = _read_parts(path, parts, list(expected))
-    except ValueError as e: return tqdm.write(f'{path.name} is corrupt and is made again: {e}', file=sys.stderr)
+    except ValueError as e: return _say(f'{path.name} is corrupt and is made again: {e}')
     check_schema(found, path)
     for k,(there,now) in differences(found, expected).items():
         raise ValueError(f'{path} is from another experiment: {k} is {quoted(there)}, now {quoted(now)}; '
@@ -325,6 +325,10 @@ def read_result(
     return found
 
 # %% ../../nbs/experiment/01_grid.ipynb #501693b4
+def _say(text:str):
+    "A line on standard error, above the bars."
+    tqdm.write(text, file=sys.stderr)
+
 def _bar(items:Any=None, what:str='', **kwargs)->tqdm:
     "A progress bar, in the main process."
     return show_bar(items, what, is_main(), delay=0, **kwargs)
@@ -508,7 +512,7 @@ def _read_fisher(path:Path)->MaskFisher|None:
     "A Fisher of the cache; None, and a message if it is corrupt, where there is none."
     try: return MaskFisher.load(path)
     except FileNotFoundError: return None
-    except ValueError as e: tqdm.write(f'{path.name} is corrupt and is left out of the errors: {e}', file=sys.stderr)
+    except ValueError as e: _say(f'{path.name} is corrupt and is left out of the errors: {e}')
 
 def _errors(fisher:MaskFisher, truth:MaskFisher)->dict[str,float]:
     "Errors of the heads and of the neurons."

@@ -20,7 +20,7 @@ from .plots import (
     new_figure, plot_errors, plot_gains, plot_pairs, plot_samples, plot_scores)
 from .results import (
     ERRORS, REPORT, as_text, list_settings, load_errors, load_results, markdown, provenance, setting_label)
-from .screen import sentence_lines, table_text
+from .screen import sentence_lines, screen_table
 from ..merging.card import escaped
 
 # %% ../../nbs/experiment/06_report.ipynb #97d18ebb
@@ -59,7 +59,7 @@ def screen_text(
     parts = []
     for k,rows in said.groupby('group size'):
         table = {labels[i]: {c: o[c] for c in columns} for i,o in rows.to_dict('index').items()}
-        parts.append(f'Merges of {k}\n{table_text(table, width)}')
+        parts.append(f'Merges of {k}\n{screen_table(table, width)}')
     return '\n\n'.join([*parts, '\n'.join(sentence_lines(LEGEND.replace('`', ''), width))])
 
 def _size_plots(results, rows, k): # of one group size: file name, size in inches, and a function of `ax`

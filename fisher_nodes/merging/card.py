@@ -257,6 +257,7 @@ class _Report(_Told):
     chosen:_Chosen|None=None
     alike:list[_Likeness]=[]
     won:_Won|None=None
+    measured_rows:dict[str,str]={}
 
 def beside_files(
     report:Mapping[str,Any],
@@ -438,8 +439,8 @@ def _notes(report:Mapping[str,Any])->str:
     out = [f'The model of {t} is an adapter, merged into {escaped(o["base"])}.' for t,o in adapted.items()]
     if any(zero.values()):
         out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
-    fields = Likeness._fields
-    if o := least_alike([Likeness(**{k: v for k,v in o.items() if k in fields}) for o in report.get('alike', ())]):
+    alike = [Likeness(*(o[k] for k in Likeness._fields if k in o)) for o in report.get('alike', ())]
+    if o := least_alike(alike):
         out.append(f'The weights of {escaped(o.a)} and {escaped(o.b)} have {escaped(starts_words(o))}; '
                    f'those of models of one start have more than {LEAST}.')
     if lacking := report.get('not_in_all'):
@@ -469,11 +470,12 @@ def _loading(where:str, task:str, auto:str, tokenizer:bool)->str:
     return '\n'.join(lines)
 
 # %% ../../nbs/merging/03_card.ipynb #a5ca5911
-def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool)->str:
+def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool, rows:Mapping[str,str]|None=None)->str:
     "Whether and how the merge can be made again."
     if recipe is None: return 'No recipe was recorded.'
     command,gone = f'`fisher-nodes merge {RECIPE} --out DIR`',', '.join(unnamed(recipe))
-    if gone: return f'`{RECIPE}` has no name for {gone}; with these it would be\n{command}.'
+    known = ''.join(f'\n- {escaped(t)}: {escaped(o)}' for t,o in (rows or {}).items())
+    if gone: return f'`{RECIPE}` has no name for {gone}; with these it would be\n{command}.' + known
     change = '\nThe weights were changed after merging; the recipe repeats the merge, not the change.'
     return command + change*changed
 
@@ -481,7 +483,8 @@ def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool)->str:
 _SAME = 'All sources state the same licence.'
 _UNLIKE = 'The sources do not all state the same licence. Look at each before using this model.'
 _HEADS = ('`Merged.from_pretrained({where})` of fisher_nodes loads all tasks on one body; '
-          '`logits(**batch)` answers them in one pass.')
+          '`logits(**batch)` answers them in one pass.\nThe folder itself is that body without a head: a '
+          '`pipeline` of it would make one at random. Give it the model of a task, as loaded above.')
 _ALIKE = ('## Does it answer as its models do?\n\nCompared with each task\'s own model, on rows that '
           'were kept apart, without labels: how often the answers are the same, and how much of the variance '
           'of what is answered is explained; KL is from the own model, in nats. The average has the heads as '
@@ -538,7 +541,8 @@ def model_card(
     words = dict(
         title=f'Merged: {", ".join(tasks)}', n=len(tasks), where=_quoted(where),
         load=_loading(where, tasks[0], auto, tokenizer), notes=_notes(report),
-        licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME, repeat=_repeat_words(recipe, changed))
+        licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME,
+        repeat=_repeat_words(recipe, changed, report.get('measured_rows')))
     whole = any(o.whole and o.auto==auto for o in HEADS.values())
     words['together'] = _ONE if whole else _HEADS.format(**words)
     use = _PIPELINES.get(auto)

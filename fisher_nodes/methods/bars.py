@@ -46,7 +46,8 @@ _IN_LOG = dict(delay=60, mininterval=60, maxinterval=120)
 class _Log(std.tqdm):
     "A bar that is written and not drawn, and so no more often than it is time for."
     def refresh(self, *args, **kwargs):
-        if not self.disable and self._time()-self.last_print_t>=self.mininterval: super().refresh(*args, **kwargs)
+        if self.disable or self._time()-self.last_print_t<self.mininterval: return
+        super().refresh(*args, **kwargs)
 
 def _is_watched()->bool:
     "Whether someone sees the bar move: in a terminal or a notebook."

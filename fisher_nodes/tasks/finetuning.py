@@ -287,7 +287,8 @@ def finetune(
         scores = None
         if validation is not None: scores = evaluate(new, validation, task, progress=progress, **text)
         record = dict(base=model_name(model), base_hash=hash_weights(base), data=describe_data(data),
-            task=asdict(task), **_rows_hash(data, task), num_examples=len(rows), max_length=text['max_length'],
+            task=asdict(task), **_rows_hash(data, task),
+            num_examples=len(rows), max_length=text['max_length'],
             num_layers=num_layers, **recipe, losses=losses, scores=scores,
             seconds=round(time.perf_counter()-start, 2), device=device.type, versions=versions())
         save_all(new, text['tokenizer'], files, record)

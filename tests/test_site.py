@@ -155,7 +155,7 @@ def test_code_of_the_report_is_folded(site):
     for path in (site/'report').glob('*.html'):
         text = path.read_text(encoding='utf-8')
         shown = len(re.findall(r'<div class="cell_input docutils container">', text))
-        folded = len(re.findall(r'<details class="hide above-input">', text))
+        folded = len(re.findall(r'<details class="admonition hide above-input">', text))
         assert folded and shown==folded, path.name
 
 SIGNATURE = re.compile(r'<h\d>([\w.]+)<a[^>]*>[^<]*</a></h\d>\s*<div class="highlight-python[^>]*>\s*<div[^>]*><pre>(.*?)</pre>.*?href="(?:\.\./)*source/([\w/]+)\.html#', re.S)

@@ -174,8 +174,3 @@ def test_every_public_name_has_one_home():
         module = '.'.join(path.relative_to(package.parent).with_suffix('').parts)
         for name in import_module(module).__all__: homes.setdefault(name, []).append(module)
     assert {k: v for k, v in homes.items() if len(v) > 1} == {}
-
-def test_the_index_leads_to_every_page():
-    "The table of layers and the sentences above it leave none out."
-    text = (NBS/'index.ipynb').read_text(encoding='utf-8')
-    assert [page(o) for o in NOTEBOOKS if page(o)!='index' and f']({page(o)}.ipynb)' not in text]==[]

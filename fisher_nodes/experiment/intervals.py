@@ -51,7 +51,7 @@ def _bca(
     from scipy import stats
     how = dict(n_resamples=resamples, confidence_level=level, method='BCa', vectorized=True)
     with warnings.catch_warnings(), np.errstate(invalid='ignore', divide='ignore'):
-        warnings.simplefilter('ignore', stats.DegenerateDataWarning)
+        warnings.simplefilter('ignore', RuntimeWarning) # of draws that are all alike, or too few
         found = stats.bootstrap((np.arange(n),), difference, random_state=np.random.default_rng(seed), **how)
     ends = float(found.confidence_interval.low), float(found.confidence_interval.high)
     if not np.isnan(ends).any(): return ends

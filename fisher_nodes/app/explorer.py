@@ -10,8 +10,7 @@ __all__ = ['COMPARED', 'RATIOS', 'PANELS', 'TABLE', 'head_shares', 'winners', 'p
 
 # %% ../../nbs/app/01_explorer.ipynb #c3f14da1
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import BytesIO
 from math import isfinite
@@ -23,7 +22,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as _logging
 
 from ..core.places import count_nodes
 from ..engine.fingerprints import hash_weights
@@ -163,20 +161,12 @@ def load_fishers(
     check_fishers(out, same=True)
     return out
 
-@contextmanager
-def _without_bars()->Iterator[None]: # of transformers, which has one for every model it loads
-    shown = _logging.is_progress_bar_enabled()
-    _logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: _logging.enable_progress_bar()
-
 def load_models(
     models:Mapping[str,Any], # task -> a model with a head, a folder or a Hub id
     fishers:Mapping[str,MaskFisher],
 )->dict[str,PreTrainedModel]:
     "Models that can be merged and that the Fishers fit; `ValueError` naming the task that does not."
-    with _without_bars(): out = {t: load_model(o) for t,o in match_tasks(models, list(fishers), 'models').items()}
+    out = {t: load_model(o) for t,o in match_tasks(models, list(fishers), 'models').items()}
     check_models(out)
     for task,fisher in fishers.items():
         check_fisher(task, fisher, count_nodes(out[task]))

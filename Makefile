@@ -10,13 +10,14 @@ demo: .venv/installed
 	$(BIN)/fisher-nodes demo --out _demo
 
 test: .venv/installed lint
-	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python tools/run_notebooks.py --check --workers 2
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 0 tests/kernel
 	$(MAKE) plugins
 
 plugins: .plugins/installed  ## the real mergekit, sentence-transformers, CycloneDX and model signing, in an environment of their own
 	.plugins/bin/python -m pytest -n 0 tests/test_mergekit.py tests/test_provenance.py
+	.plugins/bin/python -m pytest -n 0 tests/test_trainer.py -k cross_encoder
 
 # It sees what .venv has, whose pins suit all, and adds these with what they need; a floor of settings.ini would not do.
 SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -67,4 +68,4 @@ readme: .venv/installed  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
 clean:
-	rm -rf .corner .nbdev3 .plugins _bench _demo _docs _proc _site _sphinx build *.egg-info
+	rm -rf .corner .nbdev3 .plugins _bench _demo _small _docs _proc _site _sphinx build *.egg-info

@@ -10,23 +10,16 @@ from collections import Counter
 from pathlib import Path
 
 import nbformat
-import yaml
 from quarto import images_without_text, symbol_labels, translate_page
-from source import page_name, source_page
+from source import page_name, sidebar, source_page
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, SITE = ROOT/'_sphinx', ROOT/'_site'
 
-def sidebar()->list[tuple]: # caption or None, and files below `nbs/`
-    "The sidebar of `_quarto.yml`; a page outside of a section has no caption."
-    config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
-    items = config['website']['sidebar']['contents']
-    return [(o['section'], o['contents']) if isinstance(o, dict) else (None, [o]) for o in items]
-
 def contents(files:dict)->str: # file below `nbs/` to page name
     "Tables of contents, shown in the sidebar only."
     blocks = []
-    for caption,listed in sidebar():
+    for caption,listed,_ in sidebar():
         names = [files[o] for o in listed if o in files and o!='index.ipynb']
         head = ':hidden:\n' + (f':caption: {caption}\n' if caption else '')
         if names: blocks.append('\n'.join(['```{toctree}', head, *names, '```']))
@@ -78,19 +71,12 @@ def render()->int: # exit status
     from sphinx.cmd.build import main as sphinx
     return sphinx(['-q', '-W', '--keep-going', '-c', str(ROOT/'docs'), '-d', str(WORK/'doctrees'), str(WORK/'pages'), str(WORK/'html')])
 
-def keep_inside():
-    "Links to other places become their text: arXiv in a bibliography, the theme's author at the foot of each page."
-    for path in (WORK/'html').rglob('*.html'):
-        text = path.read_text(encoding='utf-8')
-        path.write_text(re.sub(r'<a\b[^>]*\bhref="https?://[^>]*>(.*?)</a>', r'\1', text, flags=re.S), encoding='utf-8')
-
 def main()->int: # exit status
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
     cfg = get_config()
     wrong = stage(proc_nbs(n_workers=2, force=True), (cfg.doc_host+cfg.doc_baseurl).rstrip('/'))
     failed = render()
-    if not failed: keep_inside()
     sys.stderr.writelines(f'{o}\n' for o in wrong)
     if failed or wrong: return 1
     shutil.rmtree(SITE, ignore_errors=True)

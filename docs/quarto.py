@@ -190,12 +190,12 @@ def is_wide(
     sizes = [struct.unpack('>II', b64decode(o['data']['image/png'])[16:24]) for o in outputs if 'image/png' in o.get('data', {})]
     return any(w>2.6*h for w,h in sizes)
 
-def code_cell(cell, page:str, translate):
-    "A code cell with its directives as MyST-NB's tags, and without outputs that need a script of somebody else."
-    found = directives(cell)
+def code_cell(cell, page:str, translate, of_page:dict):
+    "A code cell with its directives, and those of its page, as MyST-NB's tags; without outputs that need a script of somebody else."
+    found = of_page | directives(cell)
     tags = dict(echo='remove-input', include='remove-cell', output='remove-output')
     cell.metadata = dict(tags=[t for k,t in tags.items() if found.get(k) is False], mystnb={})
-    if found.get('code-fold') is True: cell.metadata['tags'].append('hide-input')
+    if found.get('code-fold') is True and 'remove-input' not in cell.metadata['tags']: cell.metadata['tags'].append('hide-input')
     alt, caption = found.get('fig-alt'), found.get('fig-cap')
     if alt or caption: cell.metadata['mystnb']['image'] = dict(alt=alt or caption) | (dict(classes='wide') if is_wide(cell.outputs) else {})
     name = dict(name=f'{key(page)}.{found["label"]}') if str(found.get('label', '')).startswith('fig-') else {}
@@ -206,9 +206,8 @@ def code_cell(cell, page:str, translate):
         if 'text/html' in o.get('data', {}): o.data['text/html'] = SHORT_CELL.sub(lambda m: m[0].replace(' ', '&nbsp;'), o.data['text/html'])
     return cell
 
-def title_cell(front:str):
+def title_cell(d:dict):
     "Front matter as title and subtitle."
-    d = yaml.safe_load(front.strip().strip('-'))
     lines = [f'# {d["title"]}', *([f'*{d["description"]}*'] if d.get('description') else [])]
     return nbformat.v4.new_markdown_cell('\n\n'.join(lines))
 
@@ -227,14 +226,15 @@ def translate_page(
     "A notebook for MyST-NB."
     markdown = partial(outside, FENCED, partial(prose, page=page, site=site, files=files, labels=labels))
     def translate(text): return markdown(SHELL.sub(fold_shell, text))
-    cells, level = [title_cell(nb.cells[0].source)], 2
+    front = yaml.safe_load(nb.cells[0].source.strip().strip('-'))
+    cells, level, of_page = [title_cell(front)], 2, {k: front[k] for k in ('code-fold',) if k in front}
     shown = {o for c in nb.cells for o in shown_symbols(c)}
     said_once = [c for c in nb.cells[1:] if not show_doc(c) or HEADING.search(show_doc(c))[2] not in shown]
     for c in source_order(said_once):
         cells += source_heading(shown_symbols(c), page, labels, level)
         if c.cell_type=='markdown' and re.search('^## ', c.source, re.M): level = 3
         if text := show_doc(c): cells.append(symbol_cell(text, page, labels, translate, level, modules))
-        elif c.cell_type=='code': cells.append(code_cell(c, page, translate))
+        elif c.cell_type=='code': cells.append(code_cell(c, page, translate, of_page))
         elif not c.source.startswith('<!--'): cells.append(nbformat.v4.new_markdown_cell(translate(c.source)))
     if any('{cite:p}' in c.source for c in cells): cells.append(bibliography(page))
     return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))

@@ -1,14 +1,29 @@
-"""What the site takes from the package's source: signatures as they are written there, and the source itself, a page for each module."""
+"""What the site takes from the project: the order of its pages, signatures as they are written in the source, and the source itself, a page for each module."""
 import ast
 import io
 import re
 import tokenize
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+import yaml
 from nbdev.doclinks import NbdevLookup
 
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 WIDTH = 88 # of a line of a signature
+QUARTO = Path(__file__).resolve().parent.parent/'_quarto.yml'
+
+def sidebar(
+    items:list|None=None, # of a section; None is all of `_quarto.yml`
+    inside:bool=False, # of another section
+)->list[tuple]: # caption or None, files below `nbs/`, whether it is folded
+    "The sections of the sidebar; a page outside of a section has no caption, a section inside of one is folded."
+    if items is None: items = yaml.safe_load(QUARTO.read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    found = []
+    for o in items:
+        if not isinstance(o, dict): found.append((None, [o], False))
+        elif any(isinstance(c, dict) for c in o['contents']): found += sidebar(o['contents'], True)
+        else: found.append((o['section'], o['contents'], inside))
+    return found
 
 def definition(
     text:str, # of a module

@@ -11,6 +11,8 @@ from .engine.measure import mask_fisher as mask_fisher
 from .engine.measure import parameter_fisher as parameter_fisher
 from .engine.models import ModelReference as ModelReference
 from .engine.models import Source as Source
+from .engine.optimizer import optimizer_fisher as optimizer_fisher
+from .engine.optimizer import optimizer_mask_fisher as optimizer_mask_fisher
 from .experiment.compare import compare as compare
 from .experiment.grid import reproduce as reproduce
 from .merging.merged import Merged as Merged
@@ -23,6 +25,7 @@ from .merging.run import run_recipe as run_recipe
 from .methods.method import Job as Job
 from .methods.method import Rule as Rule
 from .methods.method import merge_method as merge_method
+from .plugins.trainer import FisherCallback as FisherCallback
 from .tasks.evaluation import evaluate as evaluate
 from .tasks.evaluation import predict as predict
 from .tasks.finetuning import finetune as finetune

@@ -3,6 +3,7 @@ import base64
 import hashlib
 import json
 import re
+from pathlib import Path
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Hub(ThreadingHTTPServer):
@@ -81,3 +82,18 @@ ROUTES = [(r'/api/whoami-v2', Handler.whoami), (r'/api/repos/create', Handler.cr
           (rf'/{NAME}\.git/info/lfs/objects/batch', Handler.batch), (rf'/api/models/{NAME}/commit/(.+)', Handler.commit),
           (rf'/api/models/{NAME}/revision/(.+)', Handler.info), (rf'/api/models/{NAME}', Handler.info),
           (rf'/api/models/{NAME}/tree/([^/]+)', Handler.tree), (rf'/{NAME}/resolve/([^/]+)/(.+)', Handler.resolve)]
+
+def cached_data(cache, name, splits, config='default'):
+    "What `load_dataset(name, config)` leaves in its cache, made from `datasets` themselves: split -> `Dataset`."
+    from datasets import DatasetDict, load_dataset
+    repo, owner, short = cache/'made', *name.split('/')
+    for k, ds in DatasetDict(splits).items(): ds.to_parquet(str(repo/f'{k}-00000-of-00001.parquet'))
+    files = {k: str(repo/f'{k}-*.parquet') for k in splits}
+    found = load_dataset('parquet', config, data_files=files, cache_dir=str(cache/'prepared'))
+    info, = {Path(o['filename']).parent for v in found.values() for o in v.cache_files}
+    target = cache/f'{owner}___{short}'/config/'0.0.0'/('b'*40)
+    target.mkdir(parents=True)
+    for file in info.iterdir():
+        data = file.read_bytes()
+        if file.name=='dataset_info.json': data = json.dumps(json.loads(data) | dict(config_name=config, dataset_name=short)).encode()
+        (target/file.name.replace('parquet-', f'{short}-')).write_bytes(data)

@@ -17,11 +17,11 @@ from browser import CHROMIUM, chromium
 from explorer_case import case, fisher
 from reference import ragged_batches, tiny
 
-from fisher_nodes import SCHEMES, MaskFisher, evaluate, merge
+from fisher_nodes import METHODS, SCHEMES, MaskFisher, evaluate, merge
 from fisher_nodes.engine.fingerprints import hash_weights
 from fisher_nodes.app.explorer import (
     COMPARED, Explorer, View, as_code, choice_table, draw_panel, explore, head_shares, merge_choice,
-    score_choice, winners)
+    score_choice, tried_table, winners)
 
 TESTS = Path(__file__).resolve().parent
 
@@ -137,7 +137,7 @@ def test_a_failure_while_scoring_is_one_line(given):
     view = View(Explorer(fishers, models, validation | dict(blue=bad)))
     view.pressed()
     assert re.search(r'ValueError: label 7 of row', view.status.value) and '\n' not in view.status.value
-    assert not view.button.disabled and view.bar.layout.visibility=='hidden'
+    assert not view.button.disabled and view.tried==[]
     view.on['blue'].value = False
     view.pressed()
     assert 'Scored' in view.status.value
@@ -183,12 +183,54 @@ def test_no_scores_of_another_choice_are_shown(given):
 
 def test_progress_is_shown_and_the_button_waits(given):
     view, seen = View(Explorer(*given)), []
-    view.status.observe(lambda change: seen.append((view.bar.value, view.bar.max, view.button.disabled, change.new)), 'value')
+    view.status.observe(lambda change: seen.append((view.button.disabled, view.sweep.disabled, change.new)), 'value')
     view.pressed()
-    steps = [o for o in seen if ' of 9: ' in o[3]]
-    assert [o[:3] for o in steps]==[(i, 9, True) for i in range(9)]
-    assert 'plain average: scoring blue on 60 rows' in steps[4][3]
-    assert not view.button.disabled
+    steps = [o for o in seen if ' of 9: ' in o[2]]
+    assert [(*o[:2], f'>{i+1} of 9: ' in o[2]) for i,o in enumerate(steps)]==[(True, True, True)]*9
+    assert 'plain average: scoring blue on 60 rows' in steps[4][2]
+    assert not view.button.disabled and not view.sweep.disabled
+
+def test_what_was_tried_is_kept_whatever_is_changed(given):
+    "A table and a point for every trial, with the scores of `merge`; of a task that a trial left out, none."
+    fishers, models, validation = given
+    view = View(Explorer(*given))
+    view.swept()
+    view.on['green'].value = False
+    view.method.value = 'average'
+    assert view.scheme.disabled
+    view.pressed()
+    assert [len(o.scores) for o in view.tried]==[3]*5+[2] and 'Scores of 6 merges' in view.points.value
+    for trial,λ in zip(view.tried, (1/16, 1/4, 1, 4, 16)):
+        assert trial.scores==accuracy(merge(models, fishers, weights=dict(red=λ, blue=1., green=1.)), validation)
+    assert view.tried[5].scores==accuracy(merge({t: models[t] for t in ('red', 'blue')}, method='average'), validation)
+    table = tried_table(view.tried, view.own)
+    assert list(table.index)==[1, 2, 3, 4, 5, 6] and list(table.method)==['mask-fisher']*5+['average'] and np.isnan(table.green[6])
+    np.testing.assert_allclose(table['mean, % of own'][6], (table.red[6]+table.blue[6])/2, rtol=1e-12) # own scores are 100
+    assert view.kept.value.count('<tr')==7 and '–' in view.kept.value
+
+def test_methods_are_those_that_can_be(given):
+    "Each is what `merge` gives; one that lacks something is not offered, and is told if it is asked for."
+    fishers, models, validation = given
+    base, data = tiny(num_labels=3, seed=9), {t: o.remove_columns('label') for t,o in validation.items()}
+    assert Explorer(fishers).methods()==['mask-fisher'] and Explorer(*given).methods()==['mask-fisher', 'average']
+    assert {'ties', 'dare'}<=set(Explorer(*given, base=base).methods()) and 'regmean' in Explorer(*given, data=data).methods()
+    whole = Explorer(*given, data=data, data_samples=8, base=base)
+    assert sorted(whole.methods())==sorted(METHODS)
+    for method in ('ties', 'regmean'):
+        choice = whole.choice(method=method)
+        named = dict(merge=merge, models=models, base=base, data=data)
+        want = eval(as_code(choice, list(models), 8), named)
+        for n,t in merge_choice(whole, choice).body.state_dict().items(): assert torch.equal(t, want.body.state_dict()[n])
+    with pytest.raises(ValueError, match='base'): merge_choice(Explorer(*given), whole.choice(method='ties'))
+
+def test_no_bars_while_models_are_loaded(given, tmp_path, capfd):
+    from transformers.utils import logging
+    logging.enable_progress_bar()
+    fishers, models, _ = given
+    for t,m in models.items(): m.save_pretrained(tmp_path/t)
+    capfd.readouterr()
+    Explorer(fishers, {t: tmp_path/t for t in models})
+    assert '%' not in capfd.readouterr().err and logging.is_progress_bar_enabled()
 
 def test_sliders_report_when_let_go_and_can_be_logarithmic(given):
     for log in (False, True):
@@ -311,7 +353,7 @@ def test_in_a_browser(page):
     say('not scored yet')
     second = won.get_attribute('alt')
     assert second!=first and table.count()==0
-    page.locator('.widget-dropdown select').select_option('rows')
+    page.locator('.widget-dropdown select').last.select_option('rows')
     page.locator('img[alt="Heads won: red 0, blue 8; ties 0"]').wait_for()
     button.click()
     say('Scored on up to 60 rows')

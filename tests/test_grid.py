@@ -43,16 +43,22 @@ def save_model(folder, task, seed, kind=BertForSequenceClassification, **change)
     config = RobertaConfig if kind is RobertaForSequenceClassification else BertConfig
     kind(config(**size | names | change)).save_pretrained(folder)
 
+def make_checkpoints(rows, models):
+    "A model for each task, and rows in GLUE's columns."
+    words = models.parent/'words'
+    words.mkdir(parents=True); (words/'vocab.txt').write_text('\n'.join(WORDS))
+    tokenizer, rng = BertTokenizerFast.from_pretrained(words), random.Random(0)
+    for i, name in enumerate(TASKS):
+        task = GLUE[name]
+        for split, n in ((task.train, 40), (task.validation, 20)): write_rows(rows, task, split, n, rng)
+        save_model(models/name, task, i); tokenizer.save_pretrained(models/name)
+    return tokenizer
+
 @pytest.fixture(scope='module')
 def here(tmp_path_factory):
     "Three checkpoints and a base, and rows in GLUE's columns."
-    d, rng = tmp_path_factory.mktemp('grid'), random.Random(0)
-    (d/'words').mkdir(); (d/'words'/'vocab.txt').write_text('\n'.join(WORDS))
-    tokenizer = BertTokenizerFast.from_pretrained(d/'words')
-    for i, name in enumerate(TASKS):
-        task = GLUE[name]
-        for split, n in ((task.train, 40), (task.validation, 20)): write_rows(d/'glue', task, split, n, rng)
-        save_model(d/'models'/name, task, i); tokenizer.save_pretrained(d/'models'/name)
+    d = tmp_path_factory.mktemp('grid')
+    tokenizer = make_checkpoints(d/'glue', d/'models')
     save_model(d/'base', GLUE['rte'], 9); tokenizer.save_pretrained(d/'base')
     return d
 

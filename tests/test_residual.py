@@ -219,6 +219,52 @@ def test_half_precision_is_fitted_in_float32():
         assert p.dtype == torch.bfloat16
         assert (p.float()-body(b)[n]).norm() <= .02*body(b)[n].norm(), n
 
+@pytest.mark.parametrize('kind', ['bert', 'llama'])
+def test_a_second_sweep_changes_nothing(kind):
+    "What a layer is fitted to depends on the layers below it, and not on what stands in it or above."
+    models = {t: tiny(kind, i, torch.float64) for i, t in enumerate('ab', 1)}
+    rows = {t: measure('calls', models[t], o, **QUIET) for t, o in as_data(texts(1)).items()}
+    new = deepcopy(models['a'])
+    with torch.no_grad(): fit_body(new, lanes(list(models.values()), new, list(rows.values())), .1)
+    first = {n: p.clone() for n, p in body_of(new).named_parameters()}
+    with torch.no_grad(): fit_body(new, lanes(list(models.values()), new, list(rows.values())), .1)
+    for n, p in body_of(new).named_parameters(): assert_close(p, first[n], rtol=1e-6, atol=1e-9*first[n].norm().item())
+
+@pytest.mark.parametrize('kind', ['bert', 'llama'])
+def test_only_the_layer_at_hand_is_in_float32(kind, monkeypatch):
+    "The others, and what was fitted, have the type of the models; what is outside of layers is small and stays float32."
+    models = {t: tiny(kind, i, torch.bfloat16) for i, t in enumerate('ab', 1)}
+    seen, fit = [], residual.fit_stage
+    def look(stage, *args):
+        walk = stage.lanes[0].new
+        inside = {id(p) for o in walk.layers.values() for p in o.parameters()}
+        assert all(p.dtype == torch.float32 for p in walk.body.parameters() if id(p) not in inside)
+        wide = [n for n, o in walk.layers.items() if any(p.dtype == torch.float32 for p in o.parameters())]
+        assert not any(p.dtype == torch.bfloat16 for n in wide for p in walk.layers[n].parameters())
+        seen.append(wide)
+        return fit(stage, *args)
+    monkeypatch.setattr(residual, 'fit_stage', look)
+    merged = merge(models, data=as_data(texts(1)), **HOW)
+    assert seen == [[o] for o in find_layers(models['a'])] + [[]]*(len(seen)-2) and len(seen) >= 2
+    assert all(p.dtype == torch.bfloat16 for p in merged.body.parameters())
+    assert all(p.dtype == torch.bfloat16 for m in models.values() for p in m.parameters())
+
+@pytest.mark.parametrize('room', [0, 3000])
+def test_little_room_is_the_same_merge(room, two, monkeypatch):
+    "What owners gave is asked for again where there is no room to keep it."
+    data = as_data(texts(1))
+    whole, passes, wanted = merge(two, data=data, **HOW), [], residual._wanted
+    monkeypatch.setattr(residual, '_wanted', lambda *args: passes.append(args[2]) or wanted(*args))
+    merge(two, data=data, **HOW)
+    once = len(passes)
+    monkeypatch.setattr(residual, 'ROOM', room)
+    same(merge(two, data=data, **HOW), whole)
+    assert len(passes)-once > once
+
+def test_a_precision_that_would_have_no_effect(two):
+    with pytest.raises(ValueError, match="fits in float32 or better; `precision` 'bf16' would have no effect"):
+        merge(two, data=as_data(texts(1)), precision='bf16', **HOW)
+
 def test_goes_on_where_it_was_interrupted(two, tmp_path, monkeypatch):
     "After a stop in the second layer the first is taken from the folder, and the result is the same to the bit."
     data, work, fitted = as_data(texts(1)), tmp_path/'work', []

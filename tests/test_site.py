@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import yaml
 from browser import CHROMIUM, NO_CHROMIUM, chromium
 from filelock import FileLock
 
@@ -28,7 +27,7 @@ needs_tools = pytest.mark.skipif(not all(map(is_there, TOOLS)),
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 def sources():
-    patterns = ('nbs/**/*.ipynb', 'nbs/*.*', 'nbs/images/*', 'docs/*.*', '_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'fisher_nodes/**/*.py')
+    patterns = ('nbs/**/*.ipynb', 'nbs/*.*', 'nbs/images/*', 'docs/**/*.*', '_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'fisher_nodes/**/*.py')
     return [o for pattern in patterns for o in ROOT.glob(pattern)]
 
 @pytest.fixture(scope='module')
@@ -120,11 +119,44 @@ def test_search_and_copy(site, page):
     assert seen==[]
 
 @needs_tools
-def test_no_page_leads_outside(site):
-    "What a browser would only ask for later counts too: scripts, styles, pictures, links, and addresses in styles."
-    leads = re.compile(r'(?:src|href)="((?:https?:)?//[^"]*)"|url\(["\']?(https?://[^)]*)')
+def test_nothing_is_loaded_from_outside(site):
+    "What a browser would only ask for later counts too: scripts, styles, pictures, and addresses in styles. Links that a person clicks may lead anywhere."
+    loads = re.compile(r'<(?!a\b)[a-z]+\b[^>]*?\b(?:src|srcset|href|data|poster)="((?:https?:)?//[^"]*)"|url\(["\']?(https?://[^)]*)|@import[^;]*(https?://[^;]*)')
+    assert loads.search('<link rel="x" href="https://a.org/b.css">') and loads.search('<img alt="" src="//a.org/b.png"/>')
+    assert not loads.search('<a class="x" href="https://a.org">')
     files = [o for o in site.rglob('*') if o.suffix in ('.html','.css')]
-    assert {(str(o.relative_to(site)), m[0]) for o in files for m in leads.finditer(o.read_text(encoding='utf-8'))}==set()
+    assert {(str(o.relative_to(site)), m[0]) for o in files for m in loads.finditer(o.read_text(encoding='utf-8'))}==set()
+
+@needs_tools
+def test_where_a_page_leads(site):
+    "To the paper, the repository, the notebook itself and Colab; and the internals are closed, but for where the reader is."
+    from configparser import ConfigParser
+    cfg = ConfigParser()
+    cfg.read(ROOT/'settings.ini', encoding='utf-8')
+    cfg = cfg['DEFAULT']
+    text, place = (site/'core'/'nodes.html').read_text(encoding='utf-8'), f'{cfg["user"]}/{cfg["repo"]}'
+    links = dict((words, address) for address,words in re.findall(r'<a href="([^"]*)">([^<]*)</a>', re.search(r'<p class="links">(.*?)</p>', text, re.S)[1]))
+    notebook = f'blob/{cfg["branch"]}/nbs/core/01_nodes.ipynb'
+    assert links=={'Paper': 'https://arxiv.org/abs/2403.09891', 'Repository': f'https://github.com/{place}',
+                   'Open in Colab': f'https://colab.research.google.com/github/{place}/{notebook}'}
+    for page,file in {'core/nodes':'nbs/core/01_nodes.ipynb', 'api':'nbs/api.qmd.py', 'changelog':'CHANGELOG.md'}.items():
+        found = re.findall(r'href="([^"]*)" rel="edit"', (site/f'{page}.html').read_text(encoding='utf-8'))
+        assert found==[f'https://github.com/{place}/edit/{cfg["branch"]}/{file}'] and (ROOT/file).exists()
+    assert 'rel="edit"' not in (site/'search.html').read_text(encoding='utf-8')
+    assert (site/re.search(r'<link rel="shortcut icon" href="\.\./([^"]*)"', text)[1]).exists()
+    closed = [caption for caption,_,folded in sidebar() if folded]
+    assert re.findall(r'<details class="internals"( open)?><summary>([^<]*)', text)==[(' open' if o==closed[0] else '', o) for o in closed]
+    listed = re.findall(r'class="(?:current )?reference internal" href="(?:\.\./)*([^"]*)\.html"', re.search(r'sidebar-tree">(.*?)</div>', (site/'search.html').read_text(encoding='utf-8'), re.S)[1])
+    from source import page_name
+    assert listed==[page_name(o) for _,names,_ in sidebar() for o in names if o!='index.ipynb']
+
+@needs_tools
+def test_code_of_the_report_is_folded(site):
+    for path in (site/'report').glob('*.html'):
+        text = path.read_text(encoding='utf-8')
+        shown = len(re.findall(r'<div class="cell_input docutils container">', text))
+        folded = len(re.findall(r'<details class="admonition hide above-input">', text))
+        assert folded and shown==folded, path.name
 
 SIGNATURE = re.compile(r'<h\d>([\w.]+)<a[^>]*>[^<]*</a></h\d>\s*<div class="highlight-python[^>]*>\s*<div[^>]*><pre>(.*?)</pre>.*?href="(?:\.\./)*source/([\w/]+)\.html#', re.S)
 
@@ -196,23 +228,26 @@ def test_source_that_is_exported_openly_is_shown_once(site, monkeypatch):
     assert wrong==[]
 
 def sidebar():
-    "Caption, or None, and pages."
-    items = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
-    return [(o['section'], o['contents']) if isinstance(o, dict) else (None, [o]) for o in items]
+    "Caption, or None, pages, and whether it is folded."
+    sys.path.insert(0, str(ROOT/'docs'))
+    pytest.importorskip('nbdev', reason='docs/source.py reads notebooks with nbdev')
+    from source import sidebar
+    return sidebar()
 
 def test_sidebar_lists_every_page():
     "In `_quarto.yml`, which both renderers read: each once, and none that is not there."
-    assert sorted(o for _,listed in sidebar() for o in listed)==pages()
+    assert sorted(o for _,listed,_ in sidebar() for o in listed)==pages()
 
-ORDER = ['tutorials', 'core', 'methods', 'engine', 'merging', 'tasks', 'experiment', 'plugins', 'app', 'report'] # of the folders
+ORDER = [['tutorials'], ['report'], ['app','plugins'], *([o] for o in ('core', 'methods', 'engine', 'merging', 'tasks', 'experiment'))] # folders of the sections
 
 def test_sidebar_is_in_the_order_of_reading():
-    "The method on one page, then a section a folder, its pages by number, then the reference."
-    first, sections = [o for caption,o in sidebar() if not caption], [o for caption,o in sidebar() if caption]
+    "The method on one page, tutorials, report and guides, then the internals, folded, then the reference; in each the pages by number."
+    first, sections = [listed for caption,listed,_ in sidebar() if not caption], [o for o in sidebar() if o[0]]
     assert first==[['index.ipynb'], ['00_method.ipynb']]
-    assert [sorted({o.partition('/')[0] for o in listed}) for listed in sections[:-1]]==[[o] for o in ORDER]
-    assert [listed for listed in sections[:-1] if listed!=sorted(listed)]==[]
-    assert sections[-1]==['api.qmd', 'changelog.qmd']
+    assert [sorted({o.partition('/')[0] for o in listed}) for _,listed,_ in sections[:-1]]==ORDER
+    assert [listed for _,listed,_ in sections[:-1] if listed!=sorted(listed)]==[]
+    assert [folded for *_,folded in sections]==[False]*3+[True]*6+[False]
+    assert sections[-1][1]==['api.qmd', 'changelog.qmd']
 
 def test_there_is_one_quarto_file():
     "nbdev reads the one in `nbs/`: a link to the one above it, or a copy where there are no links."

@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 
 SIZE = dict(vocab_size=151_936, hidden_size=1536, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
             intermediate_size=4608, max_position_embeddings=4096)
@@ -24,7 +26,7 @@ STEPS = { # name -> rows, tokens of each, of these a prompt, and whether layers 
     'measure': (4, SHORT, SHORT//2, False), 'measure the other': (4, SHORT, SHORT//2, False),
     'long row, short answer': (1, LONG, LONG-SHORT, False),
     'long row': (1, LONG, 0, False), 'long row, checkpointing': (1, LONG, 0, True),
-    'merge': None}
+    'merge': None, 'residual regression': (4, SHORT, 0, False)}
 
 def make(folder, layers, width, vocabulary):
     "Two random models, written tensor by tensor."
@@ -57,6 +59,19 @@ def status():
     found = dict(re.findall(r'^(VmHWM|VmRSS|RssAnon):\s+(\d+)', Path('/proc/self/status').read_text(), re.M))
     return {k: 1024*int(v) for k, v in found.items()}
 
+@contextmanager
+def watching(found):
+    "Note the most memory that was no file, looking twenty times a second."
+    end = Event()
+    def look():
+        while not end.wait(.05): found['anonymous_peak'] = max(found.get('anonymous_peak', 0), status()['RssAnon'])
+    thread = Thread(target=look, daemon=True)
+    thread.start()
+    try: yield
+    finally:
+        end.set()
+        thread.join()
+
 def measure(folder, which, how, seed):
     from fisher_nodes import mask_fisher
     from fisher_nodes.engine.fingerprints import hash_tensors
@@ -76,18 +91,31 @@ def merge(folder):
     files = list((folder/'out').glob('*.safetensors'))
     return dict(files=len(files), bytes=sum(o.stat().st_size for o in files))
 
+def fit(folder, how, seed):
+    "Both models into one by residual regression, saved as they are stored."
+    from fisher_nodes import merge
+    from fisher_nodes.engine.models import load_model
+    config = load_model(folder/'m0').config
+    data = {o: [batch(config, *how[:3], seed+i)] for i, o in enumerate(('m0', 'm1'))}
+    merged = merge({o: folder/o for o in data}, data=data, method='residual-regression', refit_heads=0, progress=False)
+    merged.save_pretrained(folder/'fitted', max_shard_size='500MB')
+    files = list((folder/'fitted').glob('*.safetensors'))
+    return dict(tokens=how[0]*how[1], matrices=merged.report['averaged'].get('fit'), bytes=sum(o.stat().st_size for o in files))
+
 def one(step, folder, seed):
     "One step in this process."
     import fisher_nodes.merging.run # noqa: F401
     import transformers.models.qwen3.modeling_qwen3 # noqa: F401
     from fisher_nodes.engine.models import load_model
-    start, found = time.perf_counter(), {}
-    if step=='load': found = dict(dtype=str(load_model(folder/'m0').dtype))
-    elif step=='merge': found = merge(folder)
-    elif how:=STEPS[step]: found = measure(folder, 'm1' if 'other' in step else 'm0', how, seed)
+    start, found, peak = time.perf_counter(), {}, {}
+    with watching(peak):
+        if step=='load': found = dict(dtype=str(load_model(folder/'m0').dtype))
+        elif step=='merge': found = merge(folder)
+        elif step=='residual regression': found = fit(folder, STEPS[step], seed)
+        elif how:=STEPS[step]: found = measure(folder, 'm1' if 'other' in step else 'm0', how, seed)
     memory = status()
     return dict(what=step, seconds=time.perf_counter()-start, peak_bytes=memory['VmHWM'],
-                anonymous_bytes=memory['RssAnon'], load=os.getloadavg()[0]) | found
+                anonymous_bytes=memory['RssAnon'], load=os.getloadavg()[0]) | peak | found
 
 def in_process(a, step):
     "A step in a process of its own, unless it was done before."
@@ -135,7 +163,7 @@ def main():
     if a.make: return make(a.make, a.layers, a.width, a.vocabulary)
     a.folder = a.folder.resolve()
     if a.one: return print(json.dumps(one(a.one, a.folder, a.seed)))
-    shutil.rmtree(a.folder/'out', ignore_errors=True)
+    for o in ('out', 'fitted'): shutil.rmtree(a.folder/o, ignore_errors=True)
     runs = [in_process(a, step) for step in STEPS]
     if a.out:
         import torch

@@ -2,9 +2,11 @@
 
   python tools/measure_starts.py MINILM --folders _glue/minilm --out nbs/results/starts.json
 Fine-tunes MINILM, and a body with the same shape and random weights, on a few hundred rows of SST-2 and MRPC with
-several learning rates and epochs; FOLDERS hold further models, one folder a task."""
+several learning rates and epochs; FOLDERS hold further models, one folder a task. What OUT has is not measured again."""
 import argparse
+import json
 import tempfile
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 import torch
@@ -37,10 +39,17 @@ def shuffled(body):
             down.weight.copy_(down.weight[:,rows])
     return body
 
-def cosine(a, b):
+def likeness(a, b):
     "Of two models or bodies."
-    return start_cosines({'a': body_state(a), 'b': body_state(b)}, a)[0][0].cosine
+    return start_cosines({'a': body_state(a), 'b': body_state(b)}, a)[0][0]
 
+def partly(base, other, n):
+    "A body whose first layers are another's."
+    body,other = AutoModel.from_pretrained(base),AutoModel.from_pretrained(other)
+    for i in range(n): body.encoder.layer[i].load_state_dict(other.encoder.layer[i].state_dict())
+    return body
+
+@cache
 def train(start, task, lr, epochs, seed, folder):
     "A model fine-tuned on a few rows."
     rows = load_task(f'glue:{task}')[0]
@@ -55,24 +64,25 @@ def fresh(base, seed, folder):
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
-def trained_pairs(base, scratch):
-    "Pairs of what was just trained."
-    for lr,epochs in TRAINED:
-        two = [train(base, t, lr, epochs, 0, scratch/f'{t}-{lr}-{epochs}') for t in ('sst2', 'mrpc')]
-        yield f'one start, learning rate {lr:g}, {epochs} epochs', cosine(*two)
+def all_pairs(base, scratch):
+    "Name of each pair -> what gives its two models."
+    load = AutoModel.from_pretrained
     starts = [fresh(base, i, scratch/f'fresh{i}') for i in (0, 1)]
-    two = [train(o, t, 1e-3, 3, 0, scratch/f'f{t}') for o,t in zip(starts, ('sst2', 'mrpc'))]
-    yield 'two random starts, learning rate 0.001, 3 epochs', cosine(*two)
-    yield 'one random start, learning rate 0.001, 3 epochs', cosine(two[0], train(starts[0], 'mrpc', 1e-3, 3, 0, scratch/'same'))
-    own = AutoModel.from_pretrained(base)
-    yield 'pre-trained against random', cosine(own, AutoModel.from_pretrained(starts[0]))
-    yield 'heads and neurons in another order', cosine(own, shuffled(AutoModel.from_pretrained(base)))
+    def two(lr, epochs, *starts):
+        return [train(o, t, lr, epochs, 0, scratch/f'{t}-{lr}-{epochs}-{Path(o).name}') for o,t in zip(starts, ('sst2', 'mrpc'))]
+    found = {f'one start, learning rate {lr:g}, {epochs} epochs': partial(two, lr, epochs, base, base) for lr,epochs in TRAINED}
+    return found | {
+        'two random starts, learning rate 0.001, 3 epochs': partial(two, 1e-3, 3, *starts),
+        'one random start, learning rate 0.001, 3 epochs': partial(two, 1e-3, 3, starts[0], starts[0]),
+        'pre-trained against random': lambda: (load(base), load(starts[0])),
+        'heads and neurons in another order': lambda: (load(base), shuffled(load(base))),
+        **{f'{n} of 6 layers from a random start': lambda n=n: (load(base), partly(base, starts[0], n)) for n in (1, 3)}}
 
 def folder_pairs(folder):
     "All pairs of the models in a folder, by their tasks."
     load = AutoModelForSequenceClassification.from_pretrained
-    models = {o.parent.name: load(o.parent) for o in sorted(folder.glob('*/config.json'))}
-    for a,b in combinations(models, 2): yield f'{folder.name}: {a}, {b}', cosine(models[a], models[b])
+    paths = {o.parent.name: o.parent for o in sorted(folder.glob('*/config.json'))}
+    return {f'{folder.name}: {a}, {b}': lambda a=a, b=b: (load(paths[a]), load(paths[b])) for a,b in combinations(paths, 2)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,13 +90,14 @@ def main():
     parser.add_argument('--folders', type=Path, nargs='*', default=[])
     parser.add_argument('--out', type=Path, required=True)
     args = parser.parse_args()
-    found = {}
-    with tempfile.TemporaryDirectory() as d, tqdm(unit='pair') as bar:
-        for pairs in (*map(folder_pairs, args.folders), trained_pairs(args.base, Path(d))):
-            for what,o in pairs:
-                found[what] = o
-                bar.set_description(what)
-                bar.update()
-    write_record(args.out, seed=0, device='cpu', rows=ROWS, pairs=found)
+    before = json.loads(args.out.read_text()) if args.out.exists() else {}
+    pairs,layers = before.get('pairs', {}),before.get('layers', {})
+    with tempfile.TemporaryDirectory() as d:
+        todo = {k: o for f in args.folders for k,o in folder_pairs(f).items()} | all_pairs(args.base, Path(d))
+        for what in (bar := tqdm([o for o in todo if o not in layers], unit='pair')):
+            bar.set_description(what)
+            found = likeness(*todo[what]())
+            pairs[what],layers[what] = found.cosine,found.of_layer
+            write_record(args.out, seed=0, device='cpu', rows=ROWS, pairs=pairs, layers=layers)
 
 if __name__=='__main__': main()

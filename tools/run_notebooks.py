@@ -1,7 +1,9 @@
 """Run notebooks top to bottom in a fresh interpreter each, and store their outputs.
 
-python tools/run_notebooks.py [--slow] [nbs/core/01_nodes.ipynb ...]     # no name: all of them
+python tools/run_notebooks.py [--slow] [nbs/core/01_nodes.ipynb ...]             # no name: all of them
+python tools/run_notebooks.py --check [--workers 2] [nbs/core/01_nodes.ipynb ...] # write nothing, fail where a cell shows what is not stored
 
+`--check` is `nbdev_test`, two notebooks at a time, which also compares which cells show a value, a picture or text with which have it stored.
 Cells that carry a flag of `tst_flags` in settings.ini are left as they are, unless --slow lifts `slow`. Progress bars are not stored.
 """
 import argparse
@@ -17,6 +19,7 @@ os.environ['TQDM_DISABLE'] = '1' # tqdm reads it when it is imported
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
+from fastcore.parallel import parallel
 from fastcore.xtras import working_directory
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -44,14 +47,44 @@ def run(path:Path, skip:set):
         if c.cell_type=='code': c.outputs = [o for o in c.outputs if not is_bar(o)]
     write_nb(nb, path)
 
+def shown(outputs)->set[str]: # of `value`, `picture` and `text`
+    "What kinds of things a cell shows; warnings and progress bars aside."
+    kinds = {k for o in outputs for k in o.get('data', {})}
+    text = any(o.get('name')=='stdout' and ''.join(o.get('text', '')).strip() for o in outputs)
+    found = dict(value=kinds, picture=any(k.startswith('image/') for k in kinds), text=text)
+    return {k for k,v in found.items() if v}
+
+def check(path:Path, skip:set)->bool: # whether all is well
+    "Run one notebook, and compare what its cells show with what is stored; says what is wrong."
+    nb, shell, start = read_nb(path), CaptureShell(path), time.time()
+    stored = {c.id: shown(c.outputs) for c in nb.cells if not is_left_out(c, skip)}
+    try:
+        with working_directory(path.parent): shell.run_all(nb, exc_stop=True, preproc=lambda c: is_left_out(c, skip))
+    except Exception: # of a cell
+        print(shell.prettytb(fname=path), file=sys.stderr)
+        return False
+    wrong = [c for c in nb.cells if c.id in stored and shown(c.outputs)!=stored[c.id]]
+    for c in wrong:
+        has, should = [sorted(o) or 'nothing' for o in (stored[c.id], shown(c.outputs))]
+        print(f'{path}: cell {c.id} shows {should}, stored is {has}; run `make notebooks`:\n{c.source}\n', file=sys.stderr)
+    print(f'{path.name}: {time.time()-start:.0f} s', flush=True)
+    return not wrong
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('notebooks', nargs='*', type=Path)
     parser.add_argument('--slow', action='store_true', help='run cells flagged `slow` too')
+    parser.add_argument('--check', action='store_true', help='write nothing; fail where a cell fails or shows what is not stored')
+    parser.add_argument('--workers', type=int, default=2, help='notebooks that are checked at a time')
     args = parser.parse_args()
     cfg = get_config()
+    skip = set(cfg.tst_flags.split()) - ({'slow'} if args.slow else set())
     files = args.notebooks or sorted(nbglob(as_path=True)) # in all folders
-    if len(files)==1: return run(files[0].absolute(), set(cfg.tst_flags.split()) - ({'slow'} if args.slow else set()))
+    if args.check:
+        workers = args.workers if len(files)>1 else 0
+        if all(parallel(check, [o.absolute() for o in files], skip=skip, n_workers=workers, pause=.01)): return
+        sys.exit('these notebooks failed, or show what is not stored')
+    if len(files)==1: return run(files[0].absolute(), skip)
     for f in files:
         start = time.time()
         subprocess.run([sys.executable, __file__, str(f), *(['--slow'] if args.slow else [])], check=True, env=os.environ)

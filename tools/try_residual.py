@@ -139,21 +139,22 @@ def open_record(args, **more):
     if {k: record[k] for k in about} != about: raise SystemExit(f'{args.out} is of other settings')
     return record, about
 
-def main():
-    args = make_parser(__doc__).parse_args()
+def open_study(parser, kind, run):
+    "Run a study over all groups, and write each as it is done."
+    args = parser.parse_args()
     warnings.simplefilter('ignore')
     record, about = open_record(args)
     todo = [g for g in GROUPS if g not in record['groups']]
-    points = {t: load_checkpoint(args.checkpoints/t, t, args.limit) for t in dict.fromkeys('+'.join(todo).split('+'))}
+    points = {t: load_checkpoint(args.checkpoints/t, t, args.limit) for t in dict.fromkeys('+'.join(todo).split('+')) if t}
     for c in points.values(): c.labels = torch.tensor(c.validation['labels'])
     calls = {t: measure('calls', c.model, c.train, num_samples=args.num_samples, seed=args.seed, tokenizer=c.tokenizer,
                         text=c.task.text, max_length=c.task.max_length) for t, c in points.items()}
     for g in todo:
-        study = Study(g.split('+'), points, calls)
+        study = kind(g.split('+'), points, calls)
         with torch.no_grad():
             for m in study.models.values(): m.eval().requires_grad_(False)
-            record['groups'][g] = run_group(study)
+            record['groups'][g] = run(study)
         write_record(args.out, **{k: record[k] for k in (*about, 'groups')})
         print(g, 'done', flush=True)
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': open_study(make_parser(__doc__), Study, run_group)

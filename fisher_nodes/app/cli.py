@@ -8,21 +8,23 @@ __all__ = ['ASKED', 'FIELDS', 'OPTIONS', 'MEASURING', 'RUNNING', 'COMMANDS', 'OW
            'read_value', 'run_merge', 'run_evaluate', 'run_compare', 'run_predict', 'run_finetune', 'run_convert',
            'run_verify', 'run_mergekit', 'run_demo', 'words', 'numbers', 'read_order', 'run_reproduce', 'run_bench',
            'run_describe', 'run_report', 'seed_number', 'count', 'share', 'positive', 'as_line', 'Parser',
-           'request_option', 'make_parser', 'as_cell', 'make_table', 'show', 'show_answers', 'main']
+           'request_option', 'make_parser', 'show', 'show_answers', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #03e759c5
 import argparse
 import json
 import linecache
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from itertools import permutations
 from pathlib import Path
 from runpy import run_path
+from textwrap import wrap
 from typing import Any
 
 # %% ../../nbs/app/02_cli.ipynb #9c5dd032
@@ -143,7 +145,23 @@ def _check_wanted(args:argparse.Namespace)->Path|None: # where to write what is 
         f'{args.variant!r} looks at the Fishers of all models')
     if Path(args.expand).resolve()==Path(args.out).resolve():
         raise ValueError('--expand and --out are one file')
-    return check_file(args.expand, args.overwrite or is_untold(Path(args.out)), args.model, args.data)
+    again = args.overwrite or is_untold(Path(args.out))
+    return check_file(args.expand, again, args.model, args.data or args.from_optimizer)
+
+def _measure_rows(args:argparse.Namespace)->tuple[Any,Any]: # what was measured, and of which model
+    "The mask Fisher of a model on rows."
+    from fisher_nodes.engine.measure import mask_fisher
+    model,data,read = _load_both(args)
+    how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'loss', 'reduction', 'precision',
+                         'device', 'checkpointing'))
+    return mask_fisher(model, data, **read, **how), model
+
+def _read_optimizer(args:argparse.Namespace)->tuple[Any,Any]: # what it says, and of which model
+    "What Adam squared, in place of a Fisher."
+    from fisher_nodes.engine.models import load_model
+    from fisher_nodes.engine.optimizer import optimizer_fisher, optimizer_mask_fisher
+    model,read = load_model(args.model),optimizer_fisher if args.parameters else optimizer_mask_fisher
+    return read(args.from_optimizer, model), model
 
 def _save_and(fisher, out:Path, then:Callable[[],dict])->dict:
     "Write what was measured, and do what is left; while that is not done, the command may be run again."
@@ -152,25 +170,33 @@ def _save_and(fisher, out:Path, then:Callable[[],dict])->dict:
     with whole_file(out, lambda: found.update(then())) as part: fisher.save(part)
     return found
 
+def _check_source(args:argparse.Namespace):
+    "`ValueError` unless it is clear where the numbers come from, and all options are about that."
+    if bool(args.data)==bool(args.from_optimizer): raise ValueError('give either --data or --from-optimizer')
+    of_rows = {f'--{k.replace("_", "-")}' for k in MEASURING}
+    about,others = ('--from-optimizer', of_rows) if args.from_optimizer else ('--data', {'--parameters'})
+    odd = [o for o in args.given if o in others]
+    if odd: raise ValueError(f'{odd[0]} is not about {about}')
+    if args.parameters and args.expand: raise ValueError('--expand is for masks, not for --parameters')
+
 def run_fisher(args:argparse.Namespace)->dict|None:
-    "Measure the mask Fisher of one model on one data set."
+    """Measure the mask Fisher of one model on one data set,
+    or take what stands in for it from its optimizer."""
     from fisher_nodes.engine.importance import push_importance
-    from fisher_nodes.engine.measure import mask_fisher
     from fisher_nodes.engine.processes import from_main
-    out = check_file(args.out, args.overwrite, args.model, args.data)
+    _check_source(args)
+    out = check_file(args.out, args.overwrite, args.model, args.data or args.from_optimizer)
     expanded = _check_wanted(args)
-    model,data,read = _load_both(args)
-    how = _picked(args, ('num_samples', 'seed', 'variant', 'labels', 'loss', 'reduction', 'precision',
-                         'device', 'checkpointing'))
-    fisher = mask_fisher(model, data, **read, **how)
+    fisher,model = _read_optimizer(args) if args.from_optimizer else _measure_rows(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     more = {'expanded': str(expanded)} if expanded else {}
     def then():
         if expanded: _expand(fisher, model, args.model, expanded)
         if args.push_to: more['pushed'] = push_importance(fisher, args.push_to)
         return more
-    found = from_main(lambda: _save_and(fisher, out, then))
-    return {'wrote': str(out), 'num_examples': fisher.num_examples} | found
+    more = from_main(lambda: _save_and(fisher, out, then))
+    said = dict(estimator='adam') if args.from_optimizer else dict(num_examples=fisher.num_examples)
+    return {'wrote': str(out)} | said | more
 
 # %% ../../nbs/app/02_cli.ipynb #e62d7d43
 def import_methods(
@@ -206,13 +232,28 @@ def run_merge(args:argparse.Namespace)->dict|None:
     from_main(lambda: str(check_folder(args.out, args.overwrite)))
     _merge_recipe(args) if recipe else _merge_models(args)
     report = from_main(lambda: json.loads((Path(args.out)/'merge_report.json').read_text()))
+    return (_merge_facts if args.json else _merge_shown)(report) | {'wrote': str(args.out)}
+
+def _same_answers(report:Mapping[str,Any])->dict[str,str]: # task -> share, where rows were kept apart
+    "How often the merge answers as the task's own model."
+    found = {t: (o['merged']['same'], o['rows']) for t,o in report.get('agreement', {}).items()}
+    return {t: f'{100*same:.1f}% of {n} rows' for t,(same,n) in found.items() if same is not None}
+
+def _merge_facts(report:Mapping[str,Any])->dict[str,Any]:
+    "What was merged, for programs."
     tasks = {t: dict(model=o['model'], λ=o['weight']) for t,o in report['tasks'].items()}
     chosen = {'chosen': o['method'], 'why': o['why']} if (o := report.get('chosen')) else {}
-    same = {t: f'{100*o["merged"]["same"]:.1f}% of {o["rows"]} rows that were kept apart'
-            for t,o in report.get('agreement', {}).items() if o['merged']['same'] is not None}
+    same = {t: f'{o} that were kept apart' for t,o in _same_answers(report).items()}
     alike = {'answers_like_its_own_model': same} if same else {}
-    zero = {'zero_fisher_nodes': report['zero_fisher']}
-    return chosen | {'tasks': tasks} | alike | zero | {'wrote': str(args.out)}
+    return chosen | {'tasks': tasks} | alike | {'zero_fisher_nodes': report['zero_fisher']}
+
+def _merge_shown(report:Mapping[str,Any])->dict[str,Any]:
+    "The same for a reader: how often it answers as its models comes first."
+    found,same = _merge_facts(report),_same_answers(report)
+    first = {t: {'like its own model': same[t]} if t in same else {} for t in found['tasks']}
+    zero = ', '.join(f'{n} {k}' for k,n in report['zero_fisher'].items())
+    rest = {k: o for k,o in found.items() if not isinstance(o, dict)}
+    return {'tasks': {t: first[t] | o for t,o in found['tasks'].items()}} | rest | {'zero_fisher_nodes': zero}
 
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
@@ -292,14 +333,15 @@ def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[
     if len(specs)!=1:
         raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
     model,tokenizer = _load(name, merge_adapters)
-    key = specs[0] if specs[0].startswith('glue:') else Path(specs[0]).name
+    key = specs[0] if specs[0].startswith(('glue:', 'hub:')) else Path(specs[0]).name
     return {key: model}, {key: specs[0]}, {key: tokenizer}, dict(model=model_name(model))
 
 def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mapping[str,str])->dict[str,tuple]:
     "Rows and task of every data spec; `ValueError` for a split of a file."
+    from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.tasks.tasks import load_rows
-    if args.split and not any(o.startswith('glue:') for o in specs.values()):
-        raise ValueError('--split is about glue:TASK; a file has no splits')
+    if args.split and not any(o.startswith('glue:') or has_splits(o) for o in specs.values()):
+        raise ValueError('--split is about glue:TASK, hub:ID and saved folders; a file has no splits')
     split = either(args.split, 'validation')
     return {k: load_rows(v, models[k], split, **_columns(args, k), loss=args.loss) for k,v in specs.items()}
 
@@ -324,6 +366,7 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     or one model on one data set."""
     from fisher_nodes.engine.files import write_record
     from fisher_nodes.engine.measure import describe_data
+    from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.merging.merged import check_card, update_card
     from fisher_nodes.tasks.evaluation import evaluate
     read = (args.model, *(o.rpartition('=')[2] for o in args.data))
@@ -339,7 +382,9 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
     beside = {} if merged is None or args.alone else _beside(merged, loaded, args.fetch, how)
     shown = {k: o | beside.get(k, {}) for k,o in scores.items()}
-    if out: write_record(out, scores=shown, data=data, split=split, source=source)
+    splits = {k: split for k,o in specs.items() if o.startswith('glue:') or has_splits(o)}
+    data = {k: o if k in splits else o.replace(f'/{split}#', '#') for k,o in data.items()} # a file has none
+    if out: write_record(out, scores=shown, data=data, split=splits, source=source)
     named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
     if args.update_card: update_card(merged, args.model, scores, named)
     return shown
@@ -366,7 +411,9 @@ def run_compare(args:argparse.Namespace)->dict|None:
     """Score own models, average and every method that the data allow, on rows that none was measured on;
     and save the best."""
     from fisher_nodes.engine.processes import from_main
-    from fisher_nodes.experiment.compare import RULE, compare, save_winner, write_comparison
+    from fisher_nodes.experiment.compare import (
+        RULE, compare, comparison_text, save_winner, write_comparison)
+    from fisher_nodes.experiment.screen import screen_width
     import_methods(args.imports)
     models = parse_pairs(args.models, 'models')
     data,held = for_tasks(args.data, models, '--data'),parse_pairs(args.held_out or [], '--held-out')
@@ -376,7 +423,9 @@ def run_compare(args:argparse.Namespace)->dict|None:
     if args.save: save_winner(found, args.save, args.overwrite)
     if args.out: write_comparison(found, args.out, args.overwrite)
     wrote = {k: str(o) for k,o in dict(saved=args.save, wrote=args.out).items() if o}
-    if not args.json: print(found)
+    unnamed = args.save and found.merged.report.get('measured_rows')
+    if unnamed: wrote['repeat'] = 'by this command; rows of a split have no name for a recipe'
+    if not args.json: print(comparison_text(found, screen_width()))
     about = ('scores', 'metrics', 'seconds', 'left_out', 'chosen', 'rows')
     said = {k: getattr(found, k) for k in about} | dict(winner=found.winner, rule=RULE, why=found.why)
     return (said if args.json else {}) | wrote
@@ -468,7 +517,10 @@ def _finetune_one(args:argparse.Namespace)->dict:
     finetune(args.model, data, task, validation=validation, **asked,
         **_picked(args, (*_SHARED, 'out', 'overwrite', 'max_length')))
     record = json.loads((Path(args.out)/'finetune.json').read_text())
-    return {'wrote': str(args.out), **{k: v for k,v in record.items() if k!='files'}}
+    if args.json: return {'wrote': str(args.out), **{k: v for k,v in record.items() if k!='files'}}
+    scored = {'scores': {Path(args.validation).name: record['scores']}} if args.validation else {}
+    shown = {k: record[k] for k in ('losses', 'num_examples', 'epochs', 'seconds')}
+    return scored | shown | {'wrote': str(args.out)}
 
 def _finetune_glue(args:argparse.Namespace)->dict:
     "Fine-tune a model on several GLUE tasks, each into its own folder."
@@ -567,7 +619,8 @@ def _outline(name:str):
     "A model without numbers, from its config."
     import torch
     from transformers import AutoConfig, AutoModel
-    from fisher_nodes.engine.models import model_errors
+    from fisher_nodes.engine.models import fetched, model_errors
+    name = fetched(name)
     with model_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device('meta'): return AutoModel.from_config(config, trust_remote_code=False)
@@ -584,24 +637,24 @@ def _prove_described(model, found)->dict[str,Any]:
 def run_describe(args:argparse.Namespace)->dict|None:
     "Find by numbers where a model keeps its heads and neurons; reads its config, no weights."
     from fisher_nodes.core.describe import describe, row_code
+    from fisher_nodes.experiment.screen import sentence_lines
     model = _outline(args.model)
     found = describe(model)
     if found.not_understood: raise ValueError(found.refusal)
     checked = _prove_described(model, found) if args.check else {}
     row = f'FAMILIES[{found.name!r}] = {row_code(found.family)}'
-    if not args.json: print(found)
     what = dict(family=found.name, blocks=found.blocks, plain=found.plain, seconds=found.seconds)
-    return (what if args.json else {}) | {'row': row} | checked
+    if args.json: return what | {'row': row} | checked
+    for o in (*repr(found).split('\n'), row): print('\n'.join(sentence_lines(o)))
+    return checked
 
 def run_report(args:argparse.Namespace)->dict|None:
     "Print the table of what `reproduce` found, and write it with its plots."
-    from fisher_nodes.experiment.intervals import with_intervals
-    from fisher_nodes.experiment.report import report
-    from fisher_nodes.experiment.results import as_text
+    from fisher_nodes.experiment.report import report, screen_text
     summary = report(args.results, args.out, partial=args.partial, overwrite=args.overwrite)
     wrote = {'wrote': str(args.out)} if args.out else {}
     if args.json: return {'summary': json.loads(summary.to_json(orient='records'))} | wrote
-    print(as_text(with_intervals(summary)).to_string(index=False))
+    print(screen_text(summary))
     return wrote
 
 # %% ../../nbs/app/02_cli.ipynb #9f73ea88
@@ -635,6 +688,15 @@ def as_line(
     "What can be printed of a message, in one line; without importing what takes seconds."
     return ''.join(o for o in ' '.join(str(message).split()) if o.isprintable())[:2000]
 
+_PATHS = ('model', 'models', 'data', 'held_out', 'validation', 'fisher', 'base', 'checkpoints', 'results',
+          'config', 'out', 'save', 'work', 'expand')
+
+def _at_home(value:Any)->Any:
+    "Paths, also behind `task=`, where `~` is the home folder; a shell knows it at the start of a word only."
+    if isinstance(value, list): return [_at_home(o) for o in value]
+    task,eq,path = value.rpartition('=') if isinstance(value, str) else ('', '', '')
+    return f'{task}{eq}{os.path.expanduser(path)}' if path.startswith('~') else value
+
 class Parser(argparse.ArgumentParser):
     "Answers a mistake with one line, and knows which options were given."
     def __init__(self, *args, **kwargs): super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -646,6 +708,8 @@ class Parser(argparse.ArgumentParser):
             found.texts,rest = found.texts+rest,[] # those behind an option, which argparse passes over
         if rest: self.error(f'unrecognized arguments: {" ".join(rest)}')
         found.given = [o.partition('=')[0] for o in args if o.startswith('--')]
+        for k in _PATHS:
+            if (value := getattr(found, k, None)) is not None: setattr(found, k, _at_home(value))
         return found
     def error(self, message):
         "One line on standard error, exit status 2."
@@ -697,13 +761,14 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
 
 OPTIONS = dict(
     data=_option('--data', required=True, metavar='SPEC',
-        help='glue:TASK for its training rows, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
+        help='glue:TASK for its training rows, a file of rows (.parquet, .csv, .tsv, .json, .jsonl), '
+             'a folder of save_to_disk, or hub:ID:SPLIT'),
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
     device=_option('--device', metavar='NAME', help='cpu, cuda, cuda:1, …; by default where the model loads'),
     checkpointing=_option('--checkpointing', action='store_true',
         help='run layers twice, to need less memory: for long rows and large models'),
-    split=_option('--split', help='split of glue:TASK to score on (validation)'),
+    split=_option('--split', help='split of glue:TASK, hub:ID or a saved folder to score on (validation)'),
     imports=_option('--import', nargs='+', dest='imports', metavar='FILE',
         help='Python files or modules that register methods'),
     json=_option('--json', action='store_true', help='print the result as JSON, for programs'))
@@ -715,8 +780,9 @@ RUNNING = ['num_samples', 'seed', 'device', 'precision', 'max_length', 'text', '
 
 COMMANDS = dict(
     demo=(run_demo, ['seed', 'overwrite'], 'fisher-nodes demo --out _demo'),
-    fisher=(run_fisher, ['data', *MEASURING, 'out', 'overwrite'],
+    fisher=(run_fisher, [*MEASURING, 'out', 'overwrite'],
         'fisher-nodes fisher MODEL --data glue:sst2 --num-samples 128 --out sst2.fisher.safetensors\n'
+        '  fisher-nodes fisher CHECKPOINT --from-optimizer CHECKPOINT --out sst2.adam.safetensors\n'
         '  fisher-nodes fisher ME/MODEL --data glue:sst2 --out sst2.safetensors --push-to ME/MODEL'),
     merge=(run_merge, ['method', 'scheme', 'base', *MEASURING, 'refit_heads', 'imports', 'out', 'overwrite'],
         'fisher-nodes merge mnli=MODEL sst2=MODEL --data mnli=glue:mnli sst2=glue:sst2 '
@@ -766,6 +832,11 @@ OWN_OPTIONS = dict(
           _option('--num-samples', type=count, default=128, metavar='N',
               help='training rows for each Fisher (128)')],
     fisher=[_option('model', metavar='MODEL', help='folder or Hub id'),
+            _option('--data', metavar='SPEC', help=OPTIONS['data'][1]['help']),
+            _option('--from-optimizer', metavar='CHECKPOINT',
+                help='in place of --data: a checkpoint of Trainer, or exp_avg_sq.safetensors'),
+            _option('--parameters', action='store_true',
+                help='of an optimizer: for each parameter, for --method fisher --options floor=0'),
             _option('--expand', metavar='FILE',
                 help="also write what weights every tensor, by its name in the model's files"),
             _option('--push-to', metavar='ID', help='also put the file beside the model on the Hub')],
@@ -816,7 +887,8 @@ OWN_OPTIONS = dict(
              _option('--tasks', type=words, metavar='TASKS', help='some, as in mnli,rte; by default all')],
     finetune=[_option('model', metavar='MODEL', help='folder or Hub id to start from'),
               _option('--data', metavar='SPEC',
-                  help='glue:TASK, or a file of rows: .parquet, .csv, .tsv, .json or .jsonl'),
+                  help='glue:TASK, a file of rows (.parquet, .csv, .tsv, .json, .jsonl), '
+                       'a folder of save_to_disk, or hub:ID:SPLIT'),
               _option('--glue', type=words, metavar='TASKS',
                   help='all, or some as in mnli,rte: one folder for each'),
               _option('--validation', metavar='SPEC', help='rows to score the result on'),
@@ -865,13 +937,13 @@ OWN_OPTIONS = dict(
 
 # %% ../../nbs/app/02_cli.ipynb #e2b2e38f
 TOUR = """two models of your own, from rows they were trained on:
-  fisher-nodes merge reviews=DIR topics=DIR --data reviews=reviews.csv topics=topics.csv --out both
-  fisher-nodes evaluate both --data reviews=held-out.csv topics=held-out-topics.csv
+  fisher-nodes merge a=DIR b=DIR --data a=reviews.csv b=topics.csv --out both
+  fisher-nodes evaluate both --data a=more-reviews.csv b=more-topics.csv
   fisher-nodes predict both "a text, which every task answers"
 which merge is best, on rows that none was measured on:
-  fisher-nodes compare reviews=DIR topics=DIR --data reviews=reviews.csv topics=topics.csv --save best
+  fisher-nodes compare a=DIR b=DIR --data a=reviews.csv b=topics.csv --save best
 the paper's experiment:
-  fisher-nodes reproduce --checkpoints bert-base --methods average,mask-fisher --samples 128 --out results
+  fisher-nodes reproduce --checkpoints bert-base --samples 128 --out results
   fisher-nodes report results
 nothing at hand:
   fisher-nodes demo
@@ -888,11 +960,19 @@ def _add_options(parser:argparse.ArgumentParser, command:str):
 
 _AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 
+def _examples(lines:str)->str:
+    "Examples in lines that fit, as a shell reads them."
+    how = dict(width=74, break_on_hyphens=False, break_long_words=False)
+    def bound(o): return re.sub(r'(--[\w-]+) (?!-)', '\\1\xa0', o.strip()) # an option and its value
+    def folded(o): return wrap(bound(o), **how)
+    shown = ['  '+' \\\n    '.join(folded(o)) for o in lines.split('\n')]
+    return '\n'.join(['example:', *shown]).replace('\xa0', ' ')
+
 def _add_command(commands, name:str, options:bool):
     "One command, with its options if they are needed."
     run,_,example = COMMANDS[name]
     said = ' '.join(run.__doc__.split())
-    parser = commands.add_parser(name, help=said, description=said, epilog=f'example:\n  {example}',
+    parser = commands.add_parser(name, help=said, description=said, epilog=_examples(example),
         formatter_class=_AS_WRITTEN)
     if options: _add_options(parser, name)
     parser.set_defaults(run=run)
@@ -910,52 +990,45 @@ def make_parser(
     return parser
 
 # %% ../../nbs/app/02_cli.ipynb #30342929
-def as_cell(
-    value:Any, # of a result
-)->str:
-    "A value as a table shows it."
-    if isinstance(value, float): return f'{value:.4g}'
-    if isinstance(value, (list,tuple)): return ', '.join(map(str, value))
-    return '–' if value is None else str(value)
+def _told(rows:Mapping[str,Mapping])->dict[str,dict[str,str]]:
+    "Rows as a table shows them."
+    from fisher_nodes.experiment.screen import as_cell
+    return {k: {c.replace('_', ' '): as_cell(v, 4) for c,v in o.items()} for k,o in rows.items()}
 
-def make_table(
-    rows:dict[str,dict], # name of the row -> column -> value
-)->Any: # a `rich` table
-    "A table of a row for each name."
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-    columns = list(dict.fromkeys(c for o in rows.values() for c in o))
-    table = Table('', box=box.SIMPLE_HEAD)
-    for c in columns: table.add_column(Text(c))
-    for name,o in rows.items(): table.add_row(*map(Text, (name, *(as_cell(o.get(c, '')) for c in columns))))
-    return table
+def _tables(result:Mapping[str,Any])->list[dict[str,dict]]:
+    "Tables, and between them the rows that stand alone."
+    found,alone = [],None
+    for k,v in result.items():
+        if not isinstance(v, dict): continue
+        whole = any(isinstance(o, dict) for o in v.values())
+        if whole or alone is None: found.append(v if whole else {})
+        alone = None if whole else found[-1]
+        if not whole: alone[k.replace('_', ' ')] = v
+    return found
 
 def show(
     result:dict, # values, rows (a dict of values), and tables (a dict of rows)
 ):
-    "Print a result: its rows as a table, and its values below."
-    from rich.console import Console
-    console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout.isatty() else 160)
-    nested = {k: v for k,v in result.items() if isinstance(v, dict)}
-    tables = [v for v in nested.values() if any(isinstance(o, dict) for o in v.values())]
-    rows = {k: v for k,v in nested.items() if v not in tables}
-    for o in ([rows] if rows else []) + tables: console.print(make_table(o))
-    values = {k.replace('_', ' '): v for k,v in result.items() if k not in nested}
-    for k,v in values.items(): console.print(f'{k}: {as_cell(v)}', soft_wrap=True, markup=False)
+    "Print a result: its tables and rows, and its values below."
+    from fisher_nodes.experiment.screen import as_cell, screen_table
+    parts = [screen_table(_told(o)) for o in _tables(result)]
+    values = {k.replace('_', ' '): v for k,v in result.items() if not isinstance(v, dict)}
+    if values: parts.append('\n'.join(f'{k}: {as_cell(v)}' for k,v in values.items()))
+    if parts: print('\n\n'.join(parts))
 
 # %% ../../nbs/app/02_cli.ipynb #f816e7ed
 def show_answers(
     texts:Sequence, # that were asked
     answers:Mapping[str,Sequence[Mapping]], # task -> for each text its `label` and `score`, or its `value`
 ):
-    "Print a line for each text and task, the score first, in 80 columns."
+    "Print a line for each text and task, the score first."
+    from fisher_nodes.experiment.screen import as_cell, screen_width
     from fisher_nodes.methods.method import one_line
-    def cells(t, o): return as_cell(o.get('score', o.get('value'))), as_cell(o.get('label', '')), t
+    def cells(t, o): return as_cell(o.get('score', o.get('value')), 4), as_cell(o.get('label', '')), t
     rows = [(*cells(t, o[i]), text) for i,text in enumerate(texts) for t,o in answers.items()]
     head = ('score', 'label', 'task')
     wide = [min(24, max(len(o[i]) for o in (head, *rows))) for i in range(3)]
-    left = max(12, 77-sum(wide)-6)
+    left = max(12, screen_width()-3-sum(wide)-6)
     def line(o, text):
         text = one_line(text if isinstance(text, str) else ' | '.join(text), left)
         return ''.join(f'{one_line(c):{w}}  ' for c,w in zip(o, wide))+text
@@ -966,10 +1039,31 @@ def _tell(args:argparse.Namespace, message:Any):
     "One line on standard error."
     print(f'fisher-nodes {as_line(args.command)}: {as_line(message)}', file=sys.stderr)
 
+def _is_foreign(name:str)->bool:
+    "Whether a module belongs to a library that is installed beside this one."
+    path = getattr(sys.modules.get(name), '__file__', None) or ''
+    installed = {'site-packages', 'dist-packages'} & {*Path(path).parts}
+    return bool(installed) and not name.startswith('fisher_nodes')
+
+@contextmanager
+def _own_words(args:argparse.Namespace)->Iterator[None]:
+    "Warnings of this package as single lines; those of other libraries not at all, nor their logs."
+    import logging
+    from tqdm import tqdm
+    from fisher_nodes.engine.quiet import quiet
+    def said(message, *_):
+        if not _is_foreign(sys._getframe(2).f_globals.get('__name__', '')):
+            with tqdm.external_write_mode(sys.stderr): _tell(args, message)
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), quiet():
+        warnings.showwarning = said
+        logging.disable(max(before, logging.WARNING))
+        try: yield
+        finally: logging.disable(before)
+
 def _run(args:argparse.Namespace)->dict:
     "Run a command, its warnings as single lines."
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: _tell(args, message)
+    with nullcontext() if os.environ.get('FISHER_NODES_DEBUG') else _own_words(args):
         if int(os.environ.get('WORLD_SIZE', 1))<2: return args.run(args)
         from fisher_nodes.engine.processes import leave, together
         try: return together(args.run)(args)

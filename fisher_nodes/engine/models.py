@@ -6,7 +6,7 @@
 __all__ = ['FLOATS', 'OLD_NAMES', 'DTYPE', 'HOW', 'Source', 'model_name', 'hub_commit', 'find_file', 'check_config',
            'check_index', 'plain_name', 'check_weights', 'check_source', 'adapter_folder', 'check_no_adapter',
            'model_class', 'empty_model', 'model_errors', 'check_wrapped', 'check_single', 'load_model',
-           'load_tokenizer', 'resolve_model', 'ModelReference', 'as_reference', 'fetch_model', 'note_commit',
+           'load_tokenizer', 'resolve_model', 'ModelReference', 'as_reference', 'fetched', 'fetch_model', 'note_commit',
            'head_tensors', 'load_reference', 'AdapterOrigin', 'adapter_origin']
 
 # %% ../../nbs/engine/05_models.ipynb #5eabcda1
@@ -35,9 +35,10 @@ from .adapters import (
 from .files import is_merged
 from .fingerprints import check_hash, hash_tensors, hash_weights
 from .guard import keep_rng
-from .hub import FILES, hub_file, with_safetensors
+from .hub import FILES, MODEL_ID, hub_file, with_safetensors
 from .reading import (
     check_pointer, check_inside, check_regular, is_memory_error, read_header, load_json)
+from .quiet import quiet
 from ..methods.method import WRITTEN, explain, one_line
 
 # %% ../../nbs/engine/05_models.ipynb #0bcb31e9
@@ -349,7 +350,8 @@ def model_errors(
 )->Iterator[None]:
     "Look at a model's folder, and turn a failure to load it into a `ValueError` that says which."
     if not isinstance(model, PreTrainedModel): _check_named(model, adapters)
-    try: yield
+    try:
+        with quiet(): yield
     except BaseException as e:
         foreign = isinstance(e, Exception) or type(e).__name__=='PanicException' # of libraries in Rust
         start = f'cannot load {one_line(model)}: '
@@ -380,8 +382,15 @@ def check_single(
     "`ValueError` for the folder of a merged model, which holds several."
     if is_merged(model): raise ValueError(f'{model} is a merged model; give one of its tasks, {model}/TASK')
 
+def _load_at(reference:Any, merge_adapters:bool|None)->PreTrainedModel:
+    "A model at a revision, which keeps its name."
+    place = fetch_model(reference)
+    found = load_model(place, merge_adapters)
+    note_commit(found.config, reference, place)
+    return found
+
 def load_model(
-    model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id
+    model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder, a Hub id or `id@revision`
     merge_adapters:bool|None=None, # whether LoRA adapters become part of it; None: the caller cannot choose
 )->PreTrainedModel: # the same object, or the loaded model
     "A model with its task head, or a body alone; `ValueError` for a checkpoint that lacks weights."
@@ -390,6 +399,8 @@ def load_model(
         raise ValueError(f'{type(model).__name__} holds models of {list(model)}; give one of them')
     if merge_adapters and is_peft_model(model): return _without_adapters(model)
     check_wrapped(model)
+    if (reference := as_reference(model)).revision: return _load_at(reference, merge_adapters)
+    model = reference.name
     check_single(model)
     if folder := adapter_folder(model): return _load_adapted(model, folder, merge_adapters)
     with model_errors(model):
@@ -451,6 +462,7 @@ def load_tokenizer(
 )->Any: # a tokenizer, or for images and sounds another processor; None where there is none
     "The tokenizer, or other processor, saved with a model."
     if tokenizer is not None or not isinstance(model, (str, Path)): return tokenizer
+    model = fetched(model)
     auto = _processor_class(model)
     found = _read_processor(model, auto) if auto else _read_tokenizer(model)
     if found is not None and (auto or _knows_words(found)): return found
@@ -479,12 +491,24 @@ class ModelReference:
 
 Source = ModelReference # its name in version 0.1
 
+_AT = re.compile(fr'({MODEL_ID.pattern})@([\w.-]+(?:/[\w.-]+)*)')
+
 def as_reference(
-    model:Any, # a folder or Hub id, a `ModelReference`, or a model
+    model:Any, # a folder, a Hub id or `id@revision`, a `ModelReference`, or a model
 )->ModelReference|None: # None for a model in memory
-    "What a model is called, if it comes by name."
-    if isinstance(model, (str, Path)): return ModelReference(str(model))
-    return model if isinstance(model, ModelReference) else None
+    "What a model is called, if it comes by name; `~` is the home folder."
+    if not isinstance(model, (str, Path)): return model if isinstance(model, ModelReference) else None
+    name = os.path.expanduser(str(model))
+    found = None if os.path.lexists(name) else _AT.fullmatch(name)
+    return ModelReference(found[1], found[found.lastindex]) if found else ModelReference(name)
+
+def fetched(
+    model:Any, # as in `as_reference`
+)->Any: # a model as it is; else the folder of a revision, or the name
+    "Where to load a model from that may be named with a revision."
+    reference = as_reference(model)
+    if reference is None: return model
+    return fetch_model(reference) if reference.revision else reference.name
 
 # %% ../../nbs/engine/05_models.ipynb #4ed15cdc
 def fetch_model(

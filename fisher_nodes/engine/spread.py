@@ -12,10 +12,10 @@ from itertools import chain, islice
 from typing import Any
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from .batches import Batch, Batches
 from .processes import (
     Rank, exchange, find_rank, is_main, sum_processes, value_digest)
+from ..methods.bars import show_bar
 
 # %% ../../nbs/engine/08_spread.ipynb #5faa0a18
 def _chain_digest(seen:str, batch:Batch)->str:
@@ -52,10 +52,10 @@ def _meet(n:tuple[int,...], seen:str, sums:MutableMapping)->tuple[int,...]:
     return tuple(map(sum, zip(*(o[0] for o in notes if o[0]))))
 
 # %% ../../nbs/engine/08_spread.ipynb #40c2a2c0
-def _show(own:Iterable[Batch], num_batches:int|None, place:Rank, what:str, progress:bool)->tqdm:
+def _show(own:Iterable[Batch], num_batches:int|None, place:Rank, what:str, progress:bool)->Any:
     "A progress bar over the batches of this process, shown by the main one."
     total,shown = num_batches and len(range(place.rank, num_batches, place.count)),progress and is_main()
-    return tqdm(own, total=total, desc=what, unit='batch', delay=2, disable=not shown)
+    return show_bar(own, what, shown, total=total, unit='batch')
 
 def spread(
     work:Callable[[Iterable[Batch]], tuple[int,...]], # goes through batches, adds to `sums`, counts

@@ -21,7 +21,7 @@ def unpack_text(
 )->str:
     "All of a file, without a byte order mark; `ValueError` unless it is UTF-8."
     data = path.read_bytes()
-    try: text = (gzip.decompress(data) if path.suffix=='.gz' else data).decode('utf-8-sig')
+    try: text = (gzip.decompress(data) if path.suffix.lower()=='.gz' else data).decode('utf-8-sig')
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
         raise ValueError(f'it is not text in UTF-8: {e}; save it as UTF-8') from None
     if '\0' in text: raise ValueError('it has zero bytes, so it is not text in UTF-8; save it as UTF-8')
@@ -114,7 +114,7 @@ def read_table(
     path:str|Path, # its suffix is one of `READERS`
 )->Any: # a `pyarrow.Table`
     "Read a local file of rows; `ValueError` naming it if it cannot be read as it stands."
-    path = Path(path)
+    path = Path(path).expanduser()
     suffix = split_suffix(path)[1]
     if not suffix: raise ValueError(f'{path.name}: expected a file in {", ".join(READERS)}')
     check_regular(path)

@@ -105,6 +105,15 @@ def _check_strings(names:Sequence[str], kinds:Mapping[str,str]):
     if not odd: return
     raise ValueError(f'column {odd[0]!r} is {kinds.get(odd[0], "not there")}; expected text, {_among(kinds)}')
 
+_COUNTED = {1: 'single texts', 2: 'pairs of texts'}
+
+def _check_count(names:Sequence[str], recorded:Sequence[str]):
+    "`ValueError` for single texts where a model was fine-tuned on pairs, or the other way."
+    if not (names and recorded) or len(names)==len(recorded): return
+    was,now = (f'{_COUNTED.get(len(o), "texts")} ({", ".join(o)})' for o in (recorded, names))
+    raise ValueError(f'the model was fine-tuned on {was}, and these are {now}; '
+                     'name the columns with `text=` (--text)')
+
 def pick_text(
     kinds:Mapping[str,str], # all columns -> type of what is in them
     text:str|Sequence[str]|None=None, # asked for
@@ -119,6 +128,7 @@ def pick_text(
     found = _candidates(strings, labels, read)
     others = {plain_word(c) for c in kinds if c not in strings} & _WORDS
     chosen = asked or known_text(found) or (found if len(found)==1 and not others else [])
+    _check_count(chosen, recorded)
     if chosen: return chosen
     raise ValueError(f'it is not clear which columns are the text, {_among(kinds)}; '
                      'name one or two with `text=` (--text)')

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from ..core.places import find_nodes
@@ -42,6 +41,7 @@ from ..engine.measure import (
 from ..engine.memory import batch_budget, padded_tokens
 from ..engine.models import model_name
 from ..engine.reading import load_json
+from ..methods.bars import show_bar
 from ..methods.method import STATISTICS, Count, checked
 from ..tasks.evaluation import predict
 
@@ -192,7 +192,7 @@ def take_turns(
     "Time several calls in turns."
     if rounds<1: raise ValueError(f'`rounds` is {rounds}; expected at least 1')
     seconds = {k: [] for k in calls}
-    with tqdm(total=(rounds+1)*len(calls), unit='step') as bar:
+    with show_bar(total=(rounds+1)*len(calls), unit='step', delay=0) as bar:
         for _ in range(rounds+1):
             for name,call in calls.items():
                 bar.set_description(name)

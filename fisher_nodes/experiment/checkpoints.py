@@ -11,11 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from tqdm.auto import tqdm
 from ..engine.files import TRAINED, OutputExistsError, check_folder, differences
 from ..engine.fingerprints import hash_weights
 from ..engine.measure import describe_data
 from ..engine.models import load_tokenizer, model_name
+from ..methods.bars import each_task, show_bar
 from ..methods.method import Count, PathName, Positive, Seed, checked
 from ..tasks.finetuning import finetune, first_layers, load_body
 from ..tasks.tasks import GLUE, PAPER_TASKS, load_task
@@ -229,7 +229,7 @@ def finetune_glue(
     todo = sorted((o for o in tasks if o not in done), key=lambda o: RECIPES[o].start is not None)
     validation = {task: load_task(f'glue:{task}', 'validation')[0] for task in todo}
     same |= dict(num_samples=num_samples, device=device, progress=progress)
-    for task in tqdm(todo, desc='fine-tune', unit='task', disable=not progress):
+    for task in each_task(show_bar(todo, 'tasks', progress, unit='task', delay=0)):
         start = RECIPES[task].start
         finetune(out/start if start else base, data[task], task, out=out/task,
             validation=validation[task], epochs=wanted[task]['epochs'], **same)

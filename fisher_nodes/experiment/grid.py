@@ -12,6 +12,7 @@ __all__ = ['ENTRIES', 'ABLATIONS', 'SCHEMA', 'Entry', 'all_entries', 'find_entry
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,6 +40,7 @@ from ..engine.processes import (
 from .checkpoints import find_checkpoints
 from ..merging.run import load_base, merge
 from ..methods.agreement import divergences
+from ..methods.bars import show_bar
 from ..methods.method import METHODS, STATISTICS, Count, PathName, Statistic, checked, quoted
 from ..methods.released import RELEASED
 from ..tasks.evaluation import run_model, score_logits
@@ -281,7 +283,7 @@ def measure_once(
     path = cache_path(checkpoint, cell, cache, how.get('precision'))
     if _is_there(path):
         try: return cell.entry.statistic.kind.load(path)
-        except ValueError as e: tqdm.write(f'{path.name} is corrupt and is measured again: {e}')
+        except ValueError as e: _say(f'{path.name} is corrupt and is measured again: {e}')
     found = _measure(checkpoint, cell, **how)
     found.save(path)
     return found
@@ -315,7 +317,7 @@ def read_result(
     "Read what an earlier run wrote; `ValueError` if it comes from another experiment."
     if not _is_there(path): return None
     try: found = _read_parts(path, parts, list(expected))
-    except ValueError as e: return tqdm.write(f'{path.name} is corrupt and is made again: {e}')
+    except ValueError as e: return _say(f'{path.name} is corrupt and is made again: {e}')
     check_schema(found, path)
     for k,(there,now) in differences(found, expected).items():
         raise ValueError(f'{path} is from another experiment: {k} is {quoted(there)}, now {quoted(now)}; '
@@ -323,9 +325,13 @@ def read_result(
     return found
 
 # %% ../../nbs/experiment/01_grid.ipynb #501693b4
-def _bar(items:Any=None, **kwargs)->tqdm:
+def _say(text:str):
+    "A line on standard error, above the bars."
+    tqdm.write(text, file=sys.stderr)
+
+def _bar(items:Any=None, what:str='', **kwargs)->tqdm:
     "A progress bar, in the main process."
-    return tqdm(items, disable=not is_main(), **kwargs)
+    return show_bar(items, what, is_main(), delay=0, **kwargs)
 
 def mean_divergence(
     own:Tensor, # answers of a task's own model, shape `(N, classes)`, or `(N, 1)` of a regression
@@ -351,7 +357,7 @@ def own_scores(
     **how, # `device` and `precision`
 )->dict[str,dict]: # task -> model, scores, share of the most frequent class, numbers of rows
     "What every model scores on its own task."
-    with _bar(own_share(list(checkpoints)), desc='own scores', unit='model') as bar:
+    with _bar(own_share(list(checkpoints)), 'own scores', unit='model') as bar:
         found = exchange({t: _own_score(checkpoints[t], **how) for t in bar})
     return {t: o[t] for t in checkpoints for o in found if t in o}
 
@@ -460,7 +466,7 @@ def measure_ahead(
     needy = [(t, c) for c in cells if c.entry.statistic for t in checkpoints]
     wanted = {cache_path(checkpoints[t], c, cache, how.get('precision')): (t, c) for t,c in needy}
     missing = from_main(lambda: [p for p in wanted if not p.is_file()])
-    with _bar(own_share(missing), desc='measuring', unit='model') as bar, alone():
+    with _bar(own_share(missing), 'measuring', unit='model') as bar, alone():
         for t,cell in map(wanted.get, bar): measure_once(checkpoints[t], cell, cache, **how)
     exchange()
 
@@ -506,7 +512,7 @@ def _read_fisher(path:Path)->MaskFisher|None:
     "A Fisher of the cache; None, and a message if it is corrupt, where there is none."
     try: return MaskFisher.load(path)
     except FileNotFoundError: return None
-    except ValueError as e: tqdm.write(f'{path.name} is corrupt and is left out of the errors: {e}')
+    except ValueError as e: _say(f'{path.name} is corrupt and is left out of the errors: {e}')
 
 def _errors(fisher:MaskFisher, truth:MaskFisher)->dict[str,float]:
     "Errors of the heads and of the neurons."
@@ -566,7 +572,7 @@ def _check_grid(paths:Mapping, cells:Sequence[Cell], base:Any, orders:Mapping, l
 
 def _load_all(paths:Mapping, limit:int|None, orders:Mapping, device:Any)->dict[str,Checkpoint]:
     "All models with their data, by task."
-    with _bar(paths.items(), desc='load and check labels', unit='model') as bar:
+    with _bar(paths.items(), 'load and check labels', unit='model') as bar:
         return {t: load_checkpoint(p, t, limit, orders.get(t), device) for t,p in bar}
 
 def _write_own(out:Path, checkpoints:Mapping[str,Checkpoint], about:Mapping):

@@ -22,7 +22,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 from ..core.heads import HEADS
-from ..core.start import LEAST
+from ..core.start import LEAST, Likeness, least_alike, starts_words
 from ..engine.files import MERGED, RECIPE
 from ..engine.models import find_file
 from ..engine.reading import parse_yaml, load_json, read_text
@@ -232,6 +232,8 @@ class _Likeness(_Told):
     a:str
     b:str
     cosine:float
+    layer:str=''
+    of_layer:float=1.
 
 class _Chosen(_Told):
     method:str
@@ -262,6 +264,7 @@ class _Report(_Told):
     alike:list[_Likeness]=[]
     won:_Won|None=None
     inputs:dict[str,dict[str,dict[str,_File]|None]]={}
+    measured_rows:dict[str,str]={}
 
 def beside_files(
     report:Mapping[str,Any],
@@ -452,10 +455,10 @@ def _notes(report:Mapping[str,Any])->str:
     out = [f'The model of {t} is an adapter, merged into {escaped(o["base"])}.' for t,o in adapted.items()]
     if any(zero.values()):
         out.append(f'Without any Fisher, and so averaged: {zero["heads"]} heads and {zero["rows"]} FFN rows.')
-    least = min(report.get('alike') or [dict(cosine=1)], key=lambda o: o['cosine'])
-    if least['cosine']<LEAST:
-        out.append(f'The weights of {escaped(least["a"])} and {escaped(least["b"])} have a cosine of '
-                   f'{least["cosine"]:.2g}; those of models of one start have more than {LEAST}.')
+    alike = [Likeness(*(o[k] for k in Likeness._fields if k in o)) for o in report.get('alike', ())]
+    if o := least_alike(alike):
+        out.append(f'The weights of {escaped(o.a)} and {escaped(o.b)} have {escaped(starts_words(o))}; '
+                   f'those of models of one start have more than {LEAST}.')
     if lacking := report.get('not_in_all'):
         out.append(f'Not every model has {", ".join(map(escaped, lacking))}; averaged over those that do.')
     if won := report.get('won'):
@@ -483,11 +486,12 @@ def _loading(where:str, task:str, auto:str, tokenizer:bool)->str:
     return '\n'.join(lines)
 
 # %% ../../nbs/merging/03_card.ipynb #a5ca5911
-def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool)->str:
+def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool, rows:Mapping[str,str]|None=None)->str:
     "Whether and how the merge can be made again."
     if recipe is None: return 'No recipe was recorded.'
     command,gone = f'`fisher-nodes merge {RECIPE} --out DIR`',', '.join(unnamed(recipe))
-    if gone: return f'`{RECIPE}` has no name for {gone}; with these it would be\n{command}.'
+    known = ''.join(f'\n- {escaped(t)}: {escaped(o)}' for t,o in (rows or {}).items())
+    if gone: return f'`{RECIPE}` has no name for {gone}; with these it would be\n{command}.' + known
     change = '\nThe weights were changed after merging; the recipe repeats the merge, not the change.'
     return command + change*changed
 
@@ -495,7 +499,8 @@ def _repeat_words(recipe:Mapping[str,Any]|None, changed:bool)->str:
 _SAME = 'All sources state the same licence.'
 _UNLIKE = 'The sources do not all state the same licence. Look at each before using this model.'
 _HEADS = ('`Merged.from_pretrained({where})` of fisher_nodes loads all tasks on one body; '
-          '`logits(**batch)` answers them in one pass.')
+          '`logits(**batch)` answers them in one pass.\nThe folder itself is that body without a head: a '
+          '`pipeline` of it would make one at random. Give it the model of a task, as loaded above.')
 _ALIKE = ('## Does it answer as its models do?\n\nCompared with each task\'s own model, on rows that '
           'were kept apart, without labels: how often the answers are the same, and how much of the variance '
           'of what is answered is explained; KL is from the own model, in nats. The average has the heads as '
@@ -554,7 +559,8 @@ def model_card(
     words = dict(
         title=f'Merged: {", ".join(tasks)}', n=len(tasks), where=_quoted(where), report=MERGED,
         load=_loading(where, tasks[0], auto, tokenizer), notes=_notes(report),
-        licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME, repeat=_repeat_words(recipe, changed))
+        licence=_UNLIKE if licence in (DIFFER, UNSTATED) else _SAME,
+        repeat=_repeat_words(recipe, changed, report.get('measured_rows')))
     whole = any(o.whole and o.auto==auto for o in HEADS.values())
     words['together'] = _ONE if whole else _HEADS.format(**words)
     use = _PIPELINES.get(auto)

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from math import isfinite
 from typing import Any
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from ..core.families import body_of
 from ..engine.guard import frozen_eval
 from .merged import Merged
 from ..methods.agreement import Agreement, agreement
+from ..methods.bars import show_bar
 from ..methods.calls import Calls, split_calls
 from ..methods.refit import refit_head
 
@@ -91,7 +91,7 @@ def fit_heads(
     "Fit every head to the merged body, and compare the answers with those of its own model."
     if not kept: return {}
     body,found = body_of(average()),{}
-    for t,rows in tqdm(kept.items(), desc='heads', unit='task', delay=2, disable=not progress):
+    for t,rows in show_bar(kept.items(), 'heads', progress, unit='task'):
         with ExitStack() as stack:
             for m in (models[t], body, merged.body): stack.enter_context(frozen_eval(m, device))
             found[t] = _fit_head(merged, t, models[t], body, rows)

@@ -442,7 +442,9 @@ def _save_words(merged:Merged, files:Mapping, folder:Path, place:Path, repo_id:s
     recipe = merged.recipe and public_recipe(merged.recipe, None if repo_id else place)
     auto = _auto_class(merged)
     with_tokenizer = all(o is not None for o in merged.tokenizers.values())
-    if recipe: (folder/RECIPE).write_text(sign(recipe_text(recipe, changed)), encoding='utf-8')
+    if recipe:
+        text = recipe_text(recipe, changed, merged.report.get('measured_rows'))
+        (folder/RECIPE).write_text(sign(text), encoding='utf-8')
     (folder/MERGED).write_text(json.dumps(merged.report | dict(files=files), indent=1))
     card = model_card(merged.report, recipe, repo_id or place.name, auto, with_tokenizer, changed)
     (folder/'README.md').write_text(sign(str(card), '<!-- {} -->'), encoding='utf-8')

@@ -18,6 +18,7 @@ from ..engine.fingerprints import check_hash
 from ..engine.measure import saved_hash
 from ..engine.models import ModelReference
 from ..engine.reading import parse_yaml, read_text
+from ..engine.specs import HUB
 from .request import MergeRequest, check_names
 from ..methods.method import WRITTEN, PathName, can_name, checked, explain, one_line
 
@@ -89,22 +90,25 @@ _NULL = '# in memory, or a local path that was not published: nothing here can n
 def recipe_text(
     recipe:Mapping[str,Any], # as in `public_recipe`
     changed:bool=False, # whether the weights were changed after merging
+    rows:Mapping[str,str]|None=None, # task -> which rows were measured, where they have no name
 )->str:
     "The recipe as YAML."
     def dump(k):
         text = yaml.safe_dump({k: recipe[k]}, sort_keys=False, allow_unicode=True, width=200)
         if k not in (*NAMED, *_SINGLE): return text
+        if k=='data': text = ''.join(f'# {one_line(t)}: {one_line(o)}\n' for t,o in (rows or {}).items())+text
         return re.sub(r': null$', f': null  {_NULL}', text, flags=re.M)
     return _HEAD + _CHANGED*changed + ''.join(map(dump, recipe))
 
 # %% ../../nbs/merging/01_recipe.ipynb #83e45c5e
 def _is_local(key:str, name:str, here:Path)->bool:
     "Whether a name in a recipe is a path."
-    if key in ('data', 'fishers'): return not name.startswith('glue:')
+    if key in ('data', 'fishers'): return not name.startswith(('glue:', HUB))
     return name.startswith(('.', '~', '/')) or os.path.exists(here/name)
 
 _MODEL = 'a folder or Hub id'
-_MEANT = dict(models=_MODEL, base=_MODEL, data='glue:TASK or a file', fishers='a file')
+_ROWS = 'glue:TASK, hub:ID, a saved folder or a file'
+_MEANT = dict(models=_MODEL, base=_MODEL, data=_ROWS, fishers='a file')
 
 def _check_name(key:str, of:str, entry:Any):
     "`ValueError` unless an entry names something, or nothing."

@@ -27,7 +27,7 @@ from ..core.schemes import get_scheme
 from ..engine.devices import PRECISIONS
 from ..engine.importance import find_beside
 from ..engine.models import ModelReference
-from ..engine.tables import READERS, split_suffix
+from ..engine.specs import SPEC, check_spec
 from ..engine.text import check_text
 from ..methods.method import (
     CALL, METHODS, STATISTICS, Count, Seed, can_name, expected, explain, load_methods, plain_value)
@@ -124,9 +124,10 @@ def _spec(o:Any)->Any:
     if not isinstance(o, (str, Path)): return o
     name = str(o)
     if not can_name(name): raise expected('the name of a file')
-    is_glue = name.startswith('glue:')
-    if name.removeprefix('glue:') in GLUE if is_glue else split_suffix(name)[1]: return o
-    raise expected(f'glue:TASK, or a file in {", ".join(READERS)}')
+    if name.removeprefix('glue:') in GLUE and name.startswith('glue:'): return o
+    try: check_spec(name)
+    except ValueError: raise expected(f'glue:TASK, {SPEC}') from None
+    return o
 
 def _loss(o:Any)->Any:
     if o is None or callable(o) or isinstance(o, str) and o in LOSSES: return o
@@ -241,6 +242,9 @@ def _check_measuring(method:str, labels:str, measuring:Mapping[str,Any], measure
     takes = STATISTICS[needed].takes if needed else ()
     if labels!='empirical' and 'labels' not in takes:
         raise ValueError(f'method {method!r} reads no labels, so they cannot be {labels!r}')
+    if needed=='calls' and measuring.get('precision') in ('tf32', 'bf16'):
+        raise ValueError(f'method {method!r} fits in float32 or better; '
+                         f"`precision` {measuring['precision']!r} would have no effect")
     choices = measuring | dict(labels=None if labels=='empirical' else labels)
     idle = [k for k,v in choices.items() if v is not None]
     if idle and not measured:

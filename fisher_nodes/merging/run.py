@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from ..core.averaging import weighted_mean, widest
 from ..core.blocks import Block, Blocks, cut, rows_meant
@@ -66,6 +65,7 @@ from .sources import describe_inputs
 from .store import (
     FileStore, MemoryStore, TensorSlot, check_stamp, file_stamp, make_file, read_slots)
 from ..methods.average import average_model
+from ..methods.bars import each_task, show_bar
 from ..methods.calls import Calls
 from fisher_nodes.methods.method import (
     METHODS, STATISTICS, Count, Job, ParameterStatistic, PathName, Rule, check_numbers, check_shapes,
@@ -341,7 +341,7 @@ def check_alike(
     variant:str|None, # that they must have; None accepts any
 ):
     "`ValueError` unless all were computed alike, and as the merge assumes."
-    for key in ('variant', 'estimator'):
+    for key in ('variant', 'estimator', 'corrected'):
         values = {t: f.meta[key] for t,f in found.items() if key in f.meta}
         if len(set(values.values()))>1: raise ValueError(f'the Fishers differ in {key}: {values}')
         if key=='variant' and variant and values and variant not in values.values():
@@ -394,11 +394,12 @@ def measure_all(
         try: statistic_batches(about, model, rows, objective=_objective(model, asked), **how, **what)
         except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
     quiet = not run['progress'] or len(read)<3
-    bar = tqdm(read.items(), desc='measure', unit='model', delay=2, disable=quiet)
+    bar = show_bar(read, 'measure', not quiet, unit='model')
     run['precision'] = request.precision
     if request.statistic and not inputs.statistics:
-        inputs.statistics = {t: measure(about.name, inputs.models[t], rows, **how, **what, **asked, **run)
-                             for t,(rows,how) in bar}
+        what |= asked | run
+        inputs.statistics = {t: measure(about.name, inputs.models[t], read[t][0], **read[t][1], **what)
+                             for t in each_task(bar)}
     if request.statistic!='calls' and request.kept_share: inputs.kept = _hear_all(inputs, read, what, run)
 
 def _lasting(rows:Any)->Any:
@@ -563,7 +564,7 @@ def _workers(threads:int)->Iterator[Callable]:
             torch.set_num_threads(torch.get_num_threads()) # for threads to come; ours never changed
 
 # %% ../../nbs/merging/07_run.ipynb #65dedbe1
-def _merge_parameters(job:Job, inputs:Inputs, rule:Rule, store:Any, bar:tqdm):
+def _merge_parameters(job:Job, inputs:Inputs, rule:Rule, store:Any, bar:Any):
     "Merge all that a store has, first what is taken whole; `bar` counts bytes."
     sizes = store.sizes()
     def merge_one(name):
@@ -588,9 +589,9 @@ def run(
         ordered = sorted(job.models.values(), key=lambda m: id(body_of(m))) # as in `assemble`
         for m in ordered: stack.enter_context(frozen_eval(m, inputs.device))
         rule = METHODS[request.method].rule(job, **request.options)
-    total,shown = sum(store.sizes().values()),dict(unit='B', unit_scale=True, delay=2, disable=not progress)
+    shown = dict(total=sum(store.sizes().values()), unit='B', unit_scale=True)
     try:
-        with tqdm(total=total, desc='merge', **shown) as bar:
+        with show_bar(None, 'merge', progress, **shown) as bar:
             _merge_parameters(job, inputs, rule, store, bar)
     finally: store.close()
     return job, rule

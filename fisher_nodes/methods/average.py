@@ -8,8 +8,10 @@ __all__ = ['average_rule', 'average_model']
 # %% ../../nbs/methods/01_average.ipynb #84b5ebcd
 from copy import deepcopy
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from ..core.averaging import plain_shares, weighted_mean
+from ..core.blocks import cut, rows_meant
 from ..core.families import body_of
 from .method import Job, Rule, merge_method
 
@@ -27,11 +29,13 @@ def average_rule(
 @torch.no_grad()
 def average_model(
     job:Job, # in memory
-)->PreTrainedModel: # a copy of `job.model` in float32 or better
-    "A model whose body is the average."
-    model = deepcopy(job.model)
-    named,shares = dict(body_of(model).named_parameters()),plain_shares(job.weights)
-    for n in job.names:
-        tensors = [o[n] for o in job.states.values()]
-        named[n].copy_(weighted_mean(tensors, shares, job.dtype(n)))
-    return model.to(torch.promote_types(model.dtype, torch.float32))
+)->PreTrainedModel: # a copy of `job.model`
+    "A model whose body is the average, in the types that the merged body will have."
+    named,shares = dict(body_of(job.model).named_parameters()),plain_shares(job.weights)
+    def mean(n):
+        out = torch.empty_like(named[n], dtype=job.dtype(n))
+        for o in map(rows_meant, cut(n, out.shape, len(shares))):
+            out[o] = weighted_mean([state[n][o] for state in job.states.values()], shares, out.dtype)
+        return out
+    means = {id(named[n]): nn.Parameter(mean(n), False) for n in job.names}
+    return deepcopy(job.model, means)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from ..core.averaging import axes
 from ..core.families import body_of
@@ -19,6 +18,7 @@ from ..core.heads import known_head
 from ..core.nodes import MaskGradients
 from ..core.places import Nodes, Slice, find_nodes
 from ..core.walk import gives, reads, watching
+from .bars import show_bar
 from .agreement import divergences
 from .calls import Calls, as_given
 from .refit import FOLDS, HeadSums, Refit, can_refit, kept_answers, last_linear, on_body
@@ -251,7 +251,7 @@ def fit_masks(
     masks = {o.name: torch.ones(o.counts[o.kind], dtype=torch.float64) for o in find_nodes(body)}
     kl,moved = _apart(judge, body)
     told,used = [kl],[]
-    for _ in tqdm(range(steps), desc='masks', unit='step', delay=2, disable=not progress):
+    for _ in show_bar(range(steps), 'masks', progress, unit='step'):
         with with_numbers(body, fold_masks(body, masks)): found = _gradients(given, body, moved)
         kl,refitted,new,d = _search(judge, body, masks, found, dampings, together)
         if not kl<told[-1]*(1-1e-6)-1e-12: break

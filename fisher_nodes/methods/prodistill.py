@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from ..core.averaging import axes
 from ..core.families import body_of
 from ..core.places import Place, find_places
 from ..core.walk import Reached, first_tensor, gives
+from .bars import show_bar
 from .calls import tokens
 from .method import Count, Job, Positive, Rule, merge_method
 from .residual import Lane, layers_in_order, make_lanes
@@ -161,7 +161,7 @@ def prodistill_rule(
     model,places = _beginning(job, start),find_places(job.model)
     lanes,trained = make_lanes(job, model),set()
     values = [start*λ for λ in _weights(job).values()]
-    for path in tqdm(layers_in_order(lanes), desc='train', unit='layer', delay=2, disable=not job.progress):
+    for path in show_bar(layers_in_order(lanes), 'train', job.progress, unit='layer'):
         mix = _mix(job, model, path, coefficients, places)
         batches = [(o.share, _given(o, i, path), _wanted(o, i, path), o.masks[i]) for o,i in _turns(lanes)]
         found = mix.start(values)

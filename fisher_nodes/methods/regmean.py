@@ -176,7 +176,7 @@ def solve_positive(
 )->Tensor|None: # shape `(in, out)`; None where the matrix is singular to that precision
     "Solve with a positive definite matrix, scaled to a diagonal of ones."
     scale = matrix.diagonal().sqrt()
-    root, bad = torch.linalg.cholesky_ex(matrix/scale/scale[:,None])
+    root, bad = torch.linalg.cholesky_ex((matrix/scale).div_(scale[:,None]))
     if bad or root.diagonal().square().min()<len(matrix)*eps: return None
     return torch.cholesky_solve(right/scale[:,None], root)/scale[:,None]
 

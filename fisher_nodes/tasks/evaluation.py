@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..engine.devices import precision_context, running_device
@@ -28,6 +27,7 @@ from ..engine.memory import batch_budget
 from ..engine.models import load_model, load_tokenizer
 from ..engine.processes import is_main
 from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw
+from ..methods.bars import show_bar
 from ..methods.method import Count, checked, quoted
 from .scores import CHOICE_SCORES, Answered, answered, score_choices
 from .tasks import Task, as_task, check_task, score_predictions
@@ -36,10 +36,10 @@ from .tasks import Task, as_task, check_task, score_predictions
 def progress_bar(
     batches:Batches,
     progress:bool, # show it when it takes more than two seconds
-)->tqdm: # over the batches
+)->Any: # a `tqdm` over the batches
     "A progress bar of batches."
-    return tqdm(batches.batches, total=batches.num_batches, desc='evaluate', unit='batch',
-                delay=2, disable=not (progress and is_main()))
+    shown = dict(total=batches.num_batches, unit='batch')
+    return show_bar(batches.batches, 'evaluate', progress and is_main(), **shown)
 
 def in_order(
     rows:Sequence[int], # of a data set

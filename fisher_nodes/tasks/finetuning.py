@@ -30,13 +30,16 @@ from ..engine.batches import (
 from ..engine.devices import find_device, precision_context
 from ..engine.files import (
     TOKENIZER, TRAINED, WEIGHTS, check_apart, check_folder, check_free, replaced, versions, whole_folder)
-from ..engine.fingerprints import hash_weights
+from ..engine.fingerprints import hash_keys, hash_weights, row_keys
 from ..engine.guard import keep_rng
 from ..engine.hub import with_safetensors
 from ..engine.measure import describe_data
-from ..engine.models import HOW, check_wrapped, load_tokenizer, model_errors, model_name
+from ..engine.models import HOW, check_wrapped, fetched, load_tokenizer, model_errors, model_name
 from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw
 from ..engine.text import check_text, text_columns
+from ..engine.processes import is_main
+from ..engine.quiet import quiet
+from ..methods.bars import for_task, show_bar
 from ..methods.method import Count, PathName, Positive, Seed, checked
 from .evaluation import evaluate, task_text
 from .tasks import Task, as_task, natural
@@ -75,6 +78,7 @@ def task_config(
     config.id2label = dict(enumerate(names))
     config.label2id = {name:i for i,name in enumerate(names)}
     config.problem_type = 'single_label_classification' if task.labels else 'regression'
+    config._name_or_path = '' # what the start was trained on is no matter
     return config
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #03b3ee8c
@@ -84,6 +88,7 @@ def load_body(
     "The body of a model, from safetensors only when it is loaded."
     check_wrapped(model)
     if isinstance(model, PreTrainedModel): return model.base_model
+    model = fetched(model)
     with model_errors(model): return AutoModel.from_pretrained(with_safetensors(model), **HOW)
 
 def first_layers(
@@ -149,26 +154,37 @@ def training_arguments(
     seed:Seed=0, # of the order of rows and of dropout
     device:torch.device=torch.device('cpu'), # where to train
     precision:str|None=None, # of matrix products, 'fp32', 'tf32' or 'bf16'; not of weights
-    progress:bool=False, # show the progress bar of `Trainer`
 )->Any: # `transformers.TrainingArguments`
     "The recipe: linear schedule, 6% warm-up, weight decay 0.01, rows grouped by length."
     from transformers import TrainingArguments
     steps, on_cpu = math.ceil(math.ceil(size/batch_size)*epochs), device.type=='cpu'
     recipe = dict(num_train_epochs=epochs, learning_rate=learning_rate, seed=seed,
         per_device_train_batch_size=batch_size, warmup_steps=math.ceil(.06*steps), weight_decay=.01)
-    quiet = dict(report_to='none', save_strategy='no', logging_strategy='epoch', disable_tqdm=not progress)
+    silent = dict(report_to='none', save_strategy='no', logging_strategy='epoch', disable_tqdm=True)
     machine = dict(use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
         bf16=precision=='bf16', tf32=True if precision=='tf32' else None)
-    args = TrainingArguments(str(folder), **recipe, **quiet, **machine, **by_length())
+    args = TrainingArguments(str(folder), **recipe, **silent, **machine, **by_length())
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
 # %% ../../nbs/tasks/03_finetuning.ipynb #e16dada4
+def _watch(bar:Any)->Any: # a `transformers.TrainerCallback`
+    "Moves a bar with the steps of a `Trainer`."
+    from transformers import TrainerCallback
+    class Watch(TrainerCallback):
+        "Every step, and the loss of every epoch."
+        def on_train_begin(self, args, state, control, **kwargs): bar.total = state.max_steps
+        def on_step_end(self, args, state, control, **kwargs): bar.update()
+        def on_log(self, args, state, control, logs, **kwargs):
+            if 'loss' in logs: bar.set_postfix_str(f'loss {float(logs["loss"]):.3g}', refresh=False)
+    return Watch()
+
 def train_model(
     model:PreTrainedModel, # trained in place
     rows:Any, # from `training_rows`
     folder:str|Path, # scratch folder
     device:torch.device=torch.device('cpu'), # where to train
+    progress:bool=False, # show a progress bar when it takes more than two seconds
     **kwargs, # the rest of `training_arguments`
 )->list[float]: # mean loss of each epoch
     "Train a model on rows."
@@ -178,8 +194,9 @@ def train_model(
         columns = {k: [row[k] for row in rows] for k in rows[0]}
         return collate(columns, row_lengths(columns), range(len(rows)), fill)
     args = training_arguments(folder, len(rows), device=device, **kwargs)
-    with torch.cuda.device(device) if device.type=='cuda' else nullcontext():
-        trainer = Trainer(model, args, data_collator=pad, train_dataset=rows)
+    with (torch.cuda.device(device) if device.type=='cuda' else nullcontext(), quiet(),
+          show_bar(None, 'fine-tune', progress and is_main(), unit='step') as bar):
+        trainer = Trainer(model, args, data_collator=pad, train_dataset=rows, callbacks=[_watch(bar)])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [entry['loss'] for entry in trainer.state.log_history if 'loss' in entry]
@@ -193,7 +210,7 @@ def save_all(
 ):
     "Write weights as safetensors, the tokenizer and the record."
     model.config._name_or_path = record['base']
-    model.save_pretrained(folder)
+    with quiet(): model.save_pretrained(folder)
     if tokenizer is not None: tokenizer.save_pretrained(folder)
     (folder/TRAINED).write_text(json.dumps(record, indent=1)+'\n')
 
@@ -228,6 +245,11 @@ def _check_out(out:str|Path, model:Any, overwrite:bool):
     check_folder(out, overwrite)
     check_free(Path(out), TOKENIZER, replaced(Path(out), TRAINED, WEIGHTS))
 
+def _rows_hash(data:Any, task:Task)->dict[str,str]: # empty where texts are not read
+    "Which rows a model was offered, so that `compare` knows them again."
+    columns = task_text(task, data)
+    return dict(rows_hash=hash_keys(row_keys(data, columns))) if columns else {}
+
 @checked
 def finetune(
     model:PreTrainedModel|str|Path, # a model with or without a head, a folder or a Hub id
@@ -248,7 +270,7 @@ def finetune(
     seed:Seed=0, # of the sample, the head, the order of rows and dropout
     device:str|torch.device|None=None, # where to train; None is a GPU if there is one
     overwrite:bool=False, # whether `out` may hold files already
-    progress:bool=True, # show the progress bar of `Trainer`
+    progress:bool=True, # show a progress bar when it takes more than two seconds
 )->PreTrainedModel: # in evaluation mode
     "Fine-tune a copy of a model for a task and save it."
     start = time.perf_counter()
@@ -258,14 +280,15 @@ def finetune(
         precision=precision)
     _check_out(out, model, overwrite)
     folder = whole_folder(out, TRAINED, overwrite, WEIGHTS)
-    with folder as files, TemporaryDirectory(dir=files) as scratch, keep_rng():
+    with folder as files, TemporaryDirectory(dir=files) as scratch, keep_rng(), for_task(task.name):
         base, new, rows, text = _prepare(model, data, task, num_layers, precision, tokenizer, max_length,
             num_samples, validation, seed, device)
         losses = train_model(new, rows, scratch, device, progress=progress, **recipe)
         scores = None
         if validation is not None: scores = evaluate(new, validation, task, progress=progress, **text)
         record = dict(base=model_name(model), base_hash=hash_weights(base), data=describe_data(data),
-            task=asdict(task), num_examples=len(rows), max_length=text['max_length'],
+            task=asdict(task), **_rows_hash(data, task),
+            num_examples=len(rows), max_length=text['max_length'],
             num_layers=num_layers, **recipe, losses=losses, scores=scores,
             seconds=round(time.perf_counter()-start, 2), device=device.type, versions=versions())
         save_all(new, text['tokenizer'], files, record)

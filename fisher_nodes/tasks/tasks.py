@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..core.heads import PAIRS, Head, head_of, is_regression
 from ..engine.classes import INVENTED, are_bare, head_names, word_classes
 from ..engine.models import load_model
+from ..engine.specs import named_rows
 from ..engine.tables import read_table, split_suffix
 from ..engine.text import LOOKED_AT, check_text, pick_text, recorded_text
 from ..methods.method import Count, PathName, checked, quoted
@@ -276,8 +277,8 @@ def _own_rows(spec:str, split:str, text:Any, label:str|None, head:str)->tuple[An
     "Rows of a file as they are, and the task of a head that reads columns of its own."
     from datasets import Dataset, NamedSplit
     if spec.startswith('glue:'): raise ValueError(f'{spec} is for classifiers, but the model is a {head}')
-    name = Path(spec).name
-    rows = Dataset(read_table(spec), split=NamedSplit(split))
+    table,name = named_rows(spec, split)
+    rows = Dataset(table, split=NamedSplit(split))
     if not len(rows): raise ValueError(f'{name}: no rows')
     if label and label not in rows.column_names:
         raise ValueError(f'{name}: no column {label!r} among {rows.column_names}')
@@ -293,8 +294,8 @@ SplitName = Annotated[str, StringConstraints(pattern=r'^\w+(\.\w+)*$')]
 
 @checked
 def load_task(
-    spec:PathName, # `glue:TASK`, or a file of rows with a suffix of `READERS`
-    split:SplitName='train', # `train`, `validation`, or a GLUE split's own name
+    spec:PathName, # `glue:TASK`, a file of rows, a saved folder, or `hub:ID`, as `named_rows` takes them
+    split:SplitName='train', # `train`, `validation`, or a split's own name
     labels:Sequence[str]|None=None, # class names of a file's labels, in order; see `file_task`
     text:str|Sequence[str]|None=None, # columns of text of a file; None goes by their names
     label:str|None=None, # column of labels of a file; None is `label` or `labels`
@@ -309,8 +310,7 @@ def load_task(
         task = as_task(spec.removeprefix('glue:'))
         split = {'train':task.train, 'validation':task.validation}.get(split, split)
         return as_dataset(read_glue(task, split), task, f'glue/{task.name}', split), task
-    name = Path(spec).name
-    found = read_table(spec)
+    found,name = named_rows(spec, split)
     table,task = file_task(found, name, labels, text, label, recorded)
     column = label_column(found, name, label)
     invented = not labels and is_text(found[column])
@@ -406,7 +406,7 @@ def text_rows(
 )->tuple[Any,Any]: # a `datasets.Dataset` and its `Task`, which has no labels
     "Rows of a file whose labels are not read, and need not be there."
     from datasets import Dataset, NamedSplit
-    table,source = read_table(spec),Path(spec).name
+    table,source = named_rows(spec, split)
     if not len(table): raise ValueError(f'{source}: no rows')
     if label: label_column(table, source, label) # refuses a name that is not there
     labels = [c for c in (label, 'label', 'labels') if c in table.column_names]

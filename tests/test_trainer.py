@@ -1,0 +1,266 @@
+"""The importance file that a training leaves: the numbers, the model and the training as without it, rows of every kind, places, refusals before the first step, two processes, and sentence-transformers' trainer."""
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, Trainer, TrainerCallback, TrainingArguments
+
+from fisher_nodes import FisherCallback, Grams, MaskFisher, ParameterFisher, mask_fisher, merge
+from fisher_nodes.engine.files import OutputExistsError
+from fisher_nodes.engine.importance import find_beside
+from reference import collate, examples, tiny
+from test_cli import WORDS, save_model
+
+QUIET = dict(progress=False)
+FILE = 'mask-fisher.safetensors'
+
+class Steps(TrainerCallback):
+    "Counts the steps."
+    def __init__(self): self.n = 0
+    def on_step_end(self, *args, **kwargs): self.n += 1
+
+def dataset(rows): return Dataset.from_dict({k: [r[k] for r in rows] for k in rows[0]})
+
+def trained(folder, callbacks=(), rows=None, model=None, collator=collate, save=True, **kw):
+    "A short training; its trainer."
+    model = model or tiny(dtype=torch.float32)
+    args = dict(per_device_train_batch_size=3, max_steps=4, learning_rate=1e-3, save_strategy='no', logging_strategy='no') | kw
+    args = TrainingArguments(str(folder), use_cpu=True, report_to='none', disable_tqdm=True, seed=0, **args)
+    trainer = Trainer(model, args, train_dataset=dataset(examples(12)) if rows is None else rows, data_collator=collator, callbacks=list(callbacks))
+    trainer.train()
+    if save: trainer.save_model()
+    return trainer
+
+def same(a, b, rtol=0):
+    for kind, layers in b.kinds.items(): assert_close(list(a.kinds[kind]), list(layers), rtol=rtol, atol=0, msg=kind)
+
+def test_a_training_is_as_without_it(tmp_path):
+    "Weights, states of the optimizer, gradients, modes and random states, to the bit."
+    callback, modes = FisherCallback(num_samples=7), []
+    class Looks(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kw): modes.append([torch.get_rng_state(), model.training, [p.grad for p in model.parameters()]])
+        def on_train_end(self, args, state, control, model, **kw): modes.append([torch.get_rng_state(), model.training, [p.grad for p in model.parameters()]])
+    one, two = trained(tmp_path/'a', [callback, Looks()]), trained(tmp_path/'b', [Looks()])
+    for (n, p), q in zip(one.model.named_parameters(), two.model.parameters()):
+        assert torch.equal(p, q) and p.requires_grad, n
+        assert torch.equal(one.optimizer.state[p]['exp_avg_sq'], two.optimizer.state[q]['exp_avg_sq'])
+    with_it, without = modes[:2], modes[2:]
+    for a, b in zip(with_it, without):
+        assert torch.equal(a[0], b[0]) and a[1]==b[1]
+        assert all(g is None and h is None or torch.equal(g, h) for g, h in zip(a[2], b[2]))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.model.modules())
+
+@pytest.mark.parametrize('statistic, kind', [('mask-fisher', MaskFisher), ('full-fisher', ParameterFisher), ('grams', Grams)])
+def test_it_lies_beside_the_model(statistic, kind, tmp_path):
+    callback = FisherCallback(statistic=statistic, num_samples=7, seed=3)
+    trainer = trained(tmp_path, [callback])
+    path = find_beside('a', tmp_path, statistic)
+    found, again = kind.load(path), callback.measure(trainer.model, dataset(examples(12)), num_samples=7, seed=3, **QUIET)
+    assert found.num_examples==7 and found.meta['weight_hash']==again.meta['weight_hash']
+    assert_close(found.tensors(), again.tensors(), rtol=0, atol=0)
+
+def test_a_merge_takes_it(tmp_path):
+    for i, t in enumerate('ab'): trained(tmp_path/t, [FisherCallback(num_samples=6)], rows=dataset(examples(12, seed=i)))
+    merged = merge({t: str(tmp_path/t) for t in 'ab'}, 'beside', **QUIET)
+    fishers = {t: mask_fisher(str(tmp_path/t), dataset(examples(12, seed=i)), num_samples=6, **QUIET) for i, t in enumerate('ab')}
+    want = merge({t: str(tmp_path/t) for t in 'ab'}, fishers, **QUIET)
+    assert all(torch.equal(p, q) for p, q in zip(merged.body.parameters(), want.body.parameters()))
+
+def test_rows_of_another_kind_go_through_the_collator(tmp_path):
+    "A list of rows, which no `Dataset` is; the same sample as of a `Dataset`."
+    callback = FisherCallback(num_samples=7, seed=1)
+    trainer = trained(tmp_path, [callback], rows=examples(12))
+    same(callback.fisher, mask_fisher(trainer.model, dataset(examples(12)), num_samples=7, seed=1, **QUIET), rtol=1e-4)
+    assert callback.fisher.num_examples==7
+
+def test_a_collator_that_draws_leaves_training_alone(tmp_path):
+    def noisy(rows):
+        batch = collate(rows)
+        return batch | dict(input_ids=torch.where(torch.rand(batch['input_ids'].shape)<.2, 5, batch['input_ids']))
+    one, two = (trained(tmp_path/t, c, rows=examples(12), collator=noisy) for t, c in (('a', [FisherCallback(num_samples=5)]), ('b', [])))
+    assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), two.model.parameters()))
+
+def test_other_rows_and_options(tmp_path):
+    rows, batches = dataset(examples(5, seed=9)), [collate(examples(3, seed=8))]
+    for data, num, more in ((rows, 4, dict(labels='exact')), (batches, 3, {}), (batches, 3, dict(loss=lambda m, b: m(b['input_ids']).logits.square().sum(1)))):
+        callback = FisherCallback(tmp_path/'f.safetensors', data=data, num_samples=num, **more)
+        trainer = trained(tmp_path/'out', [callback])
+        want = mask_fisher(trainer.model, data, num_samples=num, **more, **QUIET)
+        same(MaskFisher.load(tmp_path/'f.safetensors'), want)
+    assert not (tmp_path/'out'/FILE).exists()
+
+def test_raw_text_is_read_with_the_trainers_tokenizer(tmp_path):
+    save_model(tmp_path/'start')
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(tmp_path/'start'), AutoTokenizer.from_pretrained(tmp_path/'start')
+    rows = Dataset.from_dict(dict(text=[' '.join(WORDS[4+(i*j) % 8] for j in range(1, 3+i % 4)) for i in range(12)], label=[0, 1]*6))
+    def read(batch): return dict(tokenizer([o['text'] for o in batch], padding=True, return_tensors='pt'), labels=torch.tensor([o['label'] for o in batch]))
+    callback = FisherCallback(num_samples=6)
+    args = TrainingArguments(str(tmp_path/'out'), use_cpu=True, report_to='none', disable_tqdm=True, max_steps=2, save_strategy='no', remove_unused_columns=False)
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=read, processing_class=tokenizer, callbacks=[callback])
+    trainer.train()
+    same(callback.fisher, mask_fisher(model, rows, tokenizer=tokenizer, num_samples=6, **QUIET))
+
+@pytest.mark.parametrize('precision', ['bf16'])
+def test_mixed_precision_is_not_measured(precision, tmp_path):
+    "The numbers of the saved weights in their own precision; under `autocast` they would be others."
+    callback = FisherCallback(num_samples=7)
+    trainer = trained(tmp_path, [callback], bf16=True)
+    same(callback.fisher, mask_fisher(str(tmp_path), dataset(examples(12)), num_samples=7, **QUIET), rtol=1e-4)
+    with torch.autocast('cpu', torch.bfloat16): blurred = mask_fisher(str(tmp_path), dataset(examples(12)), num_samples=7, **QUIET)
+    assert (blurred.heads/callback.fisher.heads-1).abs().max()>1e-3
+    assert '_original_forward' not in vars(trainer.model) or trainer.model.forward is not trainer.model._original_forward
+
+def test_the_best_model_is_measured(tmp_path):
+    "Where `Trainer` goes back to the best checkpoint, which is what it saves."
+    callback = FisherCallback(num_samples=7)
+    more = dict(eval_strategy='steps', eval_steps=1, save_strategy='steps', save_steps=1, load_best_model_at_end=True, learning_rate=.5)
+    model = tiny(dtype=torch.float32)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to='none', disable_tqdm=True, max_steps=3, **more)
+    trainer = Trainer(model, args, train_dataset=dataset(examples(12)), eval_dataset=dataset(examples(12)), data_collator=collate, callbacks=[callback])
+    trainer.train()
+    trainer.save_model()
+    assert trainer.state.best_global_step<3
+    assert find_beside('a', tmp_path) and mask_fisher(str(tmp_path), dataset(examples(3)), **QUIET).meta['weight_hash']==callback.fisher.meta['weight_hash']
+
+
+# --- places -----------------------------------------------------------------------------------
+
+def test_whole_or_not_at_all(tmp_path, monkeypatch):
+    def cut(tensors, path, about):
+        Path(path).write_bytes(b'half')
+        raise OSError('no space left')
+    monkeypatch.setattr('fisher_nodes.engine.measure.save_file', cut)
+    with pytest.raises(OSError, match='no space left'): trained(tmp_path/'out', [FisherCallback(num_samples=4)])
+    assert not [o for o in (tmp_path/'out').rglob('*') if FILE in o.name]
+
+def test_an_earlier_file_is_replaced_and_another_is_not(tmp_path):
+    trained(tmp_path/'out', [FisherCallback(num_samples=4)])
+    trained(tmp_path/'out', [FisherCallback(num_samples=5)])
+    assert MaskFisher.load(tmp_path/'out'/FILE).num_examples==5
+    (tmp_path/'mine').write_text('mine')
+    for out, error, says in ((tmp_path/'mine', OutputExistsError, 'is no earlier file'), (tmp_path, OutputExistsError, 'is a folder'),
+            (tmp_path/'none'/'f.safetensors', FileNotFoundError, 'is not a folder')):
+        steps = Steps()
+        with pytest.raises(error, match=says): trained(tmp_path/'other', [FisherCallback(out), steps])
+        assert not steps.n
+    assert (tmp_path/'mine').read_text()=='mine' and not (tmp_path/'none').exists()
+
+def test_nothing_is_written_where_training_fails(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, *args, **kwargs): raise RuntimeError('stopped')
+    with pytest.raises(RuntimeError, match='stopped'): trained(tmp_path/'out', [FisherCallback(num_samples=4), Stops()])
+    assert not (tmp_path/'out'/FILE).exists()
+
+
+# --- refusals before the first step -----------------------------------------------------------
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self): return iter(examples(12))
+
+LATE = examples(12)[:-1]+[examples(12)[-1] | dict(labels=7)] # one row of all is wrong
+REFUSED = {
+    'a label too many, in one row': (dict(rows=dataset(LATE)), {}, ValueError, 'row 11.*7|7.*row 11'),
+    'the same through the collator': (dict(rows=LATE), {}, ValueError, 'label.*7|7.*label'),
+    'no labels': (dict(rows=dataset([{k: v for k, v in o.items() if k!='labels'} for o in examples(12)])), {}, ValueError, 'label'),
+    'a stream': (dict(rows=Stream()), {}, ValueError, 'the training set is a Stream, of which no sample can be drawn'),
+    'a model without a head': (dict(model=BertModel(tiny().config)), {}, ValueError, 'labels'),
+    'a loss that is none': ({}, dict(loss='bce'), ValueError, 'bce'),
+    'a loss of one number': ({}, dict(loss=lambda m, b: m(**b).loss), ValueError, 'shape'),
+    'deepspeed': ({}, {}, ValueError, 'with `deepspeed` no process has all weights')}
+
+@pytest.mark.parametrize('what', REFUSED)
+def test_refused_before_training(what, tmp_path):
+    given, options, error, says = REFUSED[what]
+    callback, steps = FisherCallback(num_samples=12, **options), Steps()
+    if what=='deepspeed':
+        begin = callback.on_train_begin
+        class Args: deepspeed, output_dir = 'x.json', str(tmp_path)
+        callback.on_train_begin = lambda args, *a, **kw: begin(Args, *a, **kw)
+    with pytest.raises(error, match=says) as e: trained(tmp_path, [callback, steps], **given)
+    assert not steps.n and '\n' not in str(e.value) and not (tmp_path/FILE).exists()
+
+@pytest.mark.parametrize('given, error, says', [
+    (dict(num_samples=0), ValueError, 'num_samples'), (dict(statistic='fisher'), ValueError, 'expected one of'), (dict(lables='exact'), TypeError, 'lables'),
+    (dict(data=iter([])), ValueError, 'expected a Dataset or a list'), (dict(statistic='grams', labels='exact'), TypeError, 'labels'), (dict(out=3), ValueError, '`out`')])
+def test_refused_when_it_is_made(given, error, says):
+    with pytest.raises(error, match=says): FisherCallback(**given)
+
+def test_an_adapter_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(tiny(dtype=torch.float32), LoraConfig(target_modules=['query'], task_type='SEQ_CLS'))
+    steps = Steps()
+    with pytest.raises(ValueError, match='an adapter of PEFT is trained; merge it afterwards'): trained(tmp_path, [FisherCallback(num_samples=4), steps], model=model)
+    assert not steps.n
+
+
+# --- several processes ------------------------------------------------------------------------
+
+def test_two_processes(tmp_path):
+    "One file, of the same numbers as one process finds; a place that cannot be is an error in both."
+    from test_processes import torchrun
+    code, said = torchrun(2, 'test_trainer.py', tmp_path)
+    assert code==0, said[-3000:]
+    found = MaskFisher.load(tmp_path/'out'/FILE)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path/'out')
+    same(found, mask_fisher(model, dataset(examples(12)), num_samples=7, **QUIET), rtol=1e-5)
+    for i in range(2):
+        says, steps = json.loads((tmp_path/f'{i}.json').read_text())
+        assert 'is no earlier file' in says and steps==0
+
+def in_a_process(folder):
+    "What each process of the launch does."
+    trained(folder/'out', [FisherCallback(num_samples=7)], ddp_backend='gloo')
+    steps = Steps()
+    (folder/'mine').write_text('mine')
+    try: trained(folder/'other', [FisherCallback(folder/'mine'), steps], ddp_backend='gloo')
+    except Exception as e: (folder/f'{os.environ["RANK"]}.json').write_text(json.dumps([str(e), steps.n]))
+
+
+# --- sentence-transformers --------------------------------------------------------------------
+
+needs_them = pytest.mark.skipif(find_spec('sentence_transformers') is None, reason='sentence_transformers not installed; `make plugins` makes an environment with it')
+
+@needs_them
+def test_the_cross_encoder_trainer(tmp_path):
+    "Their trainer with our callback: the file is that of the model inside, and a training is as without it."
+    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+    save_model(tmp_path/'start', num_labels=1)
+    texts = [' '.join(WORDS[4+(i*j) % 8] for j in range(1, 3+i % 4)) for i in range(13)]
+    rows = Dataset.from_dict(dict(query=texts[:12], answer=texts[1:], label=[0., 1.]*6))
+    def one(name, callbacks):
+        torch.manual_seed(0)
+        model = CrossEncoder(str(tmp_path/'start'), num_labels=1, device='cpu')
+        args = CrossEncoderTrainingArguments(str(tmp_path/name), use_cpu=True, report_to='none', disable_tqdm=True, max_steps=3, per_device_train_batch_size=4, save_strategy='no', seed=0)
+        CrossEncoderTrainer(model, args, train_dataset=rows, callbacks=callbacks).train()
+        return model
+    callback = FisherCallback(num_samples=8, loss='bce', text=['query', 'answer'])
+    with_it, without = one('with', [callback]), one('without', [])
+    for (n, p), q in zip(with_it.named_parameters(), without.parameters()): assert torch.equal(p, q), n
+    found = MaskFisher.load(tmp_path/'with'/FILE)
+    want = mask_fisher(with_it.model, rows, tokenizer=with_it.tokenizer, num_samples=8, loss='bce', text=['query', 'answer'], **QUIET)
+    same(found, want)
+    assert found.heads.max()>0
+
+@needs_them
+def test_what_a_cross_encoders_optimizer_kept(tmp_path):
+    "Their trainer groups as transformers' does, so the states are found; each by the parameter itself."
+    from fisher_nodes import optimizer_fisher
+    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+    save_model(tmp_path/'start', num_labels=1)
+    texts = [' '.join(WORDS[4+(i*j) % 8] for j in range(1, 3+i % 4)) for i in range(13)]
+    rows = Dataset.from_dict(dict(query=texts[:12], answer=texts[1:], label=[0., 1.]*6))
+    model = CrossEncoder(str(tmp_path/'start'), num_labels=1, device='cpu')
+    args = CrossEncoderTrainingArguments(str(tmp_path/'out'), use_cpu=True, report_to='none', disable_tqdm=True, max_steps=3, save_steps=3, per_device_train_batch_size=4)
+    trainer = CrossEncoderTrainer(model, args, train_dataset=rows)
+    trainer.train()
+    found = optimizer_fisher(tmp_path/'out'/'checkpoint-3')
+    state = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, 'optimizer') else trainer.optimizer.state
+    for n, p in model.model.bert.named_parameters(): assert_close(found.values[n], state[p]['exp_avg_sq']/(1-.999**3), rtol=1e-5, atol=0, msg=n)
+
+if __name__=='__main__': in_a_process(Path(sys.argv[1]))

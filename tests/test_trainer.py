@@ -191,9 +191,12 @@ def test_refused_before_training(what, tmp_path):
 def test_refused_when_it_is_made(given, error, says):
     with pytest.raises(error, match=says): FisherCallback(**given)
 
-def test_an_adapter_is_refused(tmp_path):
+@pytest.mark.parametrize('how', ['around', 'inside'])
+def test_an_adapter_is_refused(how, tmp_path):
     from peft import LoraConfig, get_peft_model
-    model = get_peft_model(tiny(dtype=torch.float32), LoraConfig(target_modules=['query'], task_type='SEQ_CLS'))
+    model, config = tiny(dtype=torch.float32), LoraConfig(target_modules=['query'], task_type='SEQ_CLS')
+    if how=='around': model = get_peft_model(model, config)
+    else: model.add_adapter(config)
     steps = Steps()
     with pytest.raises(ValueError, match='an adapter of PEFT is trained; merge it afterwards'): trained(tmp_path, [FisherCallback(num_samples=4), steps], model=model)
     assert not steps.n

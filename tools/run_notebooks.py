@@ -82,7 +82,8 @@ def main():
     files = args.notebooks or sorted(nbglob(as_path=True)) # in all folders
     if args.check:
         workers = args.workers if len(files)>1 else 0
-        if all(parallel(check, [o.absolute() for o in files], skip=skip, n_workers=workers, pause=.01)): return
+        from run_notebooks import check as task # by a name that a worker still knows when a notebook has become its `__main__`
+        if all(parallel(task, [o.absolute() for o in files], skip=skip, n_workers=workers, pause=.01)): return
         sys.exit('these notebooks failed, or show what is not stored')
     if len(files)==1: return run(files[0].absolute(), skip)
     for f in files:

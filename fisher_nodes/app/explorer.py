@@ -238,7 +238,8 @@ class Explorer:
     )->dict[str,Any]: # by name, for `merge`
         "What the choice's method is given besides models and λ."
         method = METHODS[choice.method]
-        if choice.method=='mask-fisher': return dict(fishers=_chosen(self.fishers, choice), scheme=choice.scheme)
+        if choice.method=='mask-fisher':
+            return dict(fishers=_chosen(self.fishers, choice), scheme=choice.scheme)
         needs = dict(method=choice.method) | (dict(base=self.base) if method.needs_base else {})
         if method.statistic is None: return needs
         reading = dict(tokenizer=self._tokenizer) if self._tokenizer is not None else {}
@@ -491,7 +492,8 @@ class View:
         self.status, self.table, self.code = W.HTML(), W.HTML(), W.HTML()
         self.tried, self.own, self.kept, self.points = [], {}, W.HTML(), W.HTML()
         self.panels = {o: W.HTML() for o in PANELS}
-        for o in (*self.on.values(), *self.λ.values(), self.method, self.scheme): o.observe(self.changed, 'value')
+        for o in (*self.on.values(), *self.λ.values(), self.method, self.scheme):
+            o.observe(self.changed, 'value')
         self.button.on_click(self.pressed)
         self.sweep.on_click(self.swept)
         self.box = self.arrange()
@@ -531,7 +533,8 @@ def show(self:View, choice:Choice):
     for panel in PANELS if choice.tasks!=self.drawn else ['winners']:
         self.panels[panel].value = panel_html(panel, self.explorer.fishers, choice)
     self.drawn = choice.tasks
-    self.code.value = f'<code>{escape(as_code(choice, list(self.explorer.fishers), self.explorer.data_samples))}</code>'
+    code = as_code(choice, list(self.explorer.fishers), self.explorer.data_samples)
+    self.code.value = f'<code>{escape(code)}</code>'
     if self.explorer.rows: self.say('This merge is not scored yet.')
     else: self.say('No scores: they need `models` and `validation`.')
 

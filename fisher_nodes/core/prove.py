@@ -595,7 +595,7 @@ def prove(
     find_places(model)
     case = make_case(model, inputs, twin)
     passes = _count_passes(case)
-    bar = tqdm(steps_of(case), delay=2, disable=not progress, leave=False)
+    bar = tqdm(steps_of(case), desc='prove', delay=2, disable=not progress, leave=False)
     for case.step,role in bar:
         bar.set_description(f'{case.step} {role}'.strip(), refresh=False)
         for _,text in complaints(case, case.step, role, halves): raise ValueError(text)

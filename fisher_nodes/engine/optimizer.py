@@ -201,7 +201,7 @@ def fold_nodes(
     fisher:ParameterFisher, # of that model, or what stands in for it
     model:PreTrainedModel, # of a supported family; its weights scale gradients
 )->MaskFisher:
-    "A number for each node from those of its parameters, by @eq-adam-rule."
+    "A number for each node from those of its parameters (@eq-adam-rule)."
     weights,kinds = dict(body_of(model).named_parameters()),{}
     check_shapes('what was given', fisher.values, {n: p.shape for n,p in weights.items()})
     for block in find_nodes(model):

@@ -49,6 +49,7 @@ from .card import beside_files, check_scores, kept_files, model_card, read_repor
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
 from .request import TASK_NAME
 from .signature import Seal, seal_folder
+from .sources import digest_inputs
 from .store import folder_slots, hash_file
 from ..tasks.evaluation import (
     check_answers, in_order, in_words, progress_bar, run_model, text_data)
@@ -123,6 +124,7 @@ class Merged(Mapping):
     ):
         self.body,self.models = body,dict(models)
         self.report,self.recipe = report,recipe
+        self.stamped:dict|None = None # the files that were merged, see `stamp_inputs`
         several = isinstance(tokenizer, Mapping) and set(tokenizer)==set(models)
         self.tokenizer = None if several else tokenizer
         self.tokenizers = dict(tokenizer) if several else dict.fromkeys(models, tokenizer)
@@ -468,6 +470,8 @@ def save_rest(
     seal:Seal=Seal(),
 ):
     "Write all that stands beside the weights of the body."
+    if merged.stamped is not None and 'inputs' not in merged.report:
+        merged.report['inputs'] = digest_inputs(merged.stamped)
     _save_config(merged.body, folder)
     tasks = {task: _save_task(model, files, folder/task) for task,model in merged.items()}
     own = {folder: merged.tokenizer} | {folder/t: o for t,o in merged.tokenizers.items()}

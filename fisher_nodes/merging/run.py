@@ -61,7 +61,7 @@ from .request import READING, MergeRequest, ask
 from .shelf import Shelf, work_key
 from .skeletons import open_model, outline
 from .signature import Seal
-from .sources import describe_inputs
+from .sources import stamp_inputs
 from .store import (
     FileStore, MemoryStore, TensorSlot, check_stamp, file_stamp, make_file, read_slots)
 from ..methods.average import average_model
@@ -623,7 +623,7 @@ def _record(merged:Merged, request:MergeRequest, inputs:Inputs, done:tuple[Job,R
     merged.report['not_in_all'] = {n: t for n,t in lacking.items() if len(t)<len(inputs.models)}
     recipe = merge_recipe(request, inputs.models, inputs.lengths, inputs.hashes, about['base_source'])
     merged.recipe = recipe | dict(result=result)
-    merged.report['inputs'] = describe_inputs(recipe)
+    merged.stamped = stamp_inputs(recipe)
 
 def _stamps(request:MergeRequest)->dict[Path,tuple]:
     "The files of weights in folders that are named; what is loaded from there is mapped, not copied."

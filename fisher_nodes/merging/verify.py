@@ -29,7 +29,7 @@ from .recipe import load_recipe, read_recipe
 from .request import MergeRequest
 from .run import merge_loaded
 from .signature import FETCHED, check_signature, load_verifier
-from .sources import FILE, entry_place, input_places, place_files
+from .sources import FILE, digest_inputs, entry_place, input_places, place_files
 from ..methods.method import PathName, checked, one_line
 
 # %% ../../nbs/merging/08_verify.ipynb #9d933ffa
@@ -290,7 +290,7 @@ def repeat_merge(
     if odd := _on_hub(places):
         return misfits('repeat', f'not begun: the base of adapter {odd[0]} is on the Hub')
     made = merge_loaded(_pinned(read_recipe(folder/RECIPE), places), progress=False)
-    if made.report['inputs']!=report['inputs']: return misfits('repeat', 'an input was changed meanwhile')
+    if digest_inputs(made.stamped)!=report['inputs']: return misfits('repeat', 'an input was changed meanwhile')
     stored = Merged.from_pretrained(folder)
     then,now = ({k: o.get(k) for k in ('torch', 'transformers')} for o in (report['versions'], versions()))
     if odd := compare_bits(stored, made):

@@ -53,7 +53,8 @@ def inner_model(
     outer = [m for m in found if not any(m is not o and m in {*o.modules()} for o in found)]
     if len(outer)!=1:
         raise ValueError(f'{type(model).__name__} has {len(outer)} models of transformers; expected one')
-    if not isinstance(model, PreTrainedModel) and any(hasattr(m, 'peft_config') for m in model.modules()):
+    around = model is not outer[0] and any(hasattr(m, 'peft_config') for m in model.modules())
+    if around or getattr(outer[0], '_hf_peft_config_loaded', False):
         raise ValueError('an adapter of PEFT is trained; merge it afterwards, '
                          'and measure that by `fisher-nodes fisher --merge-adapters`')
     check_wrapped(outer[0])

@@ -59,7 +59,7 @@ def test_metadata(built, settings):
     assert (found['Name'], found['Version'], found['Requires-Python']) == ('fisher_nodes', settings['version'], f'>={settings["min_python"]}')
     plain = [o for o in found.get_all('Requires-Dist') if 'extra' not in o]
     assert sorted(re.split('[<>=;]', o)[0] for o in plain) == sorted(re.split('[<>=;]', o)[0] for o in settings['requirements'].split())
-    assert set(found.get_all('Provides-Extra')) == {'peft', 'mergekit', 'dev', 'docs'}
+    assert set(found.get_all('Provides-Extra')) == {o.removesuffix('_requirements') for o in settings if o.endswith('_requirements')}
     with zipfile.ZipFile(built[1]) as o: entries = o.read(next(n for n in o.namelist() if n.endswith('entry_points.txt'))).decode()
     assert 'fisher-nodes = fisher_nodes.app.cli:main' in entries
 

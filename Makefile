@@ -68,4 +68,4 @@ readme: .venv/installed  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
 clean:
-	rm -rf .corner .nbdev3 .plugins _bench _demo _small _docs _proc _site _sphinx build *.egg-info
+	rm -rf .corner .nbdev3 .plugins _bench _demo _small .small .small.lock _docs _proc _site _sphinx build *.egg-info

@@ -3,10 +3,11 @@
 python tools/small_demo.py FOLDER     # a link in FOLDER: to _demo, if `make demo` wrote it, else to _small
 
 `_small` has the same files, of models trained on fewer and shorter rows: half a minute instead of three. It is made by whoever needs it
-first, and again when the package is newer.
+first, and again when the package has changed.
 """
 import sys
 from contextlib import redirect_stdout
+from hashlib import sha256
 from pathlib import Path
 
 from filelock import FileLock
@@ -17,13 +18,18 @@ SMALL = dict(train_samples=400, test_samples=200, max_length=32)
 
 def is_whole(folder:Path)->bool: return all((folder/o).exists() for o in DEMO_FILES)
 
+def fingerprint()->str:
+    "Of the package; exporting it anew changes nothing."
+    sources = sorted((ROOT/'fisher_nodes').rglob('*.py'))
+    return sha256(b''.join(o.read_bytes() for o in sources)).hexdigest()
+
 def small_demo()->Path:
-    "The small one, made if it is not there, or older than the package."
-    folder = ROOT/'_small'
+    "The small one, made if it is not there, or by another package."
+    folder, made_by = ROOT/'_small', ROOT/'.small'
     with FileLock(ROOT/'.small.lock'):
-        newest = max(o.stat().st_mtime for o in (ROOT/'fisher_nodes').rglob('*.py'))
-        if not is_whole(folder) or (folder/'demo.json').stat().st_mtime<newest:
+        if not is_whole(folder) or not made_by.exists() or made_by.read_text()!=fingerprint():
             with redirect_stdout(sys.stderr): demo(folder, **SMALL, progress=False)
+            made_by.write_text(fingerprint())
     return folder
 
 def put_beside(folder:Path, small:bool=False)->Path:

@@ -290,7 +290,8 @@ def repeat_merge(
     if odd := _on_hub(places):
         return misfits('repeat', f'not begun: the base of adapter {odd[0]} is on the Hub')
     made = merge_loaded(_pinned(read_recipe(folder/RECIPE), places), progress=False)
-    if digest_inputs(made.stamped)!=report['inputs']: return misfits('repeat', 'an input was changed meanwhile')
+    if digest_inputs(made.stamped)!=report['inputs']:
+        return misfits('repeat', 'an input was changed meanwhile')
     stored = Merged.from_pretrained(folder)
     then,now = ({k: o.get(k) for k in ('torch', 'transformers')} for o in (report['versions'], versions()))
     if odd := compare_bits(stored, made):

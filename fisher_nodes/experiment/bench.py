@@ -448,4 +448,4 @@ def run_bench_shapes(
     print(summary(found))
 
 # %% ../../nbs/experiment/05_bench.ipynb #f175a695
-if __name__=='__main__': run_bench_shapes()
+if __name__=='__main__' and '__file__' in globals(): run_bench_shapes() # which a notebook has not

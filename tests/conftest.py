@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 
 EVERY = bool(os.environ.get('FISHER_NODES_EVERY')) # as in `make corner`, which may take longer than a commit
 def SLOW(params): return params if EVERY else []
+def THIRD(params, first=0): return [*params] if EVERY else [*params][first::3]
 
 @pytest.fixture(params=FAMILIES)
 def family(request): return request.param

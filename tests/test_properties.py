@@ -470,7 +470,7 @@ WORDS = [o for o in hostile.WORDS if not o.startswith('9'*50)] + ['--epochs', '-
 LINES = [*(o for o in hostile.LINES if '--update-card' not in o), # which changes a folder that is there
          'finetune a --data rows.csv --out new', 'finetune a --data rows.csv --validation rows.csv --epochs 1 --out new', 'finetune a --glue rte --out new', 'reproduce --checkpoints bert-tiny --out new',
          'reproduce --checkpoints a --methods average --samples 2 --seeds 1 --out new', 'report none', 'demo --out new', 'fisher a --data rows.jsonl --labels exact --out new.safetensors', 'merge a=a b=b --method average --json --out new',
-         'mergekit r.yml new', 'describe a', 'describe a --check --json', 'convert a --out new', 'convert a --out new --overwrite --json']
+         'mergekit r.yml new', 'verify merged', 'verify merged --inputs a b --repeat --json', 'describe a', 'describe a --check --json', 'convert a --out new', 'convert a --out new --overwrite --json']
 
 @st.composite
 def word_lists(draw, command):

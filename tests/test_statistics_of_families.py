@@ -5,6 +5,7 @@ after the other, and a hook of torch that keeps what a layer is given. Examples 
 from dataclasses import replace
 
 import pytest
+from conftest import THIRD
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -55,7 +56,7 @@ def same_squares(got, want, rtol=1e-8):
         far = (got[n].sqrt()-w.sqrt()).abs() > rtol/2*w.sqrt() + 1e-14*largest
         assert not far.any(), f'{n}: {got[n][far][:3].tolist()} for {w[far][:3].tolist()}'
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', THIRD(CASES))
 def test_full_fisher_is_autograd_one_example_after_the_other(name):
     model = zoo.build(name)
     rows, data = sample(name)
@@ -153,7 +154,7 @@ def same_products(got, want, rtol=1e-8):
         far = (got[n]-w).abs() > rtol*torch.outer(d, d)
         assert not far.any(), f'{n}: {got[n][far][:3].tolist()} for {w[far][:3].tolist()}'
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', THIRD(CASES, 1))
 def test_grams_are_products_of_inputs_one_example_after_the_other(name):
     model = zoo.build(name)
     rows, data = sample(name)
@@ -237,7 +238,7 @@ def test_inputs_that_are_no_numbers_are_named():
 
 # --- merged -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', THIRD(CASES, 2))
 def test_merged_with_itself_is_itself(name):
     model = zoo.build(name)
     data = [zoo.collate(zoo.examples(name))]

@@ -3,6 +3,7 @@ import gc, json, os, subprocess, sys, threading
 from pathlib import Path
 
 import pytest
+from conftest import SLOW
 import torch
 import xxhash
 from safetensors import safe_open
@@ -86,7 +87,7 @@ def same(a, b):
 
 # --- the same result --------------------------------------------------------------------------
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, *SLOW([torch.float32, torch.float16])], ids=str)
 @pytest.mark.parametrize('method,options', CASES, ids=str)
 def test_every_file_is_the_same(tmp_path, method, options, dtype):
     folders = make(tmp_path, dtype=dtype, shard='20KB' if dtype == torch.bfloat16 else '5GB')
@@ -280,7 +281,7 @@ def test_blocks_end_where_vectors_do(models, shape, monkeypatch):
     assert [b.rows.start for b in cuts[1:]] == [b.rows.stop for b in cuts[:-1]] and cuts[-1].rows.stop == shape[0]
     assert len(cuts) > 1 or shape == (65, 64)
 
-@pytest.mark.parametrize('few', [1, 50, 1 << 20])
+@pytest.mark.parametrize('few', [50, *SLOW([1, 1 << 20])])
 @pytest.mark.parametrize('k', [0, 1, 499, 500, 998, 999])
 @pytest.mark.parametrize('numbers', ['normal', 'equal', 'zeros', 'tiny', 'halves'])
 def test_kth_smallest(few, k, numbers):

@@ -265,7 +265,8 @@ def check_needs(
     if needs_base and base is None:
         raise ValueError(f'method {method!r} needs `base`, the model that all were fine-tuned from')
     _check_measuring(method, labels, measuring, data is not None)
-    if base is not None and not needs_base: raise ValueError(f'method {method!r} takes no `base`')
+    if base is not None and not (needs_base or METHODS[method].takes_base):
+        raise ValueError(f'method {method!r} takes no `base`')
 
 # %% ../../nbs/merging/00_request.ipynb #600da6c8
 BY_TASK = ('weights', 'data', 'fishers') # have an entry for each task, if they are given

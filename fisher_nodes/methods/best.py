@@ -11,6 +11,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 from ..core.families import body_of
 from ..core.walk import UsedTwice
+from .actmat import actmat_rule
 from .average import average_rule
 from .calls import Calls, as_given, batch_sizes
 from .method import Job, Rule, merge_method
@@ -40,16 +41,20 @@ def _instead(job:Job, why:str)->Rule:
 def _chosen(rule:Rule, method:str, why:str)->Rule:
     return replace(rule, chosen=dict(method=method, why=why))
 
-@merge_method('best', statistic='calls', optional=True, runs_models=True, keeps_layers=True,
-              gives_way=True, refit_heads=.25)
+def _without_rows(job:Job)->Rule:
+    "ACTMat where there is a base, else the average."
+    why = 'no rows were given; a few hundred of each task, without labels, would do better'
+    name,rule = ('average', average_rule) if job.base is None else ('actmat', actmat_rule)
+    warnings.warn(f"method 'best' takes {name!r}: {why}", stacklevel=2)
+    return _chosen(rule(job), name, why)
+
+@merge_method('best', statistic='calls', optional=True, takes_base=True, runs_models=True,
+              keeps_layers=True, gives_way=True, refit_heads=.25)
 def best_rule(
-    job:Job, # statistics are `Calls` if there are rows
+    job:Job, # statistics are `Calls` if there are rows, with a base or without
 )->Rule:
-    "Residual regression where there are rows and it can be, else RegMean, else the average."
-    if not job.statistics:
-        why = 'no rows were given; a few hundred of each task, without labels, would do better'
-        warnings.warn(f"method 'best' averages: {why}", stacklevel=2)
-        return _chosen(average_rule(job), 'average', why)
+    "Residual regression where there are rows and it can be, else RegMean; ACTMat or the average without."
+    if not job.statistics: return _without_rows(job)
     try: return _chosen(residual_rule(job), 'residual-regression', 'there are rows of every task')
     except UsedTwice as e:
         warnings.warn(f"method 'best' takes RegMean: {e}", stacklevel=2)

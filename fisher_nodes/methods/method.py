@@ -177,6 +177,7 @@ class MergeMethod:
     rule:Callable[...,Rule] # takes a `Job`; its other parameters are the method's options
     statistic:str|None=None # what is measured of each model, a key of `STATISTICS`
     needs_base:bool=False # whether it takes the model before fine-tuning
+    takes_base:bool=False # whether it may be given that, without needing it
     random:bool=False # whether it draws at random, so that another seed gives another result
     runs_models:bool=False # whether it runs models while it merges, which must be in memory then
     keeps_layers:bool=False # whether an interrupted merge can go on from the layers that it has

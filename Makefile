@@ -4,7 +4,7 @@ RESOLUTION ?= lowest-direct
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test plugins nbdev3 corner docs bench lint export notebooks readme clean
+.PHONY: demo test every plugins nbdev3 corner docs bench lint export notebooks readme clean
 
 demo: .venv/installed
 	$(BIN)/fisher-nodes demo --out _demo
@@ -32,6 +32,10 @@ nbdev3:  ## whether nbdev 3 exports the same modules, in an environment of its o
 	test -x .nbdev3/bin/python || $(PYTHON) -m venv .nbdev3
 	.nbdev3/bin/python -m pip --disable-pip-version-check install -q 'nbdev==3.3.26'
 	.nbdev3/bin/python tools/nbdev3.py
+
+every: .venv/installed  ## what a commit leaves out beside the corners: pages that take minutes, README and tutorials typed by hand
+	FISHER_NODES_EVERY=1 $(BIN)/python tools/run_notebooks.py --check --workers 2
+	FISHER_NODES_EVERY=1 $(BIN)/python -m pytest tests/test_typed.py
 
 corner:  ## the test files on the oldest versions that settings.ini states, as uv resolves them; with RESOLUTION=highest on the newest
 	$(PYTHON) -m venv .corner

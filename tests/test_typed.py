@@ -71,7 +71,7 @@ def test_every_name_is_defined_in_what_is_seen(name, tmp_path):
 def prose(name): return '\n\n'.join(source for kind,source in cells(page(name)) if kind=='markdown')
 
 def typed(name):
-    skip = pytest.mark.skipif(not EVERY, reason=f'{LONG.get(name)}; FISHER_NODES_EVERY=1 types it, `make test` runs all of its cells')
+    skip = pytest.mark.skipif(not EVERY, reason=f'{LONG.get(name)}; FISHER_NODES_EVERY=1 types it')
     about = '\n'.join(visible(page(name)))
     return pytest.param(name, marks=[*[needs_demo]*('_demo' in about or 'app.demo' in about), *[skip]*(name in LONG)])
 
@@ -84,6 +84,7 @@ def test_a_tutorial_can_be_typed(name, tmp_path):
     type_shell(prose(name), tmp_path)
 
 @needs_demo
+@pytest.mark.skipif(not EVERY, reason='merges by every method that there is, minutes; FISHER_NODES_EVERY=1 types it')
 def test_the_readme_can_be_typed(tmp_path):
     "Its ten lines and the same from a shell, which give one merge, and its recipe the same again."
     put_demo(tmp_path)

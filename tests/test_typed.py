@@ -13,7 +13,7 @@ from demo_case import needs_demo, put_demo, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = sorted(o.stem for o in (ROOT/'nbs'/'tutorials').glob('[!_.]*.ipynb'))
-LONG = {'02_three': 'fine-tunes a third model and merges by eight methods, minutes', '06_language': 'trains four language models, minutes',
+LONG = {'01_two': 'merges and compares from Python and from a shell, minutes', '02_three': 'fine-tunes a third model and merges by eight methods, minutes', '06_language': 'trains four language models, minutes',
         '07_vision': 'trains three vision models, a minute'}
 HIDDEN = re.compile(r'^#\| *(hide|echo: *false|eval: *false|slow|cuda|notest)\b', re.M)
 

@@ -306,7 +306,8 @@ def test_columns_are_those_of_all_rows(tmp_path):
     ('a.tsv', b'text\tlabel\n"so it\t0\nwent"\t1\n', 'a quote is not closed'),
     ('a.csv', b'text,label\na,true\nb,false\n', 'labels must be integers, floats or strings, got bool'),
     ('a.csv', b'text,label\na,0\nb,\nc,1\n', "column 'label' is empty in 1 rows, first in row 1"),
-    ('a.csv.gz', b'text,label\na,0\n', 'not text in UTF-8: Not a gzipped file')])
+    ('a.csv.gz', b'text,label\na,0\n', 'not text in UTF-8: Not a gzipped file'),
+    ('a.csv.gz', gzip.compress(b'text,label\nab,0\ncd,1\n')[:10]+b'\xff'*20, 'Error -3 while decompressing')])
 def test_a_file_that_says_something_else_is_refused(tmp_path, name, content, why):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(ValueError, match=why) as e: load_task(tmp_path/name)

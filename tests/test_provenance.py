@@ -261,6 +261,19 @@ def test_a_snapshot_of_the_hub_is_made_of_links(here):
     found = verify_merge(cache/'snapshots'/('a'*40), key=here/'mine.pub' if HAS else None)
     assert is_sound(found), as_lines(found)
 
+@needs_both
+def test_a_folder_that_is_a_link(here):
+    (here/'link').symlink_to(here/'out')
+    found = verify_merge(here/'link', key=here/'mine.pub')
+    assert is_sound(found) and 'signature' in {o.what for o in found if o.state == 'fits'}, as_lines(found)
+
+@pytest.mark.parametrize('said', [None, 'x', {'sha256': []}])
+def test_a_list_of_other_things_is_found_and_no_error(here, said):
+    "With a bill beside it, to which it is compared."
+    (here/'out'/BOM).write_text('{}')
+    list_as(here, 'config.json', said)
+    assert {'files', 'bom'} <= told(here)[1]
+
 def test_no_merge(tmp_path, capsys):
     assert main(['verify', str(tmp_path)]) == 2 and 'has no merge_report.json' in capsys.readouterr().err
     assert main(['verify', str(tmp_path/'no')]) == 2

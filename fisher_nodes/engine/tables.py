@@ -8,6 +8,7 @@ __all__ = ['READERS', 'unpack_text', 'split_suffix', 'read_table']
 # %% ../../nbs/engine/05c_tables.ipynb #1769b543
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from csv import Error, reader
 from io import BytesIO, StringIO
@@ -22,7 +23,7 @@ def unpack_text(
     "All of a file, without a byte order mark; `ValueError` unless it is UTF-8."
     data = path.read_bytes()
     try: text = (gzip.decompress(data) if path.suffix.lower()=='.gz' else data).decode('utf-8-sig')
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise ValueError(f'it is not text in UTF-8: {e}; save it as UTF-8') from None
     if '\0' in text: raise ValueError('it has zero bytes, so it is not text in UTF-8; save it as UTF-8')
     return text

@@ -162,6 +162,7 @@ def check_bom(
         check_form(read_text(folder/BOM))
     except ImportError: return [said, unchecked('bom', 'its schema: cyclonedx-python-lib is not installed')]
     except (ValueError, OSError) as e: return [misfits('bom', str(e))]
+    except (TypeError, AttributeError, KeyError): return [misfits('bom', f'{MERGED} is not of its form')]
     return [said, fits('bom', 'it is CycloneDX 1.7')]
 
 _UNSIGNED = 'who can change a file here can change its hash too'
@@ -336,7 +337,7 @@ def verify_merge(
     found += check_files(folder, listed) if listed else []
     sound = bool(listed) and is_sound(found)
     found += [check_recipe(folder, report), *check_bom(folder, report)]
-    found.append(check_signed(folder, key, verifier, sound))
+    found.append(check_signed(Path(os.path.realpath(folder)), key, verifier, sound)) # the folder may be a link
     went_in = check_inputs_of(folder, report, inputs)
     again = [_repeated(folder, report, inputs, [*found, *went_in])] if repeat else [_NOT_ASKED]
     return [*found, *_summed(went_in), *again]

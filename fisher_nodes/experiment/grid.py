@@ -237,6 +237,10 @@ def load_checkpoint(
     return Checkpoint(model, tokenizer, about, train, tokens, key)
 
 # %% ../../nbs/experiment/01_grid.ipynb #cd4f0e33
+def _say(text:str):
+    "A line on standard error, above the bars."
+    tqdm.write(text, file=sys.stderr)
+
 def measure_choices(
     checkpoint:Checkpoint,
     cell:Cell,
@@ -325,10 +329,6 @@ def read_result(
     return found
 
 # %% ../../nbs/experiment/01_grid.ipynb #501693b4
-def _say(text:str):
-    "A line on standard error, above the bars."
-    tqdm.write(text, file=sys.stderr)
-
 def _bar(items:Any=None, what:str='', **kwargs)->tqdm:
     "A progress bar, in the main process."
     return show_bar(items, what, is_main(), delay=0, **kwargs)

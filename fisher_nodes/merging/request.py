@@ -193,9 +193,8 @@ def _check_tasks(given:Mapping, tasks:Sequence[str], name:str):
     "`ValueError` naming the tasks that a mapping lacks, and those that it should not have."
     missing = [t for t in tasks if t not in given]
     extra = [t for t in given if t not in tasks]
-    if missing or extra:
-        raise ValueError(f'`{name}` must have an entry for each of {list(tasks)}; '
-                         f'missing {missing}, not among them {extra}')
+    odd = [*([f'missing {missing}'] if missing else []), *([f'not among them {extra}'] if extra else [])]
+    if odd: raise ValueError(f'`{name}` must have an entry for each of {list(tasks)}; {", ".join(odd)}')
 
 # %% ../../nbs/merging/00_request.ipynb #dd2a1b5c
 def method_options(

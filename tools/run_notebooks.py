@@ -26,7 +26,7 @@ from nbdev.doclinks import nbglob
 from nbdev.process import extract_directives
 
 
-LONG = '02_three', # pages that a commit does not run
+LONG = '02_three','06_language' # pages that a commit does not run
 
 
 def is_left_out(cell, skip:set)->bool:

@@ -142,7 +142,7 @@ TAMPERED = dict( # what is done, what it is found by, and a word of what is said
     input=(lambda o: flip(o/'in'/'a'/'model.safetensors'), 'inputs', 'model of a: model.safetensors'),
     fisher=(lambda o: flip(o/'in'/'b.safetensors'), 'inputs', 'Fisher of b'))
 SEALED = dict(
-    signature=(swap_signature, 'signature', 'Key mismatch'),
+    signature=(swap_signature, 'signature', 'the key is not the one that signed it'),
     half=(lambda o: (o/'out'/SIGNATURE).write_text('{"verificationMaterial": {}}'), 'signature', ''),
     deep=(lambda o: (o/'out'/SIGNATURE).write_text('['*9999), 'signature', 'is not a signature'),
     unsigned=(lambda o: (o/'out'/SIGNATURE).unlink(), 'signature', 'there is none'),
@@ -191,6 +191,61 @@ def test_other_weights_of_the_same_fingerprint(here):
     found, wrong, _, lines = told(here, '--repeat', key=False)
     assert wrong == {'repeat'} and '1 tensors differ, such as a' in ' '.join(lines.split()), lines
 
+def edit_json(path, change):
+    about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+
+def unsealed(here):
+    "One who takes away bill and signature, so that only the hashes are left."
+    for o in (BOM, SIGNATURE): (here/'out'/o).unlink(missing_ok=True)
+    relisted(here)
+
+def swap_words(path):
+    def swap(o):
+        words = o['model']['vocab']
+        a, b = list(words)[5:7]
+        words[a], words[b] = words[b], words[a]
+    edit_json(path, swap)
+
+def swap_labels(path): edit_json(path, lambda o: o.update(id2label={'0': 'class b', '1': 'class a'}, label2id={'class b': 0, 'class a': 1}))
+
+SMALL = {'labels': ('a/config.json', swap_labels), 'activation': ('config.json', lambda o: edit(o, '"gelu"', '"relu"')), 'words': ('b/tokenizer.json', swap_words),
+    'shared words': ('tokenizer.json', swap_words), 'more': ('a/chat_template.jinja', lambda o: o.write_text('{{ 1 }}')), 'less': ('a/tokenizer.json', lambda o: o.unlink())}
+
+@pytest.mark.parametrize('case', SMALL)
+def test_what_stands_beside_the_weights_is_repeated_too(here, case):
+    name, change = SMALL[case]
+    change(here/'out'/name)
+    unsealed(here)
+    assert told(here, key=False)[1] == set()
+    _, wrong, _, lines = told(here, '--repeat', key=False)
+    assert wrong == {'repeat'} and f'1 files differ, such as {name};' in ' '.join(lines.split()), lines
+
+def test_versions_are_no_difference(here):
+    for n in ('config.json', 'a/config.json'): edit_json(here/'out'/n, lambda o: o.update(transformers_version='5.0.0'))
+    unsealed(here)
+    assert told(here, '--repeat', key=False)[1] == set()
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'b/model-00001-of-00002.safetensors'])
+def test_one_copy_of_the_body_is_another(here, name):
+    "Each task's files are compared, and not only those that are loaded."
+    from fisher_nodes.merging.store import hash_file
+    data = (path := here/'out'/name).read_bytes()
+    path.unlink(), path.write_bytes(data), flip(path)
+    unsealed(here)
+    edit_json(here/'out'/MERGED, lambda o: o['files'][name].update(tensors=hash_file(path)))
+    _, wrong, _, lines = told(here, '--repeat', key=False)
+    assert wrong == {'repeat'} and '1 tensors differ' in ' '.join(lines.split()), lines
+
+def test_a_merge_of_other_files_is_repeated(here):
+    "By rows of files, and in shards; and one that was loaded and saved."
+    pair, fishers = {t: here/'in'/t for t in 'ab'}, {t: here/'in'/f'{t}.safetensors' for t in 'ab'}
+    merge_files(pair, fishers, out=here/'shards', weights=[1, .5], max_shard_size='5KB', **QUIET)
+    Merged.from_pretrained(here/'out').save_pretrained(here/'loaded')
+    assert len([*(here/'shards').glob('*.safetensors')]) > 1
+    for o in ('shards', 'loaded'): assert 'every bit the same' in verify_merge(here/o, inputs=[here/'in'], repeat=True)[-1].says, o
+
 # --- hostile folders --------------------------------------------------------------------------
 
 OPENED = []
@@ -233,7 +288,47 @@ def test_inputs_of_which_there_is_no_hash_are_not_loaded(here):
     (here/'out'/BOM).unlink(missing_ok=True), relisted(here)
     flip(here/'in'/'a'/'model.safetensors')
     _, wrong, _, lines = told(here, '--repeat', key=False)
-    assert wrong == {'repeat'} and 'model.safetensors of a would be read' in ' '.join(lines.split())
+    assert wrong == {'repeat'} and 'model of a: no file of weights is listed' in ' '.join(lines.split())
+
+@pytest.mark.parametrize('kind', ['model', 'Fisher'])
+def test_inputs_that_the_report_leaves_out(here, kind):
+    "What the recipe names gets its line."
+    edit_json(here/'out'/MERGED, lambda o: o['inputs'][kind].pop('b'))
+    unsealed(here)
+    _, wrong, _, lines = told(here, key=False)
+    assert wrong == {'inputs'} and f'{kind} of b: the recipe names it' in ' '.join(lines.split())
+
+def test_a_file_of_an_input_that_has_no_hash(here):
+    edit_json(here/'out'/MERGED, lambda o: o['inputs']['model']['b'].pop('tokenizer.json'))
+    unsealed(here)
+    _, wrong, unchecked, lines = told(here, key=False)
+    assert not wrong and 'inputs' in unchecked and 'model of b: tokenizer.json would be read' in ' '.join(lines.split())
+
+def test_a_list_that_is_not_of_version_1(here):
+    "What has hashes of inputs had hashes of files."
+    edit_json(here/'out'/MERGED, lambda o: o.pop('files'))
+    _, wrong, _, lines = told(here, key=False)
+    assert 'files' in wrong and 'lists inputs, and no files' in ' '.join(lines.split())
+
+@pytest.mark.parametrize('some', [['model.safetensors'], None])
+def test_a_list_with_fewer_hashes(here, some):
+    unsealed(here)
+    edit_json(here/'out'/MERGED, lambda o: [o['files'][n].pop('sha256') for n in some or [*o['files']]])
+    if not some: flip(here/'out'/'model.safetensors')
+    _, wrong, _, lines = told(here, key=False)
+    assert wrong == {'files'} and 'there is no SHA-256 of it' in ' '.join(lines.split())
+
+@pytest.mark.parametrize('name', ['.DS_Store', 'Thumbs.db', 'a/desktop.ini'])
+def test_what_a_desktop_leaves_is_named(here, name):
+    (here/'out'/name).touch()
+    assert f'{name} is not listed' in told(here, key=False)[3]
+
+def test_places_that_are_not_there(here, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(here))
+    assert main(['verify', str(here/'out'), '--inputs', '~/in', *(['--key', '~/mine.pub'] if HAS else [])]) == 0
+    assert 'model of b' in capsys.readouterr().out
+    assert main(['verify', str(here/'out'), '--inputs', '~/in', 'nowhere']) == 2
+    assert len((said := capsys.readouterr().err).splitlines()) == 1 and 'names nowhere; there is no such file or folder' in said
 
 def test_a_huge_file_is_not_read(here):
     with open(here/'out'/'a'/'config.json', 'r+b') as f: f.truncate(2**42)
@@ -304,7 +399,12 @@ def test_the_bill_is_of_its_schema_and_of_these_files(here):
 
 LIES = dict(hash=lambda o: o['components'][0]['hashes'][0].update(content='0'*64), gone=lambda o: o['components'].pop(), twice=lambda o: o['components'].append(o['components'][0]),
     more=lambda o: o['components'].append({'type': 'file', 'name': 'x', 'bom-ref': 'x'}), ancestor=lambda o: o['metadata']['component']['pedigree'].clear(),
-    tool=lambda o: o['metadata']['tools']['components'][0].update(version='9'), dependency=lambda o: o['dependencies'].clear(), licence=lambda o: o['metadata']['component'].update(licenses=[{'license': {'id': 'MIT'}}]))
+    tool=lambda o: o['metadata']['tools']['components'][0].update(version='9'), dependency=lambda o: o['dependencies'].clear(), licence=lambda o: o['metadata']['component'].update(licenses=[{'license': {'id': 'MIT'}}]),
+    nested=lambda o: o['metadata']['component'].update(components=[{'type': 'library', 'name': 'x', 'bom-ref': 'x'}]), group=lambda o: o['metadata']['component'].update(group='me'),
+    words=lambda o: o['components'][0].update(description='by me'), sha512=lambda o: o['components'][0]['hashes'].append({'alg': 'SHA-512', 'content': '0'*128}),
+    services=lambda o: o.update(services=[{'name': 'x'}]), link=lambda o: o['components'][0].update(externalReferences=[{'type': 'website', 'url': 'http://x'}]),
+    expression=lambda o: o['components'][0].update(licenses=[{'expression': 'MIT'}]), serial=lambda o: o.update(serialNumber='urn:uuid:'+'0'*8+'-0000-4000-8000-'+'0'*12),
+    author=lambda o: o['metadata'].update(authors=[{'name': 'x'}]), family=lambda o: o['metadata']['component']['modelCard']['modelParameters'].update(architectureFamily='rnn'))
 
 @needs_both
 @pytest.mark.parametrize('lie', LIES)
@@ -319,14 +419,15 @@ def test_a_bill_that_lies(here, lie):
 
 @needs_both
 def test_a_bill_of_another_form(here):
-    edit(here/'out'/BOM, '"bomFormat"', '"note": 1, "bomFormat"')
+    edit_json(here/'out'/BOM, lambda o: o['metadata']['component']['modelCard']['modelParameters'].update(task=1))
     relisted(here)
     assert 'it is not CycloneDX 1.7' in told(here, key=False)[3]
 
 @needs_both
 def test_a_wrong_key(here, capsys):
     shutil.copyfile(here/'other.pub', here/'mine.pub')
-    assert told(here)[1] == {'signature'}
+    _, wrong, _, lines = told(here)
+    assert wrong == {'signature'} and 'does not fit the key is not the one that signed it\n' in re.sub(' +', ' ', lines)
     assert main(['verify', str(here/'out'), '--key', str(here/'mine.pem')]) == 2 and 'cannot be used as a public key' in capsys.readouterr().err
     assert main(['verify', str(here/'out'), '--key', str(here/'no.pub')]) == 2 and 'is not a file' in capsys.readouterr().err
 
@@ -375,6 +476,18 @@ def test_scores_come_before_the_signature(here, capsys):
 def test_a_key_that_cannot_sign_is_refused_first(here, key, word, capsys):
     assert main(words(here, '--sign', here/key, '--out', here/'new')) == 2
     assert word in (said := capsys.readouterr().err) and len(said.splitlines()) == 1 and not (here/'new').exists()
+
+@needs_both
+@pytest.mark.parametrize('kind', ['an RSA', 'an Ed25519'])
+def test_a_key_of_another_kind(here, kind, capsys):
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+    key = rsa.generate_private_key(65537, 2048) if 'RSA' in kind else ed25519.Ed25519PrivateKey.generate()
+    (here/'odd.pem').write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    (here/'odd.pub').write_bytes(key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+    for line in (words(here, '--sign', here/'odd.pem', '--out', here/'new'), ['verify', str(here/'out'), '--key', str(here/'odd.pub')]):
+        assert main(line) == 2
+        assert f'it is {kind} key; expected one of an elliptic curve (secp256r1, ' in capsys.readouterr().err
 
 @pytest.mark.parametrize('option', ['--bom', '--sign'])
 def test_without_the_libraries(here, option, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import NAMESPACE_URL, uuid5
+from uuid import NAMESPACE_URL, UUID, uuid5
 from ..engine.files import BOM, MERGED, SIGNATURE
 from ..engine.reading import load_json
 from .card import LICENSE, agreed_license, origins
@@ -101,6 +101,16 @@ def _ancestors(parts:Sequence[Part])->list:
     models = [o for o in parts if o.kind==MODEL]
     return [_component(replace(o, ref=f'ancestor:{o.ref}', licences=())) for o in models]
 
+def _serial(parts:Sequence[Part])->UUID:
+    "A number for what a bill says; another merge has another."
+    return uuid5(NAMESPACE_URL, json.dumps([asdict(o) for o in parts], sort_keys=True))
+
+def _model_card(parts:Sequence[Part], pipeline:str|None)->dict[str,Any]:
+    "What the merge computes, and which rows it was measured on."
+    rows = [dict(ref=o.ref) for o in parts if o.ref.startswith('data:')]
+    card = dict(task=pipeline, architectureFamily='transformer', datasets=rows)
+    return dict(modelParameters={k: v for k,v in card.items() if v})
+
 def _document(report:Mapping, name:str, parts:Sequence[Part])->Any:
     "The bill as the library has it."
     from cyclonedx.model.bom import Bom, BomMetaData
@@ -110,8 +120,7 @@ def _document(report:Mapping, name:str, parts:Sequence[Part])->Any:
     whole = _component(_whole(report, name))
     whole.pedigree = Pedigree(ancestors=_ancestors(parts))
     tools = [_component(o) for o in _tools(report)]
-    known = json.dumps([asdict(o) for o in parts], sort_keys=True)
-    bom = Bom(components=top, serial_number=uuid5(NAMESPACE_URL, known),
+    bom = Bom(components=top, serial_number=_serial(parts),
               metadata=BomMetaData(component=whole, tools=ToolRepository(components=tools)))
     bom.register_dependency(whole, top)
     return bom
@@ -141,10 +150,7 @@ def make_bom(
     parts = bom_parts(report)
     found = json.loads(JsonV1Dot7(_document(report, name, parts)).output_as_string())
     found['metadata'].pop('timestamp', None)
-    rows = [dict(ref=o.ref) for o in parts if o.ref.startswith('data:')]
-    card = dict(task=pipeline, architectureFamily='transformer', datasets=rows)
-    approach = {k: v for k,v in card.items() if v}
-    found['metadata']['component']['modelCard'] = dict(modelParameters=approach)
+    found['metadata']['component']['modelCard'] = _model_card(parts, pipeline)
     text = json.dumps(found, indent=1, ensure_ascii=False)+'\n'
     check_form(text)
     return text
@@ -160,12 +166,12 @@ def _object(o:Mapping, name:str)->Mapping:
 
 def _said_licences(o:Mapping)->tuple[str,...]:
     "Licences of a component, in small letters."
-    found = [v.get('license') for v in _objects(o.get('licenses'))]
-    return tuple(sorted(str(v.get('id', v.get('name'))).lower() for v in found if isinstance(v, dict)))
+    found = [_object(v, 'license') or v for v in _objects(o.get('licenses'))]
+    return tuple(sorted(str(v.get('id', v.get('name', v))).lower() for v in found))
 
 def _said_part(o:Mapping, inside:str|None)->Part:
     "A component as a part."
-    hashes = [v.get('content') for v in _objects(o.get('hashes')) if v.get('alg')=='SHA-256']
+    hashes = [v.get('content') if v.get('alg')=='SHA-256' else v for v in _objects(o.get('hashes'))]
     words = {k: o.get(v) for k,v in dict(ref='bom-ref', kind='type', name='name').items()}
     more = {k: None if o.get(k) is None else str(o[k]) for k in ('version', 'purl')}
     digest = str(hashes[0]) if len(hashes)==1 else quoted(hashes) if hashes else None
@@ -189,12 +195,12 @@ def bom_differences(
     old = [replace(o, ref=f'ancestor:{o.ref}', licences=(), inside='pedigree')
            for o in parts if o.kind==MODEL]
     lines = [_whole(report, str(whole.get('name'))), *parts, *old, *_tools(report)]
-    found = [_said_part(whole, None), *_said_parts(bom.get('components')),
+    found = [*_said_parts([whole]), *_said_parts(bom.get('components')),
              *_said_parts(_object(whole, 'pedigree').get('ancestors'), 'pedigree'),
              *_said_parts(_object(about, 'tools').get('components'), 'tools')]
     said,wanted = Counter(found),Counter(map(plain, lines))
     odd = {o.ref: None for o in (*wanted, *said) if said[o]!=wanted[o]}
-    return [*odd, *_unlike_dependencies(bom, parts)]
+    return [*odd, *_unlike_dependencies(bom, parts), *_unlike_head(bom, parts), *_more(bom)]
 
 def _unlike_dependencies(bom:Mapping, parts:Sequence[Part])->list[str]:
     "Whether it says that a merge depends on other things than it has."
@@ -203,6 +209,32 @@ def _unlike_dependencies(bom:Mapping, parts:Sequence[Part])->list[str]:
     extra = [k for k,v in said.items() if v and k!='merge']
     same = isinstance(said.get('merge'), list) and sorted(map(str, said['merge']))==top
     return extra + ([] if same else ['dependencies of merge'])
+
+def _unlike_head(bom:Mapping, parts:Sequence[Part])->list[str]:
+    "What it says of itself, and of what the merge computes."
+    want = dict(bomFormat='CycloneDX', specVersion='1.7', version=1,
+                serialNumber=f'urn:uuid:{_serial(parts)}')
+    card = _object(_object(_object(bom, 'metadata'), 'component'), 'modelCard')
+    task = _object(card, 'modelParameters').get('task')
+    odd = [k for k,v in want.items() if bom.get(k)!=v]
+    return odd + ([] if card==_model_card(parts, task) else ['modelCard of merge'])
+
+_COMPONENT = {'bom-ref', 'type', 'name', 'version', 'purl', 'hashes', 'licenses', 'components'}
+_WRITTEN = dict( # what each object is written with
+    bill={'$schema', 'bomFormat', 'specVersion', 'version', 'serialNumber',
+          'metadata', 'components', 'dependencies'},
+    metadata={'component', 'tools'}, component=_COMPONENT|{'pedigree', 'modelCard'}, components=_COMPONENT,
+    ancestors=_COMPONENT, pedigree={'ancestors'}, tools={'components'}, hashes={'alg', 'content'},
+    licenses={'license'}, license={'id', 'name'}, dependencies={'ref', 'dependsOn'},
+    modelCard={'modelParameters'}, datasets={'ref'},
+    modelParameters={'task', 'architectureFamily', 'datasets'})
+
+def _more(o:Mapping, what:str='bill')->Iterator[str]:
+    "What there is that no bill is written with."
+    for k,v in o.items():
+        if k not in _WRITTEN.get(what, ()): yield f'{k} of {o.get("bom-ref", what)}'
+        else:
+            for inner in _objects(v if isinstance(v, list) else [v]): yield from _more(inner, k)
 
 # %% ../../nbs/merging/03b_bom.ipynb #bac9a412
 def write_bom(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_copy', 'with_body', 'Merged', 'all_heads', 'tensor_hashes', 'hash_merged', 'check_shard_size', 'whole_model',
-           'plan_files', 'check_room', 'check_inputs', 'check_target', 'save_rest', 'check_stored', 'check_card',
-           'update_card']
+           'plan_files', 'check_room', 'check_inputs', 'check_target', 'save_small', 'saved_tensors', 'save_rest',
+           'check_stored', 'check_card', 'update_card']
 
 # %% ../../nbs/merging/04_merged.ipynb #7f9b6b08
 import copy
@@ -347,14 +347,11 @@ def _head_state(model:PreTrainedModel)->dict[str,Tensor]:
             if not (t.data_ptr() in shared and any(o.search(n) for o in tied))}
 
 def _save_task(model:PreTrainedModel, files:Mapping[str,Sequence[str]], folder:Path)->dict[str,Any]:
-    """A task's folder, beside the body's files: config, head, links to the body, and an index of all.
+    """The weights in a task's folder, beside the body's files: head, links to the body, and an index of all.
     Returns what is a file's: for a link the file that it is of, for the head its fingerprint."""
     names = [f'model-{i:05}-of-{len(files)+1:05}.safetensors' for i in range(1, len(files)+2)]
     head = _head_state(model)
     index = {n: link for link,o in zip(names, files.values()) for n in o} | {n: names[-1] for n in head}
-    folder.mkdir()
-    _save_config(model, folder)
-    if learned := trained_record(model): shutil.copyfile(learned, folder/TRAINED)
     for f,link in zip(files, names): _link(folder.parent/f, folder/link)
     save_file(head, folder/names[-1], dict(format='pt'))
     text = json.dumps(dict(metadata={}, weight_map=index), indent=1)
@@ -431,6 +428,30 @@ def _save_beside(report:Mapping, folder:Path):
         for n,text in files.items():
             if where.is_dir() and not (where/n).exists(): (where/n).write_text(text, encoding='utf-8')
 
+def save_small(
+    merged:Merged,
+    folder:Path, # an empty one, or with weights of the body
+):
+    "Write what is neither weights nor about the merge: configurations, tokenizers, what stands beside them."
+    for where,model in ({folder: merged.body} | {folder/t: o for t,o in merged.items()}).items():
+        where.mkdir(exist_ok=True)
+        _save_config(model, where)
+        learned = trained_record(model) if where!=folder else None
+        if learned: shutil.copyfile(learned, where/TRAINED)
+    own = {folder: merged.tokenizer} | {folder/t: o for t,o in merged.tokenizers.items()}
+    for where,o in own.items():
+        if o is not None: o.save_pretrained(where)
+    _save_modules(merged.report, folder)
+    _save_beside(merged.report, folder)
+
+def saved_tensors(
+    merged:Merged,
+)->dict[str,dict[str,Tensor]]: # task, or '' for the body -> name -> tensor
+    "What the files of weights hold, in the folder and in each task's."
+    whole = whole_model(merged)
+    body = {body_prefix(whole)+n: t for n,t in body_state(whole).items()}
+    return {'': body} | {t: body|_head_state(m) for t,m in merged.items()}
+
 def _auto_class(merged:Merged)->str:
     "The class of transformers that loads every task."
     def auto(model):
@@ -472,13 +493,8 @@ def save_rest(
     "Write all that stands beside the weights of the body."
     if merged.stamped is not None and 'inputs' not in merged.report:
         merged.report['inputs'] = digest_inputs(merged.stamped)
-    _save_config(merged.body, folder)
+    save_small(merged, folder)
     tasks = {task: _save_task(model, files, folder/task) for task,model in merged.items()}
-    own = {folder: merged.tokenizer} | {folder/t: o for t,o in merged.tokenizers.items()}
-    for where,o in own.items():
-        if o is not None: o.save_pretrained(where)
-    _save_modules(merged.report, folder)
-    _save_beside(merged.report, folder)
     _save_words(merged, _tensor_files(merged, files, hashes, tasks), folder, place, repo_id, changed)
     seal_folder(folder, seal, repo_id or place.name)
 
@@ -628,6 +644,10 @@ def check_card(
         raise ValueError(f'{card} was changed since it was written; move it away, '
                          'or write the scores yourself')
 
+def _as_listed(file:Path, said:Mapping)->dict[str,Any]:
+    "A file in a list that has SHA-256, or in one of version 0.1."
+    return describe_file(file) | (digest_file(file) if 'sha256' in said else {})
+
 def update_card(
     merged:Merged, # as it is in the folder
     path:str|Path, # folder that it was saved in
@@ -647,7 +667,7 @@ def update_card(
         report = load_json(path/MERGED) | new
         listed = report.get('files', {})
         listed.pop(SIGNATURE, None)
-        if 'README.md' in listed: listed['README.md'] = describe_file(card) | digest_file(card)
+        if 'README.md' in listed: listed['README.md'] = _as_listed(card, listed['README.md'])
         with whole_file(path/MERGED) as part: part.write_text(json.dumps(report, indent=1)+'\n')
 
 def _card_text(merged:Merged, name:str)->str:

@@ -29,13 +29,22 @@ def _hashing(links:bool)->Any:
     config = hashing.Config().set_ignored_paths(paths=[SIGNATURE, *FETCHED], ignore_git_paths=False)
     return config.set_allow_symlinks(links)
 
+_KINDS = dict(rsa='an RSA', dsa='a DSA', ed25519='an Ed25519', ed448='an Ed448')
+_CURVES = 'an elliptic curve (secp256r1, secp384r1, secp521r1)'
+
+def _why_not(e:Exception)->str:
+    "Why a file is not the key that it should be."
+    if 'encrypted' in str(e): return 'it is encrypted'
+    other = re.search(r"openssl\.(\w+).*no attribute 'curve'", str(e))
+    if other: return f'it is {_KINDS.get(other[1], "another")} key; expected one of {_CURVES}'
+    return one_line(e, 100)
+
 def _with_key(path:Path, use:Callable[[Path],Any], what:str)->Any:
     "What the library makes of a key; `ValueError` that names a file that is none."
     check_regular(path, _KEY_BYTES)
     try: return use(path)
     except Exception as e: # of several libraries
-        why = 'it is encrypted' if 'encrypted' in str(e) else one_line(e, 100)
-        said = f'{one_line(path)} cannot be used as {what} on an elliptic curve, in PEM: {why}'
+        said = f'{one_line(path)} cannot be used as {what} on an elliptic curve, in PEM: {_why_not(e)}'
         raise ValueError(said) from None
 
 def load_signer(
@@ -59,6 +68,7 @@ _NAMED = re.compile(r"Hash mismatch for .?'(.+?).?'|(?:Extra|Missing) files .*?:
 
 def _said(e:Exception)->str:
     "What is wrong, where the library prints digests or says nothing."
+    if str(e).startswith('Key mismatch'): return 'the key is not the one that signed it'
     if not str(e): return 'it was not made with this key, or was changed'
     if not str(e).startswith('Signature mismatch'): return one_line(e, 100)
     found = _NAMED.search(str(e))

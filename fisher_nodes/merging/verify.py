@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['State', 'MOST_FILES', 'SHOWN', 'Finding', 'fits', 'misfits', 'unchecked', 'is_sound', 'as_lines', 'check_files',
-           'check_recipe', 'check_bom', 'check_signed', 'check_inputs_of', 'compare_bits', 'repeat_merge',
-           'verify_merge']
+           'check_recipe', 'check_bom', 'check_signed', 'check_inputs_of', 'compare_bits', 'compare_small',
+           'repeat_merge', 'verify_merge']
 
 # %% ../../nbs/merging/08_verify.ipynb #c992a1bb
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 import torch
-from ..core.families import body_state
 from ..engine.adapters import adapter_base
 from ..engine.files import BOM, MERGED, RECIPE, SIGNATURE, is_merged, read_list, versions
 from ..engine.fingerprints import digest_file
@@ -24,12 +24,13 @@ from ..engine.models import ModelReference, as_reference
 from ..engine.reading import check_inside, check_regular, load_json, parse_yaml, read_text
 from .bom import bom_differences, check_form
 from .card import read_report
-from .merged import Merged, all_heads
+from .merged import Merged, save_small, saved_tensors
 from .recipe import load_recipe, read_recipe
 from .request import MergeRequest
 from .run import merge_loaded
 from .signature import FETCHED, check_signature, load_verifier
 from .sources import FILE, digest_inputs, entry_place, input_places, place_files
+from .store import folder_slots
 from ..methods.method import PathName, checked, one_line
 
 # %% ../../nbs/merging/08_verify.ipynb #9d933ffa
@@ -108,6 +109,7 @@ def _several(what:str, faults:Sequence[str], shown:int=SHOWN)->list[Finding]:
 def check_files(
     folder:Path, # of a merge
     listed:Mapping[str,Mapping], # of its report
+    old:bool=False, # whether it is of version 0.1, which had no SHA-256
 )->list[Finding]:
     "Whether the files of a folder are those that its report lists, and as it lists them."
     there,most = set(),0
@@ -117,15 +119,18 @@ def check_files(
     own = {n for n in there if not _is_fetched(n)}
     gone = [f'{one_line(n, 100)} is missing' for n in sorted({*listed}-own)]
     extra = [f'{one_line(n, 100)} is not listed' for n in sorted(own-{*listed, MERGED, SIGNATURE})]
-    old = [n for n in listed if n in own and n!=SIGNATURE and 'sha256' not in listed[n]]
-    kept = sorted(own&{*listed}-{*old, SIGNATURE})
+    bare = [n for n in listed if n in own and n!=SIGNATURE and 'sha256' not in listed[n]]
+    kept = sorted(own&{*listed}-{*bare, SIGNATURE})
     seen = {}
     wrong = {n: _entry_fault(folder/n, folder, listed[n], seen) for n in kept}
     changed = [f'{one_line(n, 100)}: {o}' for n,o in wrong.items() if o]
-    found = _several('files', [*gone, *extra, *changed])
+    old = old and not kept
+    unsaid = [] if old else [f'{one_line(n, 100)}: there is no SHA-256 of it' for n in bare]
+    found = _several('files', [*gone, *extra, *changed, *unsaid])
     if not found and kept:
         found = [fits('files', f'{len(kept)}, as {MERGED} lists them by SHA-256; no others')]
-    if old: found.append(unchecked('files', f'{len(old)} have no SHA-256 in {MERGED}: of version 0.1'))
+    if old and bare:
+        found.append(unchecked('files', f'{len(bare)} have no SHA-256 in {MERGED}: of version 0.1'))
     fetched = f'{len(there-own)} files of git or the Hub, not of the merge'
     if there-own: found.append(unchecked('fetched', fetched))
     return found
@@ -210,13 +215,24 @@ def _input_faults(place:Path, listed:Mapping[str,Mapping], given:Sequence[Path])
     wrong = {n: _entry_fault(o, None, listed[n], {}) for n,o in files.items()}
     return [f'{one_line(n, 60)}: {o}' for n,o in wrong.items() if o]
 
-def _check_input(name:str, place:Any, listed:Mapping|None, given:Sequence[Path])->Finding:
+def _unlisted(place:Path, listed:Mapping[str,Mapping])->list[str]:
+    "Why an input cannot be checked whole: what would be read of it, and was not hashed."
+    bare = [n for n in place_files(place) if n not in listed]
+    weights = place.is_dir() and not any(n.endswith('.safetensors') for n in listed)
+    none = ['no file of weights is listed'] if weights else []
+    return none + [f'{one_line(n, 60)} would be read, and {MERGED} has no SHA-256 of it' for n in bare]
+
+def _check_input(name:str, place:Any, listed:Mapping|None|str, given:Sequence[Path])->Finding:
     "One input."
+    if listed=='unsaid': return misfits('inputs', f'{name}: the recipe names it, {MERGED} does not')
     if listed is None: return unchecked('inputs', f'{name}: no file of it was there to hash')
     if place=='elsewhere': return unchecked('inputs', f'{name}: not in what --inputs names')
     if place is None: return unchecked('inputs', f'{name}: not there any more')
     faults = _input_faults(place, listed, given)
-    return misfits('inputs', f'{name}: {faults[0]}') if faults else fits('inputs', name)
+    if faults: return misfits('inputs', f'{name}: {faults[0]}')
+    try: bare = _unlisted(place, listed)
+    except (ValueError, OSError) as e: return misfits('inputs', f'{name}: {e}')
+    return unchecked('inputs', f'{name}: {bare[0]}') if bare else fits('inputs', name)
 
 def _summed(found:Sequence[Finding])->list[Finding]:
     "Inputs in few lines."
@@ -239,8 +255,9 @@ def check_inputs_of(
     allowed = [Path(os.path.realpath(o)) for o in given]
     try: places = _known_places(load_recipe(folder/RECIPE), allowed)
     except (ValueError, OSError) as e: return [misfits('inputs', str(e))]
+    unsaid = {k: None if k[0]=='adapter base' else 'unsaid' for k in places if k not in every}
     def check(k, t, o): return _check_input(f'{k} of {t}', places.get((k, t), 'elsewhere'), o, allowed)
-    return [check(k, t, o) for (k,t),o in every.items()]
+    return [check(k, t, o) for (k,t),o in (every|unsaid).items()]
 
 # %% ../../nbs/merging/08_verify.ipynb #f50d7c49
 def _pinned(request:MergeRequest, places:Mapping[tuple[str,str],Any])->MergeRequest:
@@ -250,34 +267,53 @@ def _pinned(request:MergeRequest, places:Mapping[tuple[str,str],Any])->MergeRequ
     base = None if request.base is None else at(as_reference(request.base), ('base', 'all'))
     return request.model_copy(update=dict(models=models, base=base))
 
-def _unlisted(places:Mapping[tuple[str,str],Any], listed:Mapping)->list[str]:
-    "What would be read of inputs and was not hashed."
-    out = []
-    for (kind,of),o in places.items():
-        known = (listed.get(kind) or {}).get(of) or {}
-        names = place_files(o) if isinstance(o, Path) else [kind]
-        out += [f'{n} of {of}' for n in names if n not in known]
-    return out
-
 def _on_hub(places:Mapping[tuple[str,str],Any])->list[str]:
     "Adapters whose base would be looked up on the Hub."
     bases = {of: adapter_base(o) for (kind,of),o in places.items() if kind=='model'}
     return [t for t,o in bases.items() if o and not Path(o).is_dir()]
-
-def _all_tensors(merged:Merged)->dict[str,torch.Tensor]:
-    return dict(body_state(merged.body)) | all_heads(merged)
 
 def _same_bits(a:torch.Tensor, b:torch.Tensor)->bool:
     if a.dtype!=b.dtype or a.shape!=b.shape: return False
     return torch.equal(*(o.detach().cpu().contiguous().flatten().view(torch.uint8) for o in (a, b)))
 
 def compare_bits(
-    stored:Merged,
+    folder:Path, # of a merge
     made:Merged,
 )->list[str]: # names of what differs
-    "Tensors of two merges that are not the same to the bit."
-    a,b = _all_tensors(stored),_all_tensors(made)
-    return sorted(a.keys()^b.keys()) + [n for n in a if n in b and not _same_bits(a[n], b[n])]
+    "Tensors in the files of a merge, its tasks' too, that are not those of another to the bit."
+    out = []
+    for t,tensors in saved_tensors(made).items():
+        slots = folder_slots(folder/t)
+        odd = [n for n in slots if n in tensors and not _same_bits(slots[n][...], tensors[n])]
+        out += [f'{t}/{n}'.lstrip('/') for n in (*sorted(slots.keys()^tensors.keys()), *odd)]
+    return out
+
+_STAMPS = {'transformers_version', '_name_or_path', 'name_or_path', 'is_local', 'local_files_only',
+           'truncation', 'padding'} # versions, places, and what each call of a tokenizer sets
+_WORDS = {MERGED, RECIPE, 'README.md', BOM, SIGNATURE}
+_WEIGHTS = '.safetensors', '.safetensors.index.json'
+
+def _content(file:Path)->Any:
+    "What a file of JSON says, stamps aside."
+    found = load_json(file, object)
+    return {k: v for k,v in found.items() if k not in _STAMPS} if isinstance(found, dict) else found
+
+def _same_words(a:Path, b:Path)->bool:
+    if a.read_bytes()==b.read_bytes(): return True
+    return a.suffix=='.json' and _content(a)==_content(b)
+
+def compare_small(
+    folder:Path, # of a merge
+    listed:Iterable[str], # its files
+    made:Merged,
+)->list[str]: # names of what differs
+    "Files, but for weights and words about the merge, that do not say what those of another do."
+    there = {n for n in listed if n not in _WORDS and not n.endswith(_WEIGHTS)}
+    with TemporaryDirectory() as d:
+        save_small(made, Path(d))
+        new = {*_walk(Path(d))}
+        odd = [n for n in sorted(there&new) if not _same_words(folder/n, Path(d)/n)]
+    return sorted(there^new)+odd
 
 def repeat_merge(
     folder:Path, # of a merge, of which files and inputs fit
@@ -286,18 +322,17 @@ def repeat_merge(
 )->Finding:
     "Make the merge again in memory, and compare."
     places = _known_places(load_recipe(folder/RECIPE), [Path(os.path.realpath(o)) for o in given])
-    if odd := _unlisted(places, report.get('inputs') or {}):
-        return misfits('repeat', f'not begun: {odd[0]} would be read, and {MERGED} has no SHA-256 of it')
     if odd := _on_hub(places):
         return misfits('repeat', f'not begun: the base of adapter {odd[0]} is on the Hub')
     made = merge_loaded(_pinned(read_recipe(folder/RECIPE), places), progress=False)
     if digest_inputs(made.stamped)!=report['inputs']:
         return misfits('repeat', 'an input was changed meanwhile')
-    stored = Merged.from_pretrained(folder)
     then,now = ({k: o.get(k) for k in ('torch', 'transformers')} for o in (report['versions'], versions()))
-    if odd := compare_bits(stored, made):
-        return misfits('repeat', f'{len(odd)} tensors differ, such as {odd[0]}; made with {then}, here {now}')
-    return fits('repeat', f'made again in memory: {len(_all_tensors(made))} tensors, every bit the same')
+    for what,odd in dict(tensors=compare_bits(folder, made),
+                         files=compare_small(folder, report['files'], made)).items():
+        said = f'{len(odd)} {what} differ, such as {odd[0]}' if odd else ''
+        if odd: return misfits('repeat', f'{said}; made with {then}, here {now}')
+    return fits('repeat', 'made again in memory: every bit the same, and every configuration and tokenizer')
 
 # %% ../../nbs/merging/08_verify.ipynb #4e19a73c
 def _read_report(folder:Path)->tuple[dict|None,Mapping,list[Finding]]:
@@ -308,6 +343,7 @@ def _read_report(folder:Path)->tuple[dict|None,Mapping,list[Finding]]:
     except (ValueError, OSError) as e: return None, {}, [misfits('report', str(e))]
     if listed: return report, listed, []
     if 'files' in report: return report, {}, [misfits('files', f'the list in {MERGED} is empty, or is none')]
+    if 'inputs' in report: return report, {}, [misfits('files', f'{MERGED} lists inputs, and no files')]
     return report, {}, [unchecked('files', f'{MERGED} lists none: a folder of version 0.1')]
 
 def _repeated(folder:Path, report:Mapping, given:Sequence, found:Sequence[Finding])->Finding:
@@ -329,15 +365,18 @@ def verify_merge(
     repeat:bool=False, # whether to merge again and compare bits
 )->list[Finding]:
     "Check a merge; it is sound if nothing is found that does not fit. Writes nothing, runs no code of it."
-    folder = Path(path)
+    folder,inputs = Path(path),[os.path.expanduser(o) for o in inputs]
     if not is_merged(folder): raise ValueError(f'{path} is not a merged model: it has no {MERGED}')
-    verifier = None if key is None else load_verifier(key)
+    gone = [o for o in inputs if not os.path.exists(o)]
+    if gone: raise ValueError(f'`inputs` names {one_line(gone[0], 100)}; there is no such file or folder')
+    verifier = None if key is None else load_verifier(key := os.path.expanduser(key))
     report,listed,found = _read_report(folder)
     if report is None: return found
-    found += check_files(folder, listed) if listed else []
+    found += check_files(folder, listed, old='inputs' not in report) if listed else []
     sound = bool(listed) and is_sound(found)
     found += [check_recipe(folder, report), *check_bom(folder, report)]
-    found.append(check_signed(Path(os.path.realpath(folder)), key, verifier, sound)) # the folder may be a link
+    real = Path(os.path.realpath(folder)) # it may be a link
+    found.append(check_signed(real, key, verifier, sound))
     went_in = check_inputs_of(folder, report, inputs)
     again = [_repeated(folder, report, inputs, [*found, *went_in])] if repeat else [_NOT_ASKED]
     return [*found, *_summed(went_in), *again]

@@ -337,7 +337,7 @@ def verify_merge(
     found += check_files(folder, listed) if listed else []
     sound = bool(listed) and is_sound(found)
     found += [check_recipe(folder, report), *check_bom(folder, report)]
-    found.append(check_signed(Path(os.path.realpath(folder)), key, verifier, sound)) # the folder may be a link
+    found.append(check_signed(Path(os.path.realpath(folder)), key, verifier, sound)) # which may be a link
     went_in = check_inputs_of(folder, report, inputs)
     again = [_repeated(folder, report, inputs, [*found, *went_in])] if repeat else [_NOT_ASKED]
     return [*found, *_summed(went_in), *again]

@@ -18,7 +18,8 @@ from fisher_nodes import Merged, evaluate, finetune, linear_grams, mask_fisher, 
 from fisher_nodes.app.cli import main
 from fisher_nodes.engine.models import DTYPE, head_tensors
 from fisher_nodes.merging.run import merge_files
-from fisher_nodes.tasks.tasks import Task, load_rows, load_task
+from fisher_nodes.engine.tables import read_table
+from fisher_nodes.tasks.tasks import Task, load_rows, load_task, text_rows
 from reference import brute_mask_fisher, collate, examples, tiny
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -306,12 +307,27 @@ def test_columns_are_those_of_all_rows(tmp_path):
     ('a.tsv', b'text\tlabel\n"so it\t0\nwent"\t1\n', 'a quote is not closed'),
     ('a.csv', b'text,label\na,true\nb,false\n', 'labels must be integers, floats or strings, got bool'),
     ('a.csv', b'text,label\na,0\nb,\nc,1\n', "column 'label' is empty in 1 rows, first in row 1"),
-    ('a.csv.gz', b'text,label\na,0\n', 'not text in UTF-8: Not a gzipped file'),
-    ('a.csv.gz', gzip.compress(b'text,label\nab,0\ncd,1\n')[:10]+b'\xff'*20, 'Error -3 while decompressing')])
+    ('a.csv.gz', b'text,label\na,0\n', 'it is no whole gzip file: Not a gzipped file'),
+    ('a.csv.gz', gzip.compress(b'text,label\nab,0\ncd,1\n')[:-9], 'it is no whole gzip file: Compressed file ended'),
+    ('a.csv.gz', gzip.compress(b'text,label\nab,0\ncd,1\n')[:10]+b'\xff'*20, 'it is no whole gzip file: Error -3 while decompressing'),
+    ('a.csv.gz', gzip.compress('text,label\nÜber,0\n'.encode('latin1')), 'not text in UTF-8'),
+    ('a.json', b'{"data": [{"text": "a", "label": 0}]}', r"it is one object, with \['data'\]; expected a list of rows"),
+    ('a.json', b'{\n "version": 1,\n "rows": [{"text": "a", "label": 0}]\n}', 'it is one object, with .*; expected a list of rows')])
 def test_a_file_that_says_something_else_is_refused(tmp_path, name, content, why):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(ValueError, match=why) as e: load_task(tmp_path/name)
     assert name in str(e.value) and '\n' not in str(e.value)
+
+def test_one_row_may_hold_a_list(tmp_path):
+    "An object in one line is a row, whatever else is in it; what is called `data` may hold numbers."
+    (tmp_path/'a.json').write_text('{"messages": [{"role": "user"}], "data": [1, 2]}')
+    assert read_table(tmp_path/'a.json').num_rows == 1
+
+@pytest.mark.parametrize('head', ['classifier', 'token classifier'])
+def test_a_column_is_text_or_label(tmp_path, head):
+    (tmp_path/'a.csv').write_text('text,label\na,0\nb,1\n')
+    for read in (lambda **how: load_task(tmp_path/'a.csv', head=head, **how), lambda **how: text_rows(tmp_path/'a.csv', **how)):
+        with pytest.raises(ValueError, match="a.csv: column 'text' cannot be both `text` and `label`"): read(text=['text'], label='text')
 
 def test_a_byte_order_mark_is_no_letter(tmp_path):
     for name, text in (('a.csv', 'text,label\nab,0\ncd,1\n'), ('a.jsonl', '{"text": "ab", "label": 0}\n{"text": "cd", "label": 1}')):

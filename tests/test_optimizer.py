@@ -160,7 +160,7 @@ def test_what_was_frozen(tmp_path):
     torch.save(stepped(model, tmp_path, ragged_batches()).state_dict(), tmp_path/'optimizer.pt')
     found = optimizer_fisher(tmp_path/'optimizer.pt', model)
     assert not found.values['embeddings.word_embeddings.weight'].any() and found.values['encoder.layer.0.output.dense.weight'].all()
-    with pytest.raises(ValueError, match='what was frozen frozen'): optimizer_fisher(tmp_path/'optimizer.pt', tiny(dtype=torch.float32))
+    with pytest.raises(ValueError, match='exactly what was frozen then'): optimizer_fisher(tmp_path/'optimizer.pt', tiny(dtype=torch.float32))
 
 
 # --- refusals ---------------------------------------------------------------------------------

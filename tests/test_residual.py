@@ -19,6 +19,7 @@ from fisher_nodes import Merged, merge, merge_files
 from fisher_nodes.core.checkpointing import find_layers
 from fisher_nodes.core.families import body_of
 from fisher_nodes.core.walk import Walk
+from fisher_nodes.engine.files import OutputExistsError
 from fisher_nodes.engine.guard import frozen_eval
 from fisher_nodes.engine.measure import measure
 from fisher_nodes.methods import residual
@@ -29,6 +30,7 @@ from fisher_nodes.merging import run
 from fisher_nodes.merging.kept import average_is_nearer
 from fisher_nodes.methods.calls import Calls
 from fisher_nodes.methods.refit import kept_answers
+from test_cli import save_model, save_rows
 
 QUIET = dict(progress=False)
 ALL = dict(method='residual-regression', **QUIET)
@@ -284,6 +286,19 @@ def test_goes_on_where_it_was_interrupted(two, tmp_path, monkeypatch):
     same(merge(two, data=data, work=work, **HOW), whole)
     with pytest.raises(ValueError, match='is of another merge: other models, rows, options or versions'): merge(two, data=as_data(texts(2)), work=work, **HOW)
     with pytest.raises(ValueError, match="`work` keeps the layers that a method fits; 'average' fits none"): merge(two, method='average', work=work, **QUIET)
+
+@pytest.mark.parametrize('where', ['x', 'x/in', '.'])
+def test_fitted_layers_lie_in_no_sources_folder(tmp_path, where):
+    "Nor in one that holds it; where the rows are they may."
+    for i, t in enumerate('xy'): save_model(tmp_path/t, seed=i)
+    (tmp_path/'rows').mkdir()
+    for t in 'xy': save_rows(tmp_path/'rows'/f'{t}.csv', [0, 1]*4)
+    how = dict(data={t: str(tmp_path/'rows'/f'{t}.csv') for t in 'xy'}, method='residual-regression', num_samples=4, refit_heads=0., **QUIET)
+    models, before = {t: str(tmp_path/t) for t in 'xy'}, sorted(tmp_path.rglob('*'))
+    with pytest.raises(OutputExistsError, match="is, holds or lies in the model of 'x'"): merge(models, work=tmp_path/where, **how)
+    assert sorted(tmp_path.rglob('*')) == before
+    merge(models, work=tmp_path/'rows', **how)
+    assert [*(tmp_path/'rows').glob('fit.*.safetensors')]
 
 @pytest.mark.parametrize('wrong, said', [
     (dict(ridge=0), '`ridge` is 0; expected a finite number above 0'), (dict(ridge=-1.), '`ridge` is -1.0; expected a finite number above 0'),

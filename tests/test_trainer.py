@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, DataCollatorForLanguageModeling, GPT2Config,
+    GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments)
 
 from fisher_nodes import FisherCallback, Grams, MaskFisher, ParameterFisher, mask_fisher, merge
 from fisher_nodes.engine.files import OutputExistsError
@@ -85,6 +87,116 @@ def test_a_collator_that_draws_leaves_training_alone(tmp_path):
         return batch | dict(input_ids=torch.where(torch.rand(batch['input_ids'].shape)<.2, 5, batch['input_ids']))
     one, two = (trained(tmp_path/t, c, rows=examples(12), collator=noisy) for t, c in (('a', [FisherCallback(num_samples=5)]), ('b', [])))
     assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), two.model.parameters()))
+
+
+# --- rows and collators with states of their own, and labels that a collator makes -------------
+
+LETTERS = dict(vocab_size=len(WORDS)+1, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+
+@pytest.fixture(scope='module')
+def masked(tmp_path_factory):
+    "A tokenizer with a mask, and rows of tokens without labels, short and long."
+    place = tmp_path_factory.mktemp('masked')
+    save_model(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer.add_special_tokens(dict(mask_token='[MASK]'))
+    def row(i, n): return dict(input_ids=[3+(i*j) % (len(WORDS)-3) for j in range(1, n+1)], attention_mask=[1]*n)
+    return tokenizer, [row(i, 12) for i in range(10)]+[row(i, 4) for i in range(10, 16)]
+
+def language_model(kind=BertForMaskedLM):
+    torch.manual_seed(0)
+    return kind(BertConfig(**LETTERS) if kind is BertForMaskedLM else GPT2Config(vocab_size=len(WORDS)+1, n_embd=16, n_layer=2, n_head=4, n_positions=16))
+
+class Counted(torch.utils.data.Dataset):
+    "Rows that are others each time that one is read."
+    def __init__(self, rows): self.rows, self.n = rows, 0
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i):
+        self.n += 1
+        row = self.rows[i]
+        return row | dict(input_ids=[*row['input_ids'][:-1], 3+self.n % 7])
+
+@pytest.mark.parametrize('kind', ['seed', 'seed, a Dataset', 'counter', 'a transform that counts'])
+@pytest.mark.filterwarnings('ignore:.*training rows have no label')
+def test_states_of_rows_and_collator_are_left_alone(kind, masked, tmp_path):
+    tokenizer, given = masked
+    def one(name, callbacks):
+        if kind == 'counter': model, rows, collator = language_model(GPT2LMHeadModel), Counted(given), DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        elif kind == 'a transform that counts':
+            model, collator, count = tiny(dtype=torch.float32), collate, Counted(examples(12))
+            rows = dataset(examples(12)).with_transform(Each(count))
+        else: model, rows, collator = language_model(), dataset(given) if 'Dataset' in kind else Counted(given), DataCollatorForLanguageModeling(tokenizer, mlm_probability=.5, seed=3)
+        trainer = trained(tmp_path/name, callbacks, rows=rows, model=model, collator=collator, save=False, remove_unused_columns=kind != 'a transform that counts')
+        return trainer, rows, collator
+    callback = FisherCallback(num_samples=7)
+    (one_, rows, collator), (two, others, other) = one('a', [callback]), one('b', [])
+    for (n, p), q in zip(one_.model.named_parameters(), two.model.parameters()): assert torch.equal(p, q), n
+    if isinstance(rows, Counted): assert rows.n == others.n >= 12
+    if 'seed' in kind: assert torch.equal(collator.generator.get_state(), other.generator.get_state())
+    assert callback.fisher.num_examples and callback.fisher.heads.max()>0
+
+class Each:
+    "A transform of a batch, with a count of its own."
+    def __init__(self, rows): self.rows = rows
+    def __call__(self, batch):
+        self.rows.n += 1
+        return batch | dict(input_ids=[[*o[:-1], 3+self.rows.n % 7] for o in batch['input_ids']])
+
+def test_a_second_training_goes_on_with_the_collators_state(masked, tmp_path):
+    "After the first the collator has a generator, which is copied too."
+    tokenizer, given = masked
+    def one(callbacks):
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=.5, seed=3)
+        return [trained(tmp_path/'o', callbacks, rows=dataset(given[:10]), model=language_model(), collator=collator, save=False).model for _ in range(2)]
+    a, b = one([FisherCallback(num_samples=5)]), one([])
+    for m, o in zip(a, b): assert all(torch.equal(p, q) for p, q in zip(m.parameters(), o.parameters()))
+    assert any(not torch.equal(p, q) for p, q in zip(a[0].parameters(), a[1].parameters()))
+
+def test_a_model_in_the_collator_is_not_copied(tmp_path):
+    class Holds:
+        def __init__(self, model): self.model = model
+        def __call__(self, rows):
+            assert self.model is model
+            return collate(rows)
+    model = tiny(dtype=torch.float32)
+    trained(tmp_path, [FisherCallback(num_samples=5)], rows=examples(12), model=model, collator=Holds(model))
+    assert find_beside('a', tmp_path)
+
+def test_rows_without_a_chosen_token_are_left_out(tmp_path):
+    "By hand: the numbers are those of the rows that are left, and the message counts the others."
+    numbers = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:7].tolist()
+    rows = [dict(input_ids=[3+(i*j) % 8 for j in range(1, 7)], at=i) for i in range(12)]
+    out = {*numbers[:2], numbers[5]}
+    def hides(batch):
+        ids = torch.tensor([o['input_ids'] for o in batch])
+        labels = torch.full_like(ids, -100)
+        for i, o in enumerate(batch): labels[i, 2] = -100 if o['at'] in out else ids[i, 2]
+        return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+    for data in (rows, dataset(rows)):
+        callback = FisherCallback(num_samples=7)
+        with pytest.warns(UserWarning, match='3 of 7 training rows have no label but -100; they are left out'):
+            trainer = trained(tmp_path/'a', [callback], rows=data, model=language_model(), collator=hides, remove_unused_columns=False)
+        kept = hides([rows[i] for i in numbers if i not in out])
+        same(callback.fisher, mask_fisher(trainer.model, [kept], **QUIET), rtol=1e-5)
+        assert callback.fisher.num_examples == 4
+    out, steps = {*range(12)}, Steps()
+    with pytest.raises(ValueError, match='none of 7 training rows has a label but -100; give rows with labels as `data`'):
+        trained(tmp_path/'b', [FisherCallback(num_samples=7), steps], rows=rows, model=language_model(), collator=hides, remove_unused_columns=False)
+    assert not steps.n
+
+def test_labels_that_a_collator_renames(tmp_path):
+    rows, callback = dataset(examples(12)).rename_column('labels', 'target'), FisherCallback(num_samples=7)
+    def named(batch): return collate([o | dict(labels=o['target']) for o in batch])
+    trainer = trained(tmp_path, [callback], rows=rows, collator=named, remove_unused_columns=False)
+    same(callback.fisher, mask_fisher(trainer.model, dataset(examples(12)), num_samples=7, **QUIET), rtol=1e-4)
+
+def test_a_dataset_with_labels_needs_no_collator(tmp_path):
+    "It is read as it is, and the collator is neither run nor copied."
+    class Fixed:
+        def __deepcopy__(self, memo): raise TypeError('not to be copied')
+        def __call__(self, rows): return collate(rows)
+    trained(tmp_path, [FisherCallback(num_samples=5)], collator=Fixed())
+    assert find_beside('a', tmp_path)
 
 def test_other_rows_and_options(tmp_path):
     rows, batches = dataset(examples(5, seed=9)), [collate(examples(3, seed=8))]
@@ -163,11 +275,17 @@ def test_nothing_is_written_where_training_fails(tmp_path):
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self): return iter(examples(12))
 
+class Locked(Counted):
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.lock = threading.Lock()
+
 LATE = examples(12)[:-1]+[examples(12)[-1] | dict(labels=7)] # one row of all is wrong
 REFUSED = {
     'a label too many, in one row': (dict(rows=dataset(LATE)), {}, ValueError, 'row 11.*7|7.*row 11'),
     'the same through the collator': (dict(rows=LATE), {}, ValueError, 'label.*7|7.*label'),
     'no labels': (dict(rows=dataset([{k: v for k, v in o.items() if k!='labels'} for o in examples(12)])), {}, ValueError, 'label'),
+    'rows that cannot be copied': (dict(rows=Locked(examples(12))), {}, ValueError, r"a Locked, or its collator cannot be copied \(.*lock.*\), .*; give some of its rows as `data`"),
     'a stream': (dict(rows=Stream()), {}, ValueError, 'the training set is a Stream, of which no sample can be drawn'),
     'a model without a head': (dict(model=BertModel(tiny().config)), {}, ValueError, 'labels'),
     'a loss that is none': ({}, dict(loss='bce'), ValueError, 'bce'),

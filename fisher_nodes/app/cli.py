@@ -299,7 +299,6 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     if args.data is None and args.checkpointing:
         raise ValueError('--checkpointing is for measuring, but without --data nothing is measured')
-    if args.work: check_apart(args.work, models)
     if args.work and Path(args.work).resolve()==Path(args.out).resolve():
         raise ValueError('--work and --out are one folder; layers that are fitted need one of their own')
     check_shard_size(args.max_shard_size)

@@ -56,7 +56,7 @@ def trainer_groups(
     return [[n for n in names if n in decayed], [n for n in names if n not in decayed]]
 
 _OTHER = ('{}: its optimizer has groups of {} parameters, and `Trainer` makes {} of {}; give the model as it '
-          'was trained, with its head, and what was frozen frozen')
+          'was trained, with its head, and exactly what was frozen then')
 
 def _names(path:Path, groups:Sequence[Mapping], model:PreTrainedModel)->dict[Any,str]: # by keys of states
     "The names of parameters; `ValueError` unless they are certain."
@@ -176,9 +176,9 @@ def _second_moments(path:str|Path, model:Any)->tuple[ParameterFisher,PreTrainedM
 @checked
 def optimizer_fisher(
     path:PathName, # a checkpoint's folder, its `optimizer.pt`, or OTA's `exp_avg_sq.safetensors`
-    model:Any=None, # as it was trained, or its folder; None is the one beside the states
-)->ParameterFisher:
-    "Adam's second moment of every parameter, in place of its Fisher; `ValueError` if it does not fit."
+    model:Any=None, # as it was trained, with the same layers frozen, or its folder; None is the one beside
+)->ParameterFisher: # `ValueError` if the states do not fit
+    "Adam's second moments in place of a Fisher; only counts and shapes guard which is of which parameter."
     return _second_moments(path, model)[0]
 
 # %% ../../nbs/engine/10a_optimizer.ipynb #d05ab4e0

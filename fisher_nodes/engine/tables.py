@@ -15,6 +15,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 from .reading import check_regular, named_once
+from ..methods.method import one_line
 
 # %% ../../nbs/engine/05c_tables.ipynb #733c8a9f
 def unpack_text(
@@ -23,7 +24,9 @@ def unpack_text(
     "All of a file, without a byte order mark; `ValueError` unless it is UTF-8."
     data = path.read_bytes()
     try: text = (gzip.decompress(data) if path.suffix.lower()=='.gz' else data).decode('utf-8-sig')
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as e:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as e:
+        raise ValueError(f'it is no whole gzip file: {e}') from None
+    except UnicodeDecodeError as e:
         raise ValueError(f'it is not text in UTF-8: {e}; save it as UTF-8') from None
     if '\0' in text: raise ValueError('it has zero bytes, so it is not text in UTF-8; save it as UTF-8')
     return text
@@ -79,9 +82,21 @@ def _read_jsonl(text:str)->Any:
     if text.lstrip()[:1]=='[': raise ValueError('it is a list, not an object in each line; call it .json')
     return _records([_parse(o, f'line {i}') for i,o in enumerate(text.split('\n'), 1) if o.strip()])
 
+def _is_rows(o:Any)->bool: return isinstance(o, list) and bool(o) and isinstance(o[0], dict)
+
+def _check_bare(text:str):
+    "`ValueError` for one object that has the rows in it, as `data`, or stands in several lines."
+    try: found = json.loads(text)
+    except (ValueError, RecursionError): return # which whoever reads it says
+    if not isinstance(found, dict) or not (_is_rows(found.get('data')) or '\n' in text.strip()): return
+    raise ValueError(f'it is one object, with {one_line([*found])}; '
+                     'expected a list of rows, or an object in each line')
+
 def _read_json(text:str)->Any:
     "A list of objects, or an object in each line."
-    return _records(_parse(text, 'it')) if text.lstrip()[:1]=='[' else _read_jsonl(text)
+    if text.lstrip()[:1]=='[': return _records(_parse(text, 'it'))
+    _check_bare(text)
+    return _read_jsonl(text)
 
 # %% ../../nbs/engine/05c_tables.ipynb #d32ec4c6
 _TEXTS = {'.csv': _read_csv, '.tsv': _read_tsv, '.jsonl': _read_jsonl, '.json': _read_json}

@@ -636,9 +636,10 @@ def check_work(
     request:MergeRequest,
     work:Any, # as in `merge`
 ):
-    "`ValueError` for a folder that would have no use."
+    "`ValueError` for a folder that would have no use, `OutputExistsError` for one of a source."
     fits = METHODS[request.method].keeps_layers and (request.data or request.fishers)
-    if work is None or fits: return
+    if work is None: return
+    if fits: return check_inputs(work, source_names(request))
     without = ' without `data`' if METHODS[request.method].optional else ''
     raise ValueError(f'`work` keeps the layers that a method fits; {request.method!r} fits none{without}')
 

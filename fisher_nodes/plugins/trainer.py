@@ -6,14 +6,17 @@
 __all__ = ['training_data', 'inner_model', 'FisherCallback']
 
 # %% ../../nbs/plugins/01_trainer.ipynb #65465a30
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from inspect import signature
 from pathlib import Path
 from typing import Any
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from ..engine.batches import how_many, sample_rows
+from ..core.heads import IGNORED, Head
+from ..engine.batches import how_many, own_head, sample_rows
 from ..engine.files import OutputExistsError
 from ..engine.guard import keep_rng
 from ..engine.importance import STATISTIC_FILE
@@ -21,28 +24,71 @@ from ..engine.measure import (
     check_choices, linear_grams, mask_fisher, parameter_fisher, read_about, statistic_batches)
 from ..engine.models import check_wrapped
 from ..engine.processes import from_main, is_main
-from ..engine.rows import is_dataset
-from ..methods.method import STATISTICS, Count, PathName, Seed, check_known, checked
+from ..engine.rows import is_dataset, is_made, is_raw, shown
+from ..methods.method import STATISTICS, Count, PathName, Seed, check_known, checked, one_line
 
 # %% ../../nbs/plugins/01_trainer.ipynb #06547220
-def _collated(loader:Any, num_samples:int, seed:int, size:int=8)->list[dict]: # batches
-    "A sample of rows as a trainer's collator puts them together."
-    rows,found = sample_rows(len(loader.dataset), num_samples, seed),loader.dataset
-    parts = [rows[i:i+size] for i in range(0, len(rows), size)]
-    with keep_rng(): return [dict(loader.collate_fn([found[i] for i in o])) for o in parts]
+def _copied(model:nn.Module, *given:Any)->tuple:
+    "Copies that may be read without changing a training; the model that a collator may hold is not copied."
+    try: return deepcopy(given, {id(m): m for m in model.modules()})
+    except Exception as e:
+        raise ValueError(f'the training set, a {type(given[0]).__name__}, or its collator cannot be copied '
+                         f'({one_line(e)}), and reading it could change the training; '
+                         'give some of its rows as `data`') from e
 
+def _collated(rows:Any, collator:Callable, numbers:Sequence[int], size:int=8)->list[dict]: # batches
+    "Some rows as a trainer's collator puts them together."
+    parts = [numbers[i:i+size] for i in range(0, len(numbers), size)]
+    try: return [dict(collator([rows[i] for i in o])) for o in parts]
+    except Exception as e:
+        raise ValueError(f"the trainer's collator fails on rows of the training set: {one_line(e)}") from e
+
+def _is_labelled(rows:Any, head:Head|None)->bool:
+    "Whether a `Dataset` has all that is read of it, and needs no collator."
+    if head is None or is_made(rows) or is_raw(rows): return True
+    names = {*shown(rows).column_names}
+    return bool({'label', 'labels'} & names) or {*head.columns}<=names
+
+# %% ../../nbs/plugins/01_trainer.ipynb #7a6f313b
+def _predicting(batch:dict, head:Head|None)->Tensor|None: # a truth value for each row; None keeps all
+    "Which rows have a label other than `IGNORED`, where an example has many."
+    labels = batch.get('labels')
+    if not (head and head.many and isinstance(labels, Tensor) and labels.ndim==2): return None
+    return (head.labels(dict(labels=labels))!=IGNORED).any(1)
+
+def _kept(batches:Sequence[dict], head:Head|None)->list[dict]:
+    "Batches without rows that predict nothing; `ValueError` if none is left."
+    found,left,out = [],0,0
+    for batch in batches:
+        kept = _predicting(batch, head)
+        if kept is None: return [*batches]
+        left,out = left+int(kept.sum()),out+int((~kept).sum())
+        def rows(o): return o[kept] if isinstance(o, Tensor) and o.ndim and len(o)==len(kept) else o
+        if kept.any(): found.append({k: rows(v) for k,v in batch.items()})
+    if not left: raise ValueError(f'none of {out} training rows has a label but {IGNORED}; '
+                                  'give rows with labels as `data`')
+    if out: warnings.warn(f'{out} of {left+out} training rows have no label but {IGNORED}; they are left out')
+    return found
+
+@keep_rng()
 def training_data(
     loader:Any, # of a trainer
+    model:PreTrainedModel, # that it trains
     num_samples:int, # rows wanted
     seed:int=0, # of the sample
 )->Any: # a `Dataset`, or batches
     "Rows that a trainer learns from; `ValueError` for a stream, of which no sample can be drawn."
-    rows = getattr(loader, 'dataset', None)
-    if is_dataset(rows): return rows
+    rows,head = getattr(loader, 'dataset', None),own_head(model, needed=False)
     if rows is None or how_many(rows) is None or not hasattr(rows, '__getitem__'):
         raise ValueError(f'the training set is a {type(rows).__name__}, of which no sample can be drawn; '
                          'give some of its rows as `data`')
-    return _collated(loader, num_samples, seed)
+    if is_dataset(rows):
+        rows, = _copied(model, rows)
+        if _is_labelled(rows, head): return rows
+    rows,collator = _copied(model, rows, loader.collate_fn)
+    batches = _collated(rows, collator, sample_rows(len(rows), num_samples, seed))
+    if is_dataset(rows) and not {*head.columns}<={*batches[0]}: return rows
+    return _kept(batches, head)
 
 # %% ../../nbs/plugins/01_trainer.ipynb #05fe094c
 def inner_model(
@@ -122,7 +168,7 @@ class FisherCallback(TrainerCallback):
         self.asked = dict(tokenizer=kwargs.get('processing_class')) | self.options
         if self.rows is None:
             sample = [self.asked[k] for k in ('num_samples', 'seed')]
-            self.rows = training_data(kwargs['train_dataloader'], *sample)
+            self.rows = training_data(kwargs['train_dataloader'], model, *sample)
         self._try(model)
 
     def _try(self, model:PreTrainedModel):

@@ -290,6 +290,11 @@ def _own_rows(spec:str, split:str, text:Any, label:str|None, head:str)->tuple[An
     return rows, Task(stem, tuple(check_text(text)), metrics=metrics, max_length=None, head=head)
 
 # %% ../../nbs/tasks/00_tasks.ipynb #9e7805dd
+def _check_apart(spec:str|Path, text:Any, label:str|None):
+    "`ValueError` for a column that is named both ways."
+    if label not in check_text(text): return
+    raise ValueError(f'{spec}: column {label!r} cannot be both `text` and `label`')
+
 SplitName = Annotated[str, StringConstraints(pattern=r'^\w+(\.\w+)*$')]
 
 @checked
@@ -304,6 +309,7 @@ def load_task(
 )->tuple[Any,Task]: # a `datasets.Dataset` and its `Task`
     "Rows and task of a data spec."
     spec = str(spec)
+    _check_apart(spec, text, label)
     if head in OWN_COLUMNS: return _own_rows(spec, split, text, label, head)
     if spec.startswith('glue:'):
         if text or label: raise ValueError(f'{spec} has its own columns; `text` and `label` are about files')
@@ -406,6 +412,7 @@ def text_rows(
 )->tuple[Any,Any]: # a `datasets.Dataset` and its `Task`, which has no labels
     "Rows of a file whose labels are not read, and need not be there."
     from datasets import Dataset, NamedSplit
+    _check_apart(spec, text, label)
     table,source = named_rows(spec, split)
     if not len(table): raise ValueError(f'{source}: no rows')
     if label: label_column(table, source, label) # refuses a name that is not there

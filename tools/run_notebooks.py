@@ -87,6 +87,7 @@ def main():
         print(f'left for FISHER_NODES_EVERY=1, since they take minutes: {", ".join(LONG)}', flush=True)
         files = [o for o in files if o.stem not in LONG]
     if args.check:
+        os.environ.setdefault('HF_HUB_OFFLINE', '1') # names that are not there are not asked for again and again
         os.environ.setdefault('OMP_NUM_THREADS', '1') # of each worker, and of what it starts: two that share two cores are slower
         workers = args.workers if len(files)>1 else 0
         from run_notebooks import check as task # by a name that a worker still knows when a notebook has become its `__main__`

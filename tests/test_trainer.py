@@ -347,21 +347,25 @@ def in_a_process(folder):
 
 needs_them = pytest.mark.skipif(find_spec('sentence_transformers') is None, reason='sentence_transformers not installed; `make plugins` makes an environment with it')
 
+def cross_training(folder, name, callbacks=(), **more):
+    "Their trainer after three steps on twelve pairs, from a start that is made once."
+    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+    if not (folder/'start').exists(): save_model(folder/'start', num_labels=1)
+    texts = [' '.join(WORDS[4+(i*j) % 8] for j in range(1, 3+i % 4)) for i in range(13)]
+    rows = Dataset.from_dict(dict(query=texts[:12], answer=texts[1:], label=[0., 1.]*6))
+    torch.manual_seed(0)
+    model = CrossEncoder(str(folder/'start'), num_labels=1, device='cpu')
+    args = CrossEncoderTrainingArguments(str(folder/name), use_cpu=True, report_to='none', disable_tqdm=True, max_steps=3, per_device_train_batch_size=4, seed=0, **more)
+    trainer = CrossEncoderTrainer(model, args, train_dataset=rows, callbacks=[*callbacks])
+    trainer.train()
+    return trainer, model, rows
+
 @needs_them
 def test_the_cross_encoder_trainer(tmp_path):
     "Their trainer with our callback: the file is that of the model inside, and a training is as without it."
-    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
-    save_model(tmp_path/'start', num_labels=1)
-    texts = [' '.join(WORDS[4+(i*j) % 8] for j in range(1, 3+i % 4)) for i in range(13)]
-    rows = Dataset.from_dict(dict(query=texts[:12], answer=texts[1:], label=[0., 1.]*6))
-    def one(name, callbacks):
-        torch.manual_seed(0)
-        model = CrossEncoder(str(tmp_path/'start'), num_labels=1, device='cpu')
-        args = CrossEncoderTrainingArguments(str(tmp_path/name), use_cpu=True, report_to='none', disable_tqdm=True, max_steps=3, per_device_train_batch_size=4, save_strategy='no', seed=0)
-        CrossEncoderTrainer(model, args, train_dataset=rows, callbacks=callbacks).train()
-        return model
     callback = FisherCallback(num_samples=8, loss='bce', text=['query', 'answer'])
-    with_it, without = one('with', [callback]), one('without', [])
+    _, with_it, rows = cross_training(tmp_path, 'with', [callback], save_strategy='no')
+    _, without, _ = cross_training(tmp_path, 'without', save_strategy='no')
     for (n, p), q in zip(with_it.named_parameters(), without.parameters()): assert torch.equal(p, q), n
     found = MaskFisher.load(tmp_path/'with'/FILE)
     want = mask_fisher(with_it.model, rows, tokenizer=with_it.tokenizer, num_samples=8, loss='bce', text=['query', 'answer'], **QUIET)
@@ -372,14 +376,7 @@ def test_the_cross_encoder_trainer(tmp_path):
 def test_what_a_cross_encoders_optimizer_kept(tmp_path):
     "Their trainer groups as transformers' does, so the states are found; each by the parameter itself."
     from fisher_nodes import optimizer_fisher
-    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
-    save_model(tmp_path/'start', num_labels=1)
-    texts = [' '.join(WORDS[4+(i*j) % 8] for j in range(1, 3+i % 4)) for i in range(13)]
-    rows = Dataset.from_dict(dict(query=texts[:12], answer=texts[1:], label=[0., 1.]*6))
-    model = CrossEncoder(str(tmp_path/'start'), num_labels=1, device='cpu')
-    args = CrossEncoderTrainingArguments(str(tmp_path/'out'), use_cpu=True, report_to='none', disable_tqdm=True, max_steps=3, save_steps=3, per_device_train_batch_size=4)
-    trainer = CrossEncoderTrainer(model, args, train_dataset=rows)
-    trainer.train()
+    trainer, model, _ = cross_training(tmp_path, 'out', save_steps=3)
     found = optimizer_fisher(tmp_path/'out'/'checkpoint-3')
     state = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, 'optimizer') else trainer.optimizer.state
     for n, p in model.model.bert.named_parameters(): assert_close(found.values[n], state[p]['exp_avg_sq']/(1-.999**3), rtol=1e-5, atol=0, msg=n)

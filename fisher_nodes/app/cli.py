@@ -339,10 +339,19 @@ def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mappi
     "Rows and task of every data spec; `ValueError` for a split of a file."
     from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.tasks.tasks import load_rows
-    if args.split and not any(o.startswith('glue:') or has_splits(o) for o in specs.values()):
+    if args.split and not any(map(has_splits, specs.values())):
         raise ValueError('--split is about glue:TASK, hub:ID and saved folders; a file has no splits')
     split = either(args.split, 'validation')
     return {k: load_rows(v, models[k], split, **_columns(args, k), loss=args.loss) for k,v in specs.items()}
+
+def _described(loaded:Mapping[str,tuple], specs:Mapping[str,str], split:str)->dict[str,dict]:
+    "Which rows were scored, and of which split, where there are several."
+    from fisher_nodes.engine.measure import describe_data
+    from fisher_nodes.engine.specs import has_splits
+    splits = {k: split for k,o in specs.items() if has_splits(o)}
+    data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
+    data = {k: o if k in splits else o.replace(f'/{split}#', '#') for k,o in data.items()} # a file has none
+    return dict(data=data, split=splits)
 
 _OF_MERGED = ('update_card', 'alone', 'fetch') # what `evaluate` takes for a merged model only
 
@@ -364,8 +373,6 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     """Score a merged model on all its tasks, beside its own models and their average;
     or one model on one data set."""
     from fisher_nodes.engine.files import write_record
-    from fisher_nodes.engine.measure import describe_data
-    from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.merging.merged import check_card, update_card
     from fisher_nodes.tasks.evaluation import evaluate
     read = (args.model, *(o.rpartition('=')[2] for o in args.data))
@@ -378,12 +385,9 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     how = _picked(args, ('max_length', 'device', 'precision', 'loss'))
     scores = {k: evaluate(models[k], data, task, tokenizer=tokenizers[k], **how)
               for k,(data,task) in loaded.items()}
-    data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
     beside = {} if merged is None or args.alone else _beside(merged, loaded, args.fetch, how)
     shown = {k: o | beside.get(k, {}) for k,o in scores.items()}
-    splits = {k: split for k,o in specs.items() if o.startswith('glue:') or has_splits(o)}
-    data = {k: o if k in splits else o.replace(f'/{split}#', '#') for k,o in data.items()} # a file has none
-    if out: write_record(out, scores=shown, data=data, split=splits, source=source)
+    if out: write_record(out, scores=shown, **_described(loaded, specs, split), source=source)
     named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
     if args.update_card: update_card(merged, args.model, scores, named)
     return shown
@@ -758,10 +762,12 @@ FIELDS = dict( # options that are fields of a request, for every command that ha
     refit_heads=dict(type=share, metavar='SHARE'),
     merge_adapters=dict(action='store_true'))
 
+_ROWS = ('a file of rows (.parquet, .csv, .tsv, .json, .jsonl), a folder of save_to_disk, '
+         'or hub:ID:SPLIT')
+
 OPTIONS = dict(
     data=_option('--data', required=True, metavar='SPEC',
-        help='glue:TASK for its training rows, a file of rows (.parquet, .csv, .tsv, .json, .jsonl), '
-             'a folder of save_to_disk, or hub:ID:SPLIT'),
+        help=f'glue:TASK for its training rows, {_ROWS}'),
     out=_option('--out', required=True, metavar='PATH', help='where to write; nothing is written elsewhere'),
     overwrite=_option('--overwrite', action='store_true', help='replace what is at --out'),
     device=_option('--device', metavar='NAME', help='cpu, cuda, cuda:1, …; by default where the model loads'),
@@ -886,8 +892,7 @@ OWN_OPTIONS = dict(
              _option('--tasks', type=words, metavar='TASKS', help='some, as in mnli,rte; by default all')],
     finetune=[_option('model', metavar='MODEL', help='folder or Hub id to start from'),
               _option('--data', metavar='SPEC',
-                  help='glue:TASK, a file of rows (.parquet, .csv, .tsv, .json, .jsonl), '
-                       'a folder of save_to_disk, or hub:ID:SPLIT'),
+                  help=f'glue:TASK, {_ROWS}'),
               _option('--glue', type=words, metavar='TASKS',
                   help='all, or some as in mnli,rte: one folder for each'),
               _option('--validation', metavar='SPEC', help='rows to score the result on'),

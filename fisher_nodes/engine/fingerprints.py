@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK_BYTES', 'PIECE_BYTES', 'TensorHash', 'join_hashes', 'hash_tensors', 'hash_weights', 'check_hash', 'row_keys',
-           'hash_keys', 'digest_file']
+           'hash_keys', 'digest_open', 'digest_file']
 
 # %% ../../nbs/engine/04_fingerprints.ipynb #82f8bdf7
 import hashlib
@@ -97,13 +97,18 @@ def hash_keys(
 # %% ../../nbs/engine/04_fingerprints.ipynb #2737fd4f
 PIECE_BYTES = 1<<20 # that are read of a file at once
 
+def digest_open(
+    file:Any, # open for reading bytes, at its beginning; at its end afterwards
+)->dict[str,Any]: # `size` in bytes, and `sha256` as 64 hexadecimal digits
+    "What an open file holds, against mistakes and against malice."
+    digest,size = hashlib.sha256(),0
+    for part in iter(partial(file.read, PIECE_BYTES), b''):
+        digest.update(part)
+        size += len(part)
+    return dict(size=size, sha256=digest.hexdigest())
+
 def digest_file(
     path:Path,
-)->dict[str,Any]: # `size` in bytes, and `sha256` as 64 hexadecimal digits
-    "What a file holds, against mistakes and against malice."
-    digest,size = hashlib.sha256(),0
-    with open(path, 'rb') as f:
-        for part in iter(partial(f.read, PIECE_BYTES), b''):
-            digest.update(part)
-            size += len(part)
-    return dict(size=size, sha256=digest.hexdigest())
+)->dict[str,Any]: # as `digest_open`
+    "What a file holds."
+    with open(path, 'rb') as f: return digest_open(f)

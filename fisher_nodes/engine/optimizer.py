@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from ..core.averaging import axes
 from ..core.families import body_of
 from ..core.fisher import MaskFisher, pack, part_name
 from ..core.places import Nodes, Slice, find_nodes
@@ -186,13 +187,12 @@ _MASKED = dict(head='attention_output', cross='attention_output', row='ffn_in') 
 
 def _node_sums(t:Tensor, part:Slice, nodes:int)->Tensor: # shape `(nodes,)`
     "The sums over each node's elements of a matrix."
-    axes = part.axis if isinstance(part.axis, tuple) else (part.axis,)
-    kept = t.sum([i for i in range(t.ndim) if i not in axes])[...,part.rows].flatten()
+    kept = t.sum([i for i in range(t.ndim) if i not in axes(part.axis)])[...,part.rows].flatten()
     return kept.new_zeros(nodes).index_add_(0, part.nodes.flatten(), kept)
 
 def _masked(block:Nodes, weights:Mapping[str,Tensor])->tuple[str,Slice]: # its name, and where its nodes lie
     "The matrix that masks of a block scale, which is not its bias."
-    def is_matrix(o, t): return t.ndim>(len(o.axis) if isinstance(o.axis, tuple) else 1)
+    def is_matrix(o, t): return t.ndim>len(axes(o.axis))
     found = [(n, o) for n,parts in block.slices.items() for o in parts
              if o.role==_MASKED[block.kind] and o.nodes is not None and is_matrix(o, weights[n])]
     return found[0]

@@ -6,7 +6,6 @@
 __all__ = ['unpickle', 'read_pickle', 'convert_pickle']
 
 # %% ../../nbs/engine/05f_pickles.ipynb #0d650ad8
-import hashlib
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
+from .fingerprints import digest_open
 from .files import (
     CONVERTED, TOKENIZER, WEIGHTS, check_apart, check_folder, check_free, replaced, versions, whole_folder)
 from .models import check_index, check_source, model_errors, model_name
@@ -26,13 +26,6 @@ from .reading import MEGA, check_inside, check_regular, is_memory_error, load_js
 from ..methods.method import PathName, checked, one_line
 
 # %% ../../nbs/engine/05f_pickles.ipynb #c71debaf
-def _digest(file:Any)->str:
-    "The SHA-256 of an open file, which stands at its beginning again afterwards."
-    found = hashlib.sha256()
-    while part := file.read(1<<24): found.update(part)
-    file.seek(0)
-    return found.hexdigest()
-
 _ASKS,_SAID = re.compile(r'GLOBAL ([\w.]+)'),re.compile(r'WeightsUnpickler error: ([^\n]+)')
 
 def _why(e:Exception)->str:
@@ -74,7 +67,8 @@ def read_pickle(
 )->tuple[dict[str,Tensor],str]: # name -> tensor, and the SHA-256 of the file
     "The tensors of a pickle, which share no memory; `ValueError` for a file that holds anything else."
     with open(check_regular(path), 'rb') as f:
-        digest = _digest(f)
+        digest = digest_open(f)['sha256']
+        f.seek(0)
         found = unpickle(path, f)
     _check_tensors(path, found)
     seen,out = set(),{}

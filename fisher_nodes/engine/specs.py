@@ -105,6 +105,7 @@ def has_splits(
     spec:str|Path,
 )->bool:
     "Whether it is for the reader to say which split is meant."
+    if str(spec).startswith('glue:'): return True
     if str(spec).startswith(HUB): return hub_spec(str(spec)).split is None
     return (Path(spec).expanduser()/_SPLITS).is_file()
 

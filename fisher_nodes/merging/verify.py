@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -112,10 +113,8 @@ def check_files(
     old:bool=False, # whether it is of version 0.1, which had no SHA-256
 )->list[Finding]:
     "Whether the files of a folder are those that its report lists, and as it lists them."
-    there,most = set(),0
-    for n in _walk(folder):
-        there.add(n)
-        if (most := most+1)>MOST_FILES: return [misfits('files', f'there are more than {MOST_FILES}')]
+    there = {*islice(_walk(folder), MOST_FILES+1)}
+    if len(there)>MOST_FILES: return [misfits('files', f'there are more than {MOST_FILES}')]
     own = {n for n in there if not _is_fetched(n)}
     gone = [f'{one_line(n, 100)} is missing' for n in sorted({*listed}-own)]
     extra = [f'{one_line(n, 100)} is not listed' for n in sorted(own-{*listed, MERGED, SIGNATURE})]

@@ -225,8 +225,9 @@ def _configuration(text:str, name:str)->Any:
 
 def _find_models(config:Any)->dict[str,str]: # what stands in the file -> folder
     "The folders of all models, fetched where they are on the Hub; `ValueError` for one without safetensors."
-    found = {}
-    for o in config.referenced_models():
+    found,as_they_stand = {},[o.model for o in config.models or ()]
+    others = sorted(config.referenced_models(), key=str) # theirs is a set: another order in another process
+    for o in dict.fromkeys([*as_they_stand, *others]):
         if o.lora: raise ValueError(f'{o} has an adapter; merge it into its model first')
         place = fetch_model(ModelReference(o.model.path, o.model.revision))
         if not Path(place).is_dir(): place = str(_snapshot(place))

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from fisher_nodes import merge
 from fisher_nodes.app.cli import main
 from fisher_nodes.core import start
-from fisher_nodes.core.start import StartsDiffer
+from fisher_nodes.core.start import BaseDiffers, StartsDiffer
 from fisher_nodes.engine.fingerprints import hash_keys
 
 def texts(n, shift): return [' '.join(WORDS[4+(i*j+shift) % 8] for j in range(1, 4+i % 5)) for i in range(n)]
@@ -106,6 +106,41 @@ def test_told_once_by_compare(here, tmp_path, monkeypatch, capsys):
     save_model(tmp_path/'far', seed=9, num_hidden_layers=3)
     assert main(f'compare a=start b={tmp_path}/far --data a=single.csv b=other.csv --methods average,regmean,mask-fisher,best'.split())==0
     assert capsys.readouterr().err.count('were they?')==1
+
+def further(folder, start, size, seed):
+    "A model that was moved."
+    model = AutoModelForSequenceClassification.from_pretrained(start)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters(): p += size*torch.randn_like(p)
+    model.save_pretrained(folder)
+    return folder
+
+def test_a_base_that_is_none(here, tmp_path, monkeypatch, capsys):
+    "One model that began at the other, and a base of another start, are told with their names; in memory, from files, and once by compare."
+    monkeypatch.setattr(start, 'ENOUGH', 100)
+    save_model(tmp_path/'far', seed=9, num_hidden_layers=3)
+    own, first = (further(tmp_path/o, here/'start', .01, i) for i, o in enumerate(('own', 'first')))
+    second = further(tmp_path/'second', first, .002, 5)
+    def told(models, base):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            merge(models, method='task-arithmetic', base=base, weights=dict.fromkeys(models, .3))
+        return [str(o.message) for o in said if o.category is BaseDiffers]
+    assert told(dict(a=own, b=first), here/'start')==[]
+    said, = told(dict(a=own, b=first, c=second), here/'start')
+    assert re.match(r"what fine-tuning changed in 'b' and 'c' has a cosine of 0\.9\d, where", said)
+    said, = told(dict(a=own, b=first), tmp_path/'far')
+    assert re.match(r"the weights of '[ab]' and `base` have a cosine of -?0\.0\d+, where", said)
+    assert main(f'merge b={first} c={second} --base start --method ties --out {tmp_path}/m'.split())==0
+    assert capsys.readouterr().err.count('did one begin at the other?')==1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        merge(dict(b=first, c=second), method='average')
+    assert not said
+    for o in (first, second): (o/'tokenizer.json').write_bytes((here/'one'/'tokenizer.json').read_bytes())
+    assert main(f'compare b={first} c={second} --base start --data b=single.csv c=other.csv --methods average,ties,dare,task-arithmetic'.split())==0
+    assert capsys.readouterr().err.count('did one begin at the other?')==1
 
 def test_which_rows_a_winner_measured(here, tmp_path, capsys):
     "Rows of a split have no name: recipe, card and screen say which they were, and how to have them again; where none were measured the recipe is whole."

@@ -43,6 +43,10 @@ def likeness(a, b):
     "Of two models or bodies."
     return start_cosines({'a': body_state(a), 'b': body_state(b)}, a)[0][0]
 
+def change(base, a, b):
+    "Of what fine-tuning changed in two models."
+    return start_cosines({'a': body_state(a), 'b': body_state(b)}, a, body_state(base))[0][0]
+
 def partly(base, other, n):
     "A body whose first layers are another's."
     body,other = AutoModel.from_pretrained(base),AutoModel.from_pretrained(other)
@@ -91,13 +95,17 @@ def main():
     parser.add_argument('--out', type=Path, required=True)
     args = parser.parse_args()
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    pairs,layers = before.get('pairs', {}),before.get('layers', {})
+    pairs,layers,changes = (before.get(k, {}) for k in ('pairs', 'layers', 'changes'))
+    folders = {k: o for f in args.folders for k,o in folder_pairs(f).items()}
+    base = AutoModel.from_pretrained(args.base)
+    changes |= {k: change(base, *o()).cosine for k,o in folders.items() if k not in changes}
+    write_record(args.out, seed=0, device='cpu', rows=ROWS, pairs=pairs, layers=layers, changes=changes)
     with tempfile.TemporaryDirectory() as d:
-        todo = {k: o for f in args.folders for k,o in folder_pairs(f).items()} | all_pairs(args.base, Path(d))
+        todo = folders | all_pairs(args.base, Path(d))
         for what in (bar := tqdm([o for o in todo if o not in layers], unit='pair')):
             bar.set_description(what)
             found = likeness(*todo[what]())
             pairs[what],layers[what] = found.cosine,found.of_layer
-            write_record(args.out, seed=0, device='cpu', rows=ROWS, pairs=pairs, layers=layers)
+            write_record(args.out, seed=0, device='cpu', rows=ROWS, pairs=pairs, layers=layers, changes=changes)
 
 if __name__=='__main__': main()

@@ -337,12 +337,17 @@ def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[
 
 def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mapping[str,str])->dict[str,tuple]:
     "Rows and task of every data spec; `ValueError` for a split of a file."
+    from fisher_nodes.engine.batches import sample_rows
     from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.tasks.tasks import load_rows
     if args.split and not any(map(has_splits, specs.values())):
         raise ValueError('--split is about glue:TASK, hub:ID and saved folders; a file has no splits')
     split = either(args.split, 'validation')
-    return {k: load_rows(v, models[k], split, **_columns(args, k), loss=args.loss) for k,v in specs.items()}
+    def some(rows, task):
+        kept = rows if args.limit is None else rows.select(sorted(sample_rows(len(rows), args.limit)))
+        return kept, task
+    return {k: some(*load_rows(v, models[k], split, **_columns(args, k), loss=args.loss))
+            for k,v in specs.items()}
 
 def _described(loaded:Mapping[str,tuple], specs:Mapping[str,str], split:str)->dict[str,dict]:
     "Which rows were scored, and of which split, where there are several."
@@ -709,14 +714,15 @@ class Parser(argparse.ArgumentParser):
         found,rest = self.parse_known_args(args, namespace)
         if hasattr(found, 'texts') and not any(o.startswith('-') for o in rest):
             found.texts,rest = found.texts+rest,[] # those behind an option, which argparse passes over
-        if rest: self.error(f'unrecognized arguments: {" ".join(rest)}')
+        if rest: self.error(f'unrecognized arguments: {" ".join(rest)}', found.command)
         found.given = [o.partition('=')[0] for o in args if o.startswith('--')]
         for k in _PATHS:
             if (value := getattr(found, k, None)) is not None: setattr(found, k, _at_home(value))
         return found
-    def error(self, message):
+    def error(self, message, command=''):
         "One line on standard error, exit status 2."
-        self.exit(2, f'{self.prog}: {as_line(message)}; see {self.prog} --help\n')
+        name = f'{self.prog} {command}'.strip()
+        self.exit(2, f'{name}: {as_line(message)}; see {name} --help\n')
 
 def _option(*names, **kwargs): return names,kwargs
 
@@ -864,6 +870,8 @@ OWN_OPTIONS = dict(
     evaluate=[_option('model', metavar='MODEL', help='folder or Hub id, of one model or a merged one'),
               _option('--data', nargs='+', required=True, metavar='[TASK=]SPEC',
                   help='rows to score on; glue:TASK for its validation rows, or a file'),
+              _option('--limit', type=count, metavar='N',
+                  help='most rows of a task, drawn by a fixed seed; by default all'),
               _option('--out', metavar='FILE', help='also write the scores to a JSON file'),
               _option('--update-card', action='store_true',
                   help='also write the scores into the card of the merged model'),

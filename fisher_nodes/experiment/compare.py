@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from xxhash import xxh3_64_hexdigest
-from ..core.start import StartsDiffer
+from ..core.start import BaseDiffers, StartsDiffer
 from ..engine.adapters import adapter_base
 from ..engine.batches import sample_rows
 from ..engine.files import versions, whole_folder
@@ -413,10 +413,12 @@ def _merge_one(method:str, models:Mapping, rows:Mapping[str,Apart],
     return merged, time.perf_counter()-start
 
 @contextmanager
-def _said_once(again:bool)->Iterator[None]:
-    "Inside, what is to be said of the models themselves is said by the first merge alone."
+def _said_once(earlier:Sequence[str])->Iterator[None]:
+    "Inside, what earlier merges said of the models themselves, or of their base, is not said again."
+    based = any(METHODS[o].needs_base for o in earlier)
     with warnings.catch_warnings():
-        if again: warnings.simplefilter('ignore', StartsDiffer)
+        if earlier: warnings.simplefilter('ignore', StartsDiffer)
+        if based: warnings.simplefilter('ignore', BaseDiffers)
         yield
 
 def _try_all(found:Comparison, methods:Sequence[str], models:Mapping, rows:Mapping[str,Apart],
@@ -424,10 +426,10 @@ def _try_all(found:Comparison, methods:Sequence[str], models:Mapping, rows:Mappi
     "Merge and score in every way; keeps the best merge."
     best = None
     shown = given['progress'] and is_main()
-    for m in (bar := show_bar(methods, 'compare', shown, unit='method', delay=0)):
+    for i,m in enumerate(bar := show_bar(methods, 'compare', shown, unit='method', delay=0)):
         bar.set_postfix_str(m)
         try:
-            with _said_once(m!=methods[0]): merged,found.seconds[m] = _merge_one(m, models, rows, given)
+            with _said_once(methods[:i]): merged,found.seconds[m] = _merge_one(m, models, rows, given)
             scores = _score_all(merged, merged.tokenizers, rows, given)
         except (ValueError, torch.linalg.LinAlgError) as e:
             found.left_out[m] = one_line(e)

@@ -35,7 +35,7 @@ from ..core.fisher import MaskFisher
 from ..core.heads import class_head
 from ..core.places import find_places
 from ..core.schemes import check_roles
-from ..core.start import Likeness, start_cosines, warn_of_starts
+from ..core.start import Likeness, start_cosines, warn_of_base, warn_of_starts
 from ..engine.adapters import adapter_base
 from ..engine.batches import no_collection
 from ..engine.devices import find_device
@@ -414,9 +414,10 @@ def _hear_all(inputs:Inputs, read:Mapping[str,tuple], what:Mapping, run:Mapping)
 
 # %% ../../nbs/merging/07_run.ipynb #f38abda7
 def _compare_starts(inputs:Inputs):
-    "Note how alike the weights of all models are, with a warning where that is little."
+    "Note how alike the weights of all models are, with a warning where that is little, or a base no start."
     inputs.alike,count = start_cosines(inputs.states, inputs.shared)
     warn_of_starts(inputs.alike, count)
+    if inputs.base is not None: warn_of_base(inputs.states, inputs.base, inputs.shared)
 
 def _gather(request:MergeRequest, models:Mapping, bodies:Mapping, statistics:Mapping,
             find_base:Callable)->Inputs:

@@ -566,7 +566,7 @@ def run_verify(args:argparse.Namespace)->dict|None:
     return {}
 
 def run_mergekit(args:argparse.Namespace)->dict|None:
-    "Run a file of mergekit's, which may use the method mask_fisher."
+    "Run a file of mergekit's, which may use mask_fisher and regmean."
     from fisher_nodes.plugins import mergekit
     with redirect_stdout(sys.stderr):
         out = mergekit.run_config(args.config, args.out, overwrite=args.overwrite)

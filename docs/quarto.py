@@ -225,7 +225,7 @@ def translate_page(
 ):
     "A notebook for MyST-NB."
     markdown = partial(outside, FENCED, partial(prose, page=page, site=site, files=files, labels=labels))
-    def translate(text): return markdown(SHELL.sub(fold_shell, text))
+    def translate(text): return markdown(SHELL.sub(fold_shell, text.removesuffix('## Export -')))
     front = yaml.safe_load(nb.cells[0].source.strip().strip('-'))
     cells, level, of_page = [title_cell(front)], 2, {k: front[k] for k in ('code-fold',) if k in front}
     shown = {o for c in nb.cells for o in shown_symbols(c)}
@@ -235,7 +235,7 @@ def translate_page(
         if c.cell_type=='markdown' and re.search('^## ', c.source, re.M): level = 3
         if text := show_doc(c): cells.append(symbol_cell(text, page, labels, translate, level, modules))
         elif c.cell_type=='code': cells.append(code_cell(c, page, translate, of_page))
-        elif not c.source.startswith(('<!--', '## Export -')): cells.append(nbformat.v4.new_markdown_cell(translate(c.source)))
+        elif not c.source.startswith('<!--'): cells.append(nbformat.v4.new_markdown_cell(translate(c.source)))
     if any('{cite:p}' in c.source for c in cells): cells.append(bibliography(page))
     return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
 

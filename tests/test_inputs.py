@@ -16,7 +16,7 @@ import torch
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 from fisher_nodes import Merged, evaluate, finetune, linear_grams, mask_fisher, merge, parameter_fisher
 from fisher_nodes.app.cli import main
-from fisher_nodes.engine.models import DTYPE, head_tensors
+from fisher_nodes.engine.models import head_tensors
 from fisher_nodes.merging.run import merge_files
 from fisher_nodes.engine.tables import read_table
 from fisher_nodes.tasks.tasks import Task, load_rows, load_task, text_rows
@@ -382,7 +382,7 @@ def test_a_model_in_memory_reads_with_the_tokenizer_beside_it(tmp_path):
     from transformers import AutoModelForSequenceClassification
     a, b = saved(tmp_path/'a', tiny(num_labels=2), lower=True), saved(tmp_path/'b', tiny(num_labels=2, seed=1), lower=False)
     rows = Dataset.from_dict(dict(text=SHOUTED, label=[0, 1, 0]))
-    loaded = AutoModelForSequenceClassification.from_pretrained(b, **{DTYPE: 'auto'})
+    loaded = AutoModelForSequenceClassification.from_pretrained(b, dtype='auto')
     want, got = merge(dict(a=a, b=b), data=dict(a=rows, b=rows)), merge(dict(a=a, b=loaded), data=dict(a=rows, b=rows))
     for n, p in want.body.state_dict().items(): assert torch.equal(got.body.state_dict()[n], p), n
     with pytest.raises(ValueError, match="data of 'b': .*give `tokenizer=`"): merge(dict(a=a, b=tiny(num_labels=2)), data=dict(a=rows, b=rows))

@@ -12,7 +12,6 @@ from fisher_nodes import MaskFisher, Merged, merge
 from fisher_nodes.engine.measure import linear_grams
 from fisher_nodes.methods.regmean import Grams
 from fisher_nodes.methods.method import METHODS
-from fisher_nodes.merging.merged import DTYPE
 from fisher_nodes.engine.measure import parameter_fisher
 from fisher_nodes.methods.full_fisher import ParameterFisher
 from reference import examples, tiny
@@ -626,7 +625,7 @@ def test_saved_and_loaded(family, method, dtype, tmp_path):
     back = Merged.from_pretrained(tmp_path/'out')
     assert list(back) == list(models) and back.report == json.loads(json.dumps(merged.report))
     for t in models:
-        found, info = AutoModelForSequenceClassification.from_pretrained(tmp_path/'out'/t, **{DTYPE: 'auto'}, output_loading_info=True)
+        found, info = AutoModelForSequenceClassification.from_pretrained(tmp_path/'out'/t, dtype='auto', output_loading_info=True)
         assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
         for m in (found, back[t]): equal_bits(m.state_dict(), merged[t].state_dict())
         assert found.config.num_labels == models[t].config.num_labels

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fisher_nodes import MaskFisher, Merged, mask_fisher, merge
-from fisher_nodes.merging.merged import DTYPE
 from reference import body, ragged_batches, tiny
 from test_masks_fisher import QUIET
 from test_merge import make_fisher, make_fishers, make_models, hand, same_body
@@ -104,7 +103,7 @@ def test_merged_comes_back_exactly(family, saved):
 def test_plain_transformers_reads_every_task(family, dtype, saved):
     merged, out = saved
     for t in merged:
-        model, info = AutoModelForSequenceClassification.from_pretrained(out/t, **{DTYPE: dtype}, output_loading_info=True)
+        model, info = AutoModelForSequenceClassification.from_pretrained(out/t, dtype=dtype, output_loading_info=True)
         assert not info['missing_keys'] and not info['unexpected_keys']
         assert type(model) is type(merged[t]) and model.config.num_labels == merged[t].config.num_labels
         identical(model.state_dict(), merged[t].state_dict())
@@ -112,7 +111,7 @@ def test_plain_transformers_reads_every_task(family, dtype, saved):
 
 def test_plain_transformers_reads_the_body(dtype, saved):
     merged, out = saved
-    loaded = AutoModel.from_pretrained(out, **{DTYPE: dtype}).state_dict()
+    loaded = AutoModel.from_pretrained(out, dtype=dtype).state_dict()
     for k, v in merged.body.state_dict().items(): assert_close(loaded[k], v, rtol=0, atol=0)
 
 def test_the_dtype_on_disk_is_the_models_own(dtype, saved):

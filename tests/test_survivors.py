@@ -28,7 +28,6 @@ from fisher_nodes.engine.devices import PRECISIONS, check_placed, find_device, r
 from fisher_nodes.engine.files import OutputExistsError
 from fisher_nodes.engine.fingerprints import hash_tensors, hash_weights
 from fisher_nodes.engine.guard import frozen_eval, keep_rng
-from fisher_nodes.engine.models import DTYPE
 from fisher_nodes.engine.text import check_text, known_text, max_positions, pick_text, repeats, same_tokens, text_columns, text_limit, tokenize
 from fisher_nodes.merging import merged as saving, run, skeletons, store
 from fisher_nodes.merging.card import agreed_modules, check_scores, eval_results, kept_files, model_card, read_card, read_modules, read_report
@@ -859,7 +858,7 @@ def test_the_commit_that_was_fetched_is_noted(tmp_path, monkeypatch, way):
 def test_a_model_has_the_type_of_its_floats():
     def dtype(*stored, **said): return skeletons._dtype_of(PretrainedConfig(**said), {str(i): SimpleNamespace(stored=o) for i, o in enumerate(stored)})
     assert dtype(torch.int64, torch.bfloat16, None, torch.bfloat16) == torch.bfloat16 and dtype(torch.bfloat16, torch.float32) is dtype(torch.int64) is None
-    assert dtype(torch.bfloat16, **{DTYPE: torch.float16}) == torch.float16
+    assert dtype(torch.bfloat16, dtype=torch.float16) == torch.float16
 
 @pytest.mark.parametrize('x', [float('nan'), float('inf'), -1.])
 def test_the_first_node_that_is_no_number_is_named(x):
@@ -1100,7 +1099,7 @@ def test_a_task_finds_its_head_among_many_files(tmp_path):
 def test_models_are_opened_as_they_are_stored(tmp_path):
     tiny(dtype=torch.float16).save_pretrained(tmp_path/'half')
     config = tmp_path/'half'/'config.json'
-    config.write_text(json.dumps(json.loads(config.read_text()) | {DTYPE: 'float32'}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {'dtype': 'float32'}))
     found = skeletons.open_plain(ModelReference(str(tmp_path/'half')), AutoModelForSequenceClassification)
     assert {o.dtype for o in found.body.tensors.values()} == {torch.float32} and {o.stored for o in found.body.tensors.values()} == {torch.float16}
     tiny().base_model.save_pretrained(tmp_path/'bare')

@@ -41,7 +41,7 @@ from ..engine.fingerprints import TensorHash, digest_file, check_hash, hash_tens
 from ..engine.guard import frozen_eval, turn
 from ..engine.losses import batch_logits, moved_inputs
 from ..engine.hub import hub_name, hub_refusals
-from ..engine.models import DTYPE, FILES, HOW, head_tensors, load_tokenizer, model_errors
+from ..engine.models import FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
 from ..engine.reading import check_inside, load_json, read_text
 from ..engine.text import check_text, recorded_text, same_tokens, trained_record
@@ -276,7 +276,7 @@ def _save_config(model:PreTrainedModel, folder:Path):
     config = copy.deepcopy(model.config)
     if find_head(type(model).__name__) is None: vars(config).update(_NO_CLASSES)
     config.architectures = [type(model).__name__]
-    setattr(config, DTYPE, model.dtype)
+    config.dtype = model.dtype
     config.save_pretrained(folder)
 
 def _link(source:Path, target:Path):

@@ -20,7 +20,7 @@ from ..core.families import body_of, body_prefix, body_state
 from ..core.blocks import Blocks, cut
 from ..engine.fingerprints import check_hash, hash_tensors
 from ..engine.models import (
-    DTYPE, FILES, HOW, ModelReference, as_reference, check_no_adapter, check_single,
+    FILES, HOW, ModelReference, as_reference, check_no_adapter, check_single,
     check_weights, empty_model, fetch_model, head_tensors, model_class, model_errors, note_commit)
 from .store import TensorSlot, find_slot, folder_slots
 
@@ -106,7 +106,7 @@ def _dtype_of(
 )->torch.dtype|None: # None where files of several types leave it to transformers
     "What transformers loads a model in: as config or files say."
     stored = {o.stored for o in slots.values() if o.stored is not None and o.stored.is_floating_point}
-    said = getattr(config, DTYPE, None)
+    said = getattr(config, 'dtype', None)
     return said or (next(iter(stored)) if len(stored)==1 else None)
 
 def _one_of(
@@ -157,7 +157,7 @@ def open_plain(
     if not isinstance(dtype := _dtype_of(config, slots), torch.dtype): return None
     found = _exact(model.to(dtype), slots)
     if found is None: return None
-    setattr(model.config, DTYPE, dtype)
+    model.config.dtype = dtype
     prefix = '' if body_of(model) is model else body_prefix(model)
     body = {n: replace(found[prefix+n], dtype=t.dtype) for n,t in body_state(model).items()}
     _fill_head(model, found)

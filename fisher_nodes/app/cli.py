@@ -110,7 +110,8 @@ def _columns(args:argparse.Namespace, task:str|None=None)->dict[str,Any]:
     "The columns that are named: for all tasks, or for one."
     found = dict(text=_per_task(args.text, '--text', two_words), label=_per_task(args.label, '--label', str))
     if task is None: return found
-    return {k: o.get(task) if isinstance(o, dict) else o for k,o in found.items()}
+    from fisher_nodes.merging.run import task_value
+    return {k: task_value(o, task) for k,o in found.items()}
 
 def _load_both(args:argparse.Namespace)->tuple[Any,Any,dict[str,Any]]:
     "A model, its rows, and how they are read."
@@ -676,19 +677,20 @@ def count(text:str)->int:
     if text.isdecimal() and len(text)<20 and int(text)>0: return int(text)
     raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got {text!r}')
 
+def _real(text:str, fits:Callable[[float],bool], what:str)->float:
+    "A number of some kind."
+    try: value = float(text)
+    except ValueError: value = float('nan')
+    if fits(value): return value
+    raise argparse.ArgumentTypeError(f'expected a number {what}, got {text!r}')
+
 def share(text:str)->float:
     "A number from 0 to 1."
-    try: value = float(text)
-    except ValueError: value = -1.
-    if 0<=value<=1: return value
-    raise argparse.ArgumentTypeError(f'expected a number from 0 to 1, got {text!r}')
+    return _real(text, lambda o: 0<=o<=1, 'from 0 to 1')
 
 def positive(text:str)->float:
     "A finite number above 0."
-    try: value = float(text)
-    except ValueError: value = 0.
-    if 0<value<float('inf'): return value
-    raise argparse.ArgumentTypeError(f'expected a number above 0, got {text!r}')
+    return _real(text, lambda o: 0<o<float('inf'), 'above 0')
 
 def as_line(
     message:Any,

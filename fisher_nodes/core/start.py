@@ -124,12 +124,13 @@ def warn_of_base(
 ):
     "A warning naming the model that is no child of the base, or the two that share what they changed."
     alike,count = start_cosines(dict(states) | {'': base}, model) # no task has an empty name
-    if count<ENOUGH: return
     far = least_alike([o for o in alike if o.b==''])
-    if far: warnings.warn(f'the weights of {far.a!r} and `base` have {starts_words(far)}, where a model and what '
-        f'it was fine-tuned from have more than {LEAST}: was it?', BaseDiffers, stacklevel=2)
     shared = max(start_cosines(states, model, base)[0], key=lambda o: o.cosine, default=None)
-    if far or shared is None or shared.cosine<MOST: return
-    warnings.warn(f'what fine-tuning changed in {shared.a!r} and {shared.b!r} has a cosine of '
-        f'{shared.cosine:.2g}, where two models that each began at `base` have less than {MOST}: did one begin '
-        'at the other? Then what they share is counted twice', BaseDiffers, stacklevel=2)
+    if count<ENOUGH: return
+    if far: return warnings.warn(
+        f'the weights of {far.a!r} and `base` have {starts_words(far)}, where a model and what it was '
+        f'fine-tuned from have more than {LEAST}: was it?', BaseDiffers, stacklevel=2)
+    if shared and shared.cosine>MOST: warnings.warn(
+        f'what fine-tuning changed in {shared.a!r} and {shared.b!r} has a cosine of {shared.cosine:.2g}, '
+        f'where two models that each began at `base` have less than {MOST}: did one begin at the other? '
+        'Then what they share is counted twice', BaseDiffers, stacklevel=2)

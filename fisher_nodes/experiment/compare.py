@@ -33,7 +33,7 @@ from .plots import MARKERS, PALETTE, new_axis
 from ..merging.merged import Merged
 from ..merging.recipe import entry_name
 from ..merging.request import as_model, ask, match_tasks, name_models
-from ..merging.run import check_models, find_tokenizers, merge
+from ..merging.run import check_models, find_tokenizers, merge, task_value
 from ..methods.bars import each_task, show_bar
 from ..methods.method import METHODS, Count, Seed, checked, one_line, quoted
 from ..tasks.evaluation import evaluate
@@ -83,8 +83,6 @@ class Apart:
     kind:str='split' # or 'glue', or 'given'
     says:str='' # how the rows were held out
     file:str='' # that was split
-
-def _for_task(given:Any, task:str)->Any: return given.get(task) if isinstance(given, Mapping) else given
 
 def _read(spec:Any, model:Any, split:str, text:Any, label:Any, labels:bool=True)->tuple[Any,Any]:
     "Rows and their task; `ValueError` for what cannot be split or compared."
@@ -373,7 +371,7 @@ def _read_all(models:Mapping, data:Mapping, held:Mapping, given:Mapping[str,Any]
     "The rows of all tasks, apart from each other."
     how = {k: given[k] for k in ('share', 'seed')}
     def read(t):
-        columns = {k: _for_task(given[k], t) for k in ('text', 'label')}
+        columns = {k: task_value(given[k], t) for k in ('text', 'label')}
         return read_apart(t, models[t], data[t], held.get(t), **how, **columns)
     found = {t: read(t) for t in models}
     keep_apart(found, given['limit'], given['seed'])
@@ -386,7 +384,7 @@ def _score_all(models:Mapping[str,Any], tokenizers:Mapping[str,Any], rows:Mappin
     def score(t, o):
         text = None if o.task is not None else o.text
         return evaluate(models[t], o.held, o.task, tokenizer=tokenizers[t], text=text, progress=False,
-                        max_length=_for_task(given['max_length'], t), **how)
+                        max_length=task_value(given['max_length'], t), **how)
     found = {}
     for t in each_task(rows):
         try: found[t] = score(t, rows[t])
@@ -396,10 +394,10 @@ def _score_all(models:Mapping[str,Any], tokenizers:Mapping[str,Any], rows:Mappin
 def _reading(rows:Mapping[str,Apart], given:Mapping[str,Any])->dict[str,Any]:
     "How a merge reads the rows that it measures."
     files = [t for t,o in rows.items() if isinstance(o.data, (str, Path))]
-    lengths = {t: _for_task(given['max_length'], t) or o.max_length for t,o in rows.items()}
+    lengths = {t: task_value(given['max_length'], t) or o.max_length for t,o in rows.items()}
     found = dict(text={t: o.text for t,o in rows.items() if o.text},
                  max_length={t: n for t,n in lengths.items() if n},
-                 label={t: o for t in files if (o := _for_task(given['label'], t))})
+                 label={t: o for t in files if (o := task_value(given['label'], t))})
     return {k: o for k,o in found.items() if o} | dict(precision=given['precision'], device=given['device'])
 
 def _merge_one(method:str, models:Mapping, rows:Mapping[str,Apart],

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'OF_HEADS', 'READ_BY_BODIES', 'all_finite', 'check_models', 'widest_body', 'narrowest_body', 'Inputs',
-           'find_tokenizers', 'one_tokenizer', 'load_base', 'check_alike', 'measure_all', 'load_inputs', 'make_job',
-           'keep_memory', 'run', 'assemble', 'check_work', 'merge_loaded', 'merge_options', 'merge', 'CheckedBlocks',
-           'open_statistic', 'open_base', 'hash_base', 'open_inputs', 'check_read', 'make_files', 'source_names',
-           'merge_stored', 'merge_files', 'RecipeDiffers', 'run_recipe']
+           'find_tokenizers', 'one_tokenizer', 'load_base', 'check_alike', 'task_value', 'measure_all', 'load_inputs',
+           'make_job', 'keep_memory', 'run', 'assemble', 'check_work', 'merge_loaded', 'merge_options', 'merge',
+           'CheckedBlocks', 'open_statistic', 'open_base', 'hash_base', 'open_inputs', 'check_read', 'make_files',
+           'source_names', 'merge_stored', 'merge_files', 'RecipeDiffers', 'run_recipe']
 
 # %% ../../nbs/merging/07_run.ipynb #8ec12d5c
 import inspect
@@ -350,13 +350,16 @@ def check_alike(
                              'say which mapping you mean with `scheme=`')
 
 # %% ../../nbs/merging/07_run.ipynb #7363a8d6
-def _for_task(given:Any, task:str)->Any:
-    "What was given for all tasks, or for one of them."
+def task_value(
+    given:Any, # one value for all tasks, or a dict by task
+    task:str,
+)->Any: # None for a task that the dict does not have
+    "What was given for a task."
     return given.get(task) if isinstance(given, Mapping) else given
 
 def _load_spec(request:MergeRequest, task:str, model:PreTrainedModel)->tuple[Any,Any]:
     "Rows, and what is known of their task; `ValueError` naming it."
-    columns = {k: _for_task(getattr(request, k), task) for k in ('text', 'label')}
+    columns = {k: task_value(getattr(request, k), task) for k in ('text', 'label')}
     loss = request.loss if isinstance(request.loss, str) else None
     try: return load_rows(request.data[task], model, **columns, loss=loss, labels=request.reads_labels)
     except (ValueError, FileNotFoundError) as e: raise ValueError(f'data of {task!r}: {e}') from None
@@ -364,9 +367,9 @@ def _load_spec(request:MergeRequest, task:str, model:PreTrainedModel)->tuple[Any
 def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[str,Any]]:
     "The rows of a task, and how they are read."
     rows,how = request.data[task],dict(tokenizer=inputs.tokenizers[task])
-    how |= {k: _for_task(getattr(request, k), task) for k in ('max_length', 'text')}
+    how |= {k: task_value(getattr(request, k), task) for k in ('max_length', 'text')}
     is_spec = isinstance(rows, (str, Path))
-    if not is_spec and _for_task(request.label, task):
+    if not is_spec and task_value(request.label, task):
         raise ValueError(f'`label` of {task!r} is about a file; rows have `label` or `labels`')
     if not is_spec: return rows, how
     rows,about = _load_spec(request, task, inputs.models[task])

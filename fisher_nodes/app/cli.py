@@ -282,20 +282,9 @@ def _asked(args:argparse.Namespace, models:Mapping[str,str])->dict[str,Any]:
     options = parse_pairs(args.options or [], '--options', 'option')
     return tasks | fields | {k: read_value(v) for k,v in options.items()}
 
-def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
-    "The models that are named; `ValueError` for options that do not go with them."
-    from fisher_nodes.engine.files import check_apart
-    from fisher_nodes.engine.processes import from_main
-    from fisher_nodes.merging.merged import check_room, check_shard_size
-    from fisher_nodes.merging.signature import Seal
-    models = parse_pairs(args.models, 'models')
-    check_apart(args.out, models | ({'base': args.base} if args.base else {}))
-    fishers = _fishers(args, models)
-    if fishers!='beside': check_apart(args.out, fishers or {}, 'Fisher')
-    check_apart(args.out, for_tasks(args.data, models, '--data') or {}, 'data')
-    seal = Seal(args.bom, args.sign)
-    seal.check(args.out)
-    from_main(lambda: check_room(Path(args.out), list(models), more=seal.names))
+def _check_merging(args:argparse.Namespace):
+    "`ValueError` for options that do not go with the others."
+    from fisher_nodes.merging.merged import check_shard_size
     if args.data is None and args.num_samples:
         raise ValueError('--num-samples says how to measure, but without --data nothing is measured')
     if args.data is None and args.checkpointing:
@@ -303,6 +292,20 @@ def _named_models(args:argparse.Namespace)->dict[str,str]: # task -> model
     if args.work and Path(args.work).resolve()==Path(args.out).resolve():
         raise ValueError('--work and --out are one folder; layers that are fitted need one of their own')
     check_shard_size(args.max_shard_size)
+
+def _named_models(args:argparse.Namespace, seal:Any)->dict[str,str]: # task -> model
+    "The models that are named; `ValueError` or `OutputExistsError` where the result cannot be written."
+    from fisher_nodes.engine.files import check_apart
+    from fisher_nodes.engine.processes import from_main
+    from fisher_nodes.merging.merged import check_room
+    models = parse_pairs(args.models, 'models')
+    check_apart(args.out, models | ({'base': args.base} if args.base else {}))
+    fishers = _fishers(args, models)
+    if fishers!='beside': check_apart(args.out, fishers or {}, 'Fisher')
+    check_apart(args.out, for_tasks(args.data, models, '--data') or {}, 'data')
+    seal.check(args.out)
+    from_main(lambda: check_room(Path(args.out), list(models), more=seal.names))
+    _check_merging(args)
     return models
 
 def _merge_models(args:argparse.Namespace):
@@ -310,11 +313,11 @@ def _merge_models(args:argparse.Namespace):
     from fisher_nodes.merging.request import ask
     from fisher_nodes.merging.run import check_work, merge_loaded, merge_stored
     from fisher_nodes.merging.signature import Seal
-    models = _named_models(args)
+    seal = Seal(args.bom, args.sign)
+    models = _named_models(args, seal)
     request = ask(models, **_asked(args, models))
     check_work(request, args.work)
     write = dict(overwrite=args.overwrite, max_shard_size=args.max_shard_size)
-    seal = Seal(args.bom, args.sign)
     if not request.in_memory:
         merge_stored(request, args.out, device=either(args.device, 'cpu'), seal=seal, **write)
     else:

@@ -100,6 +100,26 @@ def _is_glue(spec:Any)->bool: return str(spec).startswith('glue:') if isinstance
 def _said(task:str, what:str, e:Exception)->ValueError:
     return ValueError(f'{what} of {task!r}: {one_line(e)}')
 
+def _read_keyed(name:str, what:str, spec:Any, model:Any, split:str, text:Any, label:Any,
+                labels:bool=True)->tuple[Any,Any,list[str]]: # rows, task and keys
+    "Rows and what they are known by; `ValueError` naming the task."
+    try:
+        rows,task = _read(spec, model, split, text, label, labels)
+        return rows, task, _keys(rows, task, model, text)
+    except (ValueError, FileNotFoundError) as e: raise _said(name, what, e) from None
+
+def _split_rows(name:str, data:Any, rows:Any, task:Any, keys:list[str], text:Any, share:float,
+                seed:int)->Apart:
+    "A share of the rows is held out; rows that are alike stay together."
+    try: chosen = split_keys(keys, share, seed)
+    except ValueError as e: raise _said(name, 'data', e) from None
+    out = [i for i,k in enumerate(keys) if k in chosen]
+    rest = [i for i,k in enumerate(keys) if k not in chosen]
+    return Apart(rows.select(rest), rows.select(out), task, (task and task.text) or text,
+                 task and task.max_length, [keys[i] for i in rest], [keys[i] for i in out], hash_keys(keys),
+                 says=f'{share:g} of its rows, drawn by seed {seed}',
+                 file=Path(data).name if isinstance(data, (str, Path)) else '')
+
 def read_apart(
     name:str, # of the task, for messages
     model:Any, # its own
@@ -111,26 +131,11 @@ def read_apart(
     label:str|None=None, # column of labels of files, or None
 )->Apart:
     "The rows of one task, to measure on and held out."
-    whole = held is not None or _is_glue(data)
-    try:
-        rows,task = _read(data, model, 'train', text, label, labels=not whole)
-        keys = _keys(rows, task, model, text)
-    except (ValueError, FileNotFoundError) as e: raise _said(name, 'data', e) from None
-    if not whole:
-        try: chosen = split_keys(keys, share, seed)
-        except ValueError as e: raise _said(name, 'data', e) from None
-        out = [i for i,k in enumerate(keys) if k in chosen]
-        rest = [i for i,k in enumerate(keys) if k not in chosen]
-        says = f'{share:g} of its rows, drawn by seed {seed}'
-        return Apart(rows.select(rest), rows.select(out), task, (task and task.text) or text,
-                     task and task.max_length,
-                     [keys[i] for i in rest], [keys[i] for i in out], hash_keys(keys), says=says,
-                     file=Path(data).name if isinstance(data, (str, Path)) else '')
+    whole,columns = held is not None or _is_glue(data),dict(text=text, label=label)
+    rows,task,keys = _read_keyed(name, 'data', data, model, 'train', **columns, labels=not whole)
+    if not whole: return _split_rows(name, data, rows, task, keys, text, share, seed)
     spec,kind = (held, 'given') if held is not None else (data, 'glue')
-    try:
-        scored,about = _read(spec, model, 'validation', text, label)
-        held_keys = _keys(scored, about, model, text)
-    except (ValueError, FileNotFoundError) as e: raise _said(name, 'held-out rows', e) from None
+    scored,about,held_keys = _read_keyed(name, 'held-out rows', spec, model, 'validation', **columns)
     said = 'its validation split' if _is_glue(spec) else 'as given'
     return Apart(data, scored, about, text, None, keys, held_keys, hash_keys(held_keys), kind, said)
 
@@ -451,17 +456,22 @@ def _settings(given:Mapping[str,Any])->dict[str,Any]:
     return {k: given[k] for k in ('share', 'seed', 'num_samples', 'limit', 'precision')}
 
 @checked
-def _compare(models:Any, data:Any, held_out:Any, methods:Any, share:float, seed:Seed, num_samples:Count|None,
-             limit:Count|None, **given)->Comparison:
-    given |= dict(share=share, seed=seed, num_samples=num_samples, limit=limit)
+def _named_rows(models:Any, data:Any, held_out:Any, share:float)->tuple[dict,dict,dict]:
+    "Models, rows and held-out rows by task; `ValueError` for what cannot be compared."
     named = name_models(models)
     if len(named)<2: raise ValueError(f'there is one model, {next(iter(named))!r}; give two to merge')
     if not 0<share<1: raise ValueError(f'`share` is {share:g}; expected a number between 0 and 1')
     data = match_tasks(data, list(named), 'data')
-    held = dict(held_out or {}) if isinstance(held_out, Mapping) or held_out is None else match_tasks(
-        held_out, list(named), 'held_out')
-    if odd := [t for t in held if t not in named]:
-        raise ValueError(f'`held_out` names {odd[0]!r}, which is no task; they are {list(named)}')
+    by_name = held_out is None or isinstance(held_out, Mapping)
+    held = dict(held_out or {}) if by_name else match_tasks(held_out, list(named), 'held-out')
+    odd = next((t for t in held if t not in named), None)
+    if odd is None: return named, data, held
+    raise ValueError(f'`held_out` names {odd!r}, which is no task; they are {list(named)}')
+
+def _compare(models:Any, data:Any, held_out:Any, methods:Any, share:float, seed:Seed, num_samples:Count|None,
+             limit:Count|None, **given)->Comparison:
+    given |= dict(share=share, seed=seed, num_samples=num_samples, limit=limit)
+    named,data,held = _named_rows(models, data, held_out, share)
     tried,left = possible_methods(methods, named, data, given['base'])
     own,tokens = _load_own(named, given)
     rows = _read_all(own, data, held, given)

@@ -455,7 +455,6 @@ def _settings(given:Mapping[str,Any])->dict[str,Any]:
     "What a record says of what was asked."
     return {k: given[k] for k in ('share', 'seed', 'num_samples', 'limit', 'precision')}
 
-@checked
 def _named_rows(models:Any, data:Any, held_out:Any, share:float)->tuple[dict,dict,dict]:
     "Models, rows and held-out rows by task; `ValueError` for what cannot be compared."
     named = name_models(models)
@@ -463,11 +462,12 @@ def _named_rows(models:Any, data:Any, held_out:Any, share:float)->tuple[dict,dic
     if not 0<share<1: raise ValueError(f'`share` is {share:g}; expected a number between 0 and 1')
     data = match_tasks(data, list(named), 'data')
     by_name = held_out is None or isinstance(held_out, Mapping)
-    held = dict(held_out or {}) if by_name else match_tasks(held_out, list(named), 'held-out')
+    held = dict(held_out or {}) if by_name else match_tasks(held_out, list(named), 'held_out')
     odd = next((t for t in held if t not in named), None)
     if odd is None: return named, data, held
     raise ValueError(f'`held_out` names {odd!r}, which is no task; they are {list(named)}')
 
+@checked
 def _compare(models:Any, data:Any, held_out:Any, methods:Any, share:float, seed:Seed, num_samples:Count|None,
              limit:Count|None, **given)->Comparison:
     given |= dict(share=share, seed=seed, num_samples=num_samples, limit=limit)

@@ -188,7 +188,7 @@ def is_wide(
 )->bool:
     "Whether a picture is so wide that a phone had better scroll it than shrink it."
     sizes = [struct.unpack('>II', b64decode(o['data']['image/png'])[16:24]) for o in outputs if 'image/png' in o.get('data', {})]
-    return any(w>2.6*h for w,h in sizes)
+    return any(w>2.6*h or w>1400 for w,h in sizes)
 
 def code_cell(cell, page:str, translate, of_page:dict):
     "A code cell with its directives, and those of its page, as MyST-NB's tags; without outputs that need a script of somebody else."

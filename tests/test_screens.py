@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import screens
@@ -94,3 +95,11 @@ def test_the_score_of_finetune_comes_first(made, tmp_path, monkeypatch, capsys):
     assert out[0].split()==['accuracy'] and re.fullmatch(r'more-reviews.csv +0\.\d{4}', out[1])
     assert cli.main([*line, 'b', '--json'])==0
     assert {'scores', 'base_hash', 'versions'}<=set(json.loads(capsys.readouterr().out))
+
+def test_the_page_shows_the_help_of_today():
+    "The stored texts have every option of every command, and no other."
+    cells = json.loads((Path(__file__).parent.parent/'nbs/app/02_cli.ipynb').read_text())['cells']
+    text, = (''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', ()) if '**demo**' in str(o.get('data')))
+    shown = {name: set(re.findall(r'--[a-z][\w-]*', usage)) for name, usage in re.findall(r'\*\*(\w+)\*\*\n\n```text\n(.*?)\n\n', text, re.S)}
+    def options(name): return {o for a in cli.make_parser(name)._subparsers._group_actions[0].choices[name]._actions for o in a.option_strings}
+    assert shown=={name: {o for o in options(name) if o.startswith('--')}-{'--help'} for name in cli.COMMANDS}

@@ -132,15 +132,17 @@ def test_a_base_that_is_none(here, tmp_path, monkeypatch, capsys):
     assert re.match(r"what fine-tuning changed in 'b' and 'c' has a cosine of 0\.9\d, where", said)
     said, = told(dict(a=own, b=first), tmp_path/'far')
     assert re.match(r"the weights of '[ab]' and `base` have a cosine of -?0\.0\d+, where", said)
+    said, = told(dict(a=own, b=first), own)
+    assert said=="'a' has the weights of `base`, so that it changes nothing; was it fine-tuned from it?"
     assert main(f'merge b={first} c={second} --base start --method ties --out {tmp_path}/m'.split())==0
-    assert capsys.readouterr().err.count('did one begin at the other?')==1
+    assert capsys.readouterr().err.count('or did one begin at the other?')==1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         merge(dict(b=first, c=second), method='average')
     assert not said
     for o in (first, second): (o/'tokenizer.json').write_bytes((here/'one'/'tokenizer.json').read_bytes())
     assert main(f'compare b={first} c={second} --base start --data b=single.csv c=other.csv --methods average,ties,dare,task-arithmetic'.split())==0
-    assert capsys.readouterr().err.count('did one begin at the other?')==1
+    assert capsys.readouterr().err.count('or did one begin at the other?')==1
 
 def test_which_rows_a_winner_measured(here, tmp_path, capsys):
     "Rows of a split have no name: recipe, card and screen say which they were, and how to have them again; where none were measured the recipe is whole."

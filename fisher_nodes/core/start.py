@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from .blocks import Block, Blocks
+from .families import body_of
 from .places import find_places
 from .schemes import NODE_ROLES
 
@@ -112,25 +113,42 @@ def warn_of_starts(
                   'like neither', StartsDiffer, stacklevel=2)
 
 # %% ../../nbs/core/09_start.ipynb #e2edbe27
-MOST = .5 # cosine above which two changes hardly began at the base
+MOST = .3 # cosine above which two changes hardly began at the base
 
 class BaseDiffers(UserWarning):
     "A base at which models hardly began."
+
+def _no_start(alike:list[Likeness])->str|None: # what is wrong
+    "Whether the base is of another start than a model."
+    o = least_alike([o for o in alike if o.b==''])
+    return o and (f'the weights of {o.a!r} and `base` have {starts_words(o)}, where a model and what it was '
+                  f'fine-tuned from have more than {LEAST}: was it?')
+
+def _no_change(states:Mapping[str,Mapping[str,Any]], base:Mapping[str,Any],
+               model:PreTrainedModel)->str|None: # what is wrong
+    "Whether a model is the base."
+    names = [n for n,p in body_of(model).named_parameters() if p.ndim and n in base]
+    def same(a, b): return torch.equal(a.cpu(), b.cpu().to(a.dtype))
+    def is_base(o): return all(same(_some(o, n), _some(base, n)) for n in names if n in o)
+    task = next((t for t,o in states.items() if is_base(o)), None)
+    return task and f'{task!r} has the weights of `base`, so that it changes nothing; was it fine-tuned from it?'
+
+def _shared(states:Mapping[str,Mapping[str,Any]], base:Mapping[str,Any],
+            model:PreTrainedModel)->str|None: # what is wrong
+    "Whether two models changed the base alike."
+    o = max(start_cosines(states, model, base)[0], key=lambda o: o.cosine, default=None)
+    if o is None or o.cosine<MOST: return None
+    return (f'what fine-tuning changed in {o.a!r} and {o.b!r} has a cosine of {o.cosine:.2g}, where two models '
+            f'that each began at `base` have less than {MOST}: is it what they began at, or did one begin at '
+            'the other? What they share is counted twice')
 
 def warn_of_base(
     states:Mapping[str,Mapping[str,Any]], # task -> body, tensors or places on disk
     base:Mapping[str,Any], # a body too
     model:PreTrainedModel, # any of them; tells where nodes are
 ):
-    "A warning naming the model that is no child of the base, or the two that share what they changed."
+    "A warning naming the model that is no child of the base, or is it; or the two that share what they changed."
     alike,count = start_cosines(dict(states) | {'': base}, model) # no task has an empty name
-    far = least_alike([o for o in alike if o.b==''])
-    shared = max(start_cosines(states, model, base)[0], key=lambda o: o.cosine, default=None)
     if count<ENOUGH: return
-    if far: return warnings.warn(
-        f'the weights of {far.a!r} and `base` have {starts_words(far)}, where a model and what it was '
-        f'fine-tuned from have more than {LEAST}: was it?', BaseDiffers, stacklevel=2)
-    if shared and shared.cosine>MOST: warnings.warn(
-        f'what fine-tuning changed in {shared.a!r} and {shared.b!r} has a cosine of {shared.cosine:.2g}, '
-        f'where two models that each began at `base` have less than {MOST}: did one begin at the other? '
-        'Then what they share is counted twice', BaseDiffers, stacklevel=2)
+    if said := _no_start(alike) or _no_change(states, base, model) or _shared(states, base, model):
+        warnings.warn(said, BaseDiffers, stacklevel=2)

@@ -131,23 +131,24 @@ def _no_change(states:Mapping[str,Mapping[str,Any]], base:Mapping[str,Any],
     def same(a, b): return torch.equal(a.cpu(), b.cpu().to(a.dtype))
     def is_base(o): return all(same(_some(o, n), _some(base, n)) for n in names if n in o)
     task = next((t for t,o in states.items() if is_base(o)), None)
-    return task and f'{task!r} has the weights of `base`, so that it changes nothing; was it fine-tuned from it?'
+    return task and (f'{task!r} has the weights of `base`, so that it changes nothing; '
+                     'was it fine-tuned from it?')
 
 def _shared(states:Mapping[str,Mapping[str,Any]], base:Mapping[str,Any],
             model:PreTrainedModel)->str|None: # what is wrong
     "Whether two models changed the base alike."
     o = max(start_cosines(states, model, base)[0], key=lambda o: o.cosine, default=None)
     if o is None or o.cosine<MOST: return None
-    return (f'what fine-tuning changed in {o.a!r} and {o.b!r} has a cosine of {o.cosine:.2g}, where two models '
-            f'that each began at `base` have less than {MOST}: is it what they began at, or did one begin at '
-            'the other? What they share is counted twice')
+    return (f'what fine-tuning changed in {o.a!r} and {o.b!r} has a cosine of {o.cosine:.2g}, where two '
+            f'models that each began at `base` have less than {MOST}: is it what they began at, or did one '
+            'begin at the other? What they share is counted twice')
 
 def warn_of_base(
     states:Mapping[str,Mapping[str,Any]], # task -> body, tensors or places on disk
     base:Mapping[str,Any], # a body too
     model:PreTrainedModel, # any of them; tells where nodes are
 ):
-    "A warning naming the model that is no child of the base, or is it; or the two that share what they changed."
+    "A warning naming the model that did not begin at the base, or is it; or the two that changed it alike."
     alike,count = start_cosines(dict(states) | {'': base}, model) # no task has an empty name
     if count<ENOUGH: return
     if said := _no_start(alike) or _no_change(states, base, model) or _shared(states, base, model):

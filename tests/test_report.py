@@ -27,7 +27,7 @@ from fisher_nodes.experiment.report import report
 from fisher_nodes.experiment.intervals import (
     PAPER_TABLE1, bootstrap, fast_median, paired_scores, per_seed, summarise, table1, verdict)
 from fisher_nodes.experiment.results import (
-    as_text, choose, commands, load_bench, load_errors, load_results, markdown, provenance)
+    as_text, choose, commands, for_readers, load_bench, load_errors, load_results, markdown, origin_table, provenance)
 
 matplotlib.use('agg')
 TASKS = dict(mnli=(.73, .35), qqp=(.86, .63), mrpc=(.72, .68), rte=(.65, .53))  # own accuracy, majority; mrpc is flagged
@@ -361,6 +361,25 @@ def test_as_text_and_markdown():
     assert markdown(o).splitlines()[:2] == ['| a b | n | s | i | b |', '|---|---|---|---|---|']
     assert markdown(o.assign(s='x|y')).splitlines()[2] == '| 1.2 | 2,048 | x\\|y | 3 | True |'
     assert len({line.count('|') for line in markdown(o).splitlines()}) == 1
+
+
+def test_for_readers():
+    "Names of columns and levels become words, and whole numbers have commas; what stands in a line's margin is left."
+    o = pd.DataFrame(dict(median_sd=[1.25, np.nan], own=[2048, 3]), index=pd.MultiIndex.from_tuples([('gain', 32768), ('min', 128)], names=['name', 'num_samples']))
+    said = for_readers(o)
+    assert list(said) == ['sd of the median', 'own'] and list(said.index.names) == ['method', 'N']
+    assert said.index.tolist() == [('gain', '32,768'), ('min', '128')] and said.values.tolist() == [['1.2', '2,048'], ['–', '3']]
+    wide = for_readers(o.own.unstack())
+    assert wide.columns.name == 'N' and list(wide) == ['128', '32,768'] and list(o) == ['median_sd', 'own']
+
+
+def test_origins_of_several_folders(tmp_path):
+    one = provenance(write(tmp_path/'one', results() | dict(own=own())))
+    two = provenance(write(tmp_path/'two', dict(own=own(), a=result('average'))))
+    lines = origin_table(dict(one=one, two=two)).splitlines()
+    assert lines[0] == '|  | one | two |' and '| N | 128, 2,048 | none |' in lines and '| models | 2, 3, 4 | 2 |' in lines
+    assert '| validation rows at most | 1,000 | 1,000 |' in lines and not any('checkpoints' in o for o in lines)
+    assert one.num_samples == '128, 2048'
 
 
 def test_provenance(tmp_path):

@@ -299,7 +299,8 @@ def plot_errors(
     kinds = errors.groupby('kind', sort=False)
     for i,(kind,rows) in enumerate(kinds): _error_line(ax, rows, part, i, kind)
     if not rank: _log_axis(ax)
-    ax.set_title(f'Fisher of {part.removesuffix("_rank")} against the largest N')
+    nodes = 'neurons' if part.startswith('rows') else 'attention heads'
+    ax.set_title(f'Fisher of {nodes} against the largest N')
     ax.set_ylabel('rank correlation' if rank else 'relative L2 error')
     _sample_axis(ax, samples.unique().tolist())
     ax.set_xlim(samples.min()/1.5, samples.max()*1.5)

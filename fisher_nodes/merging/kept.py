@@ -34,8 +34,8 @@ def keep_rows(
     n = len(set(sum(example_keys(rows[few]), [])))
     what = 'rows' if n==rows[few].num_examples else 'different rows'
     if fits and share==1: raise ValueError('`refit_heads` is 1, which leaves no rows to fit the body to')
-    raise ValueError(f'{few!r} has {n} {what}, too few to keep a share of {share} for its head; give more, or '
-                     'none to heads: 0 for `refit_heads`')
+    raise ValueError(f'{few!r} has {n} {what}, too few to keep a share of {share} for its head; give more, '
+                     'or none to heads: 0 for `refit_heads`')
 
 # %% ../../nbs/merging/06a_kept.ipynb #8d1ee362
 def _plain(o:Any)->Any:

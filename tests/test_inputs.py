@@ -332,6 +332,15 @@ def test_a_column_is_text_or_label(tmp_path, head):
     for read in (lambda **how: load_task(tmp_path/'a.csv', head=head, **how), lambda **how: text_rows(tmp_path/'a.csv', **how)):
         with pytest.raises(ValueError, match="a.csv: column 'text' cannot be both `text` and `label`"): read(text=['text'], label='text')
 
+@pytest.mark.parametrize('how, why', [
+    (dict(text='reviewz', label='stars'), r"column 'reviewz' is not there; expected text, among \['review', 'stars', 'label'\]"),
+    (dict(text='label', label='stars'), r"column 'label' holds labels, which are not read as text; name another with `text=` \(--text\), among \['review'\]"),
+    (dict(text='label'), r"column 'label' holds labels.*among \['review', 'stars'\]")])
+def test_columns_are_named_as_the_file_names_them(tmp_path, how, why):
+    (tmp_path/'a.csv').write_text('review,stars,label\na,0,x\nb,1,y\n')
+    for read in (load_task, text_rows):
+        with pytest.raises(ValueError, match=f'^a.csv: {why}$'): read(tmp_path/'a.csv', **how)
+
 def test_a_byte_order_mark_is_no_letter(tmp_path):
     for name, text in (('a.csv', 'text,label\nab,0\ncd,1\n'), ('a.jsonl', '{"text": "ab", "label": 0}\n{"text": "cd", "label": 1}')):
         (tmp_path/name).write_text(text, encoding='utf-8-sig')

@@ -35,7 +35,7 @@ from .losses import (
 from .memory import part, run_batches, shared_budget
 from .models import adapter_origin, model_name, resolve_model
 from .processes import is_main, together
-from .rows import is_dataset
+from .rows import is_dataset, is_raw
 from .spread import spread
 from ..methods.full_fisher import ParameterFisher
 from ..methods.mask_fisher import MATRICES
@@ -322,7 +322,8 @@ def measure(
     "Measure a statistic of a model on data; `ValueError` for bad input, before long work."
     about,run = STATISTICS[name],run_options(**kwargs)
     check_checkpointing(about, checkpointing)
-    model,run['tokenizer'] = resolve_model(model, run['tokenizer'], run.pop('merge_adapters'))
+    adapters = run.pop('merge_adapters')
+    model,run['tokenizer'] = resolve_model(model, run['tokenizer'], adapters, needed=is_raw(data))
     find_family(model)
     asked = dict(variant=variant, labels=labels, matrices=matrices, loss=loss, reduction=reduction)
     asked |= dict(seed=run['seed'], checkpointing=checkpointing)

@@ -129,7 +129,9 @@ class Merged(Mapping):
         self.tokenizer = None if several else tokenizer
         self.tokenizers = dict(tokenizer) if several else dict.fromkeys(models, tokenizer)
 
-    def __getitem__(self, task): return self.models[task]
+    def __getitem__(self, task):
+        if task in self.models: return self.models[task]
+        raise KeyError(f'there is no task {quoted(task)}; they are {list(self.models)}')
     def __iter__(self): return iter(self.models)
     def __len__(self): return len(self.models)
     def __repr__(self):
@@ -146,9 +148,13 @@ def _check_one_pass(models:Mapping[str,PreTrainedModel]):
 
 @patch
 def logits(self:Merged,
+    *given, # nothing: inputs have names
     **inputs, # what the body takes: `input_ids`, `attention_mask`, …
 )->dict[str,Tensor]: # task -> logits
     "The logits of every task from one pass through the shared body."
+    if given:
+        raise TypeError('`logits` takes inputs by name, as `logits(**inputs)`; '
+                        f'got {type(given[0]).__name__} without a name')
     bare = [t for t,m in self.models.items() if m is self.body]
     if bare:
         raise ValueError(f'the models of {bare} have no task head of their own; '
@@ -193,7 +199,7 @@ def _chosen_tasks(merged:Merged, tasks:str|Sequence[str]|None)->list[str]:
 
 def _by_tokenizer(merged:Merged, tasks:Sequence[str], tokenizer:Any)->list[tuple[Any,list[str]]]:
     "Tokenizers, each with the tasks that it is for."
-    found = []
+    tokenizer,found = load_tokenizer(merged.body, tokenizer),[]
     for t in tasks:
         own = tokenizer or merged.tokenizers[t]
         if own is None: raise ValueError(f'task {t!r} has no tokenizer; give `tokenizer=`')

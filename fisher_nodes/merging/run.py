@@ -49,6 +49,7 @@ from ..engine.measure import (
 from ..engine.models import (
     HOW, ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
 from ..engine.processes import from_main, once
+from ..engine.rows import is_raw
 from ..engine.text import same_tokens
 from .card import agreed_modules
 from .kept import average_is_nearer, fit_heads, keep_rows
@@ -364,6 +365,11 @@ def _load_spec(request:MergeRequest, task:str, model:PreTrainedModel)->tuple[Any
     try: return load_rows(request.data[task], model, **columns, loss=loss, labels=request.reads_labels)
     except (ValueError, FileNotFoundError) as e: raise ValueError(f'data of {task!r}: {e}') from None
 
+def _check_tokenizer(request:MergeRequest, inputs:Inputs, task:str, rows:Any):
+    "`ValueError` naming a model that has nothing beside it to read raw rows by."
+    place = _place(request.models[task])
+    if inputs.tokenizers[task] is None and place and is_raw(rows): load_tokenizer(place)
+
 def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[str,Any]]:
     "The rows of a task, and how they are read."
     rows,how = request.data[task],dict(tokenizer=inputs.tokenizers[task])
@@ -371,8 +377,9 @@ def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[st
     is_spec = isinstance(rows, (str, Path))
     if not is_spec and task_value(request.label, task):
         raise ValueError(f'`label` of {task!r} is about a file; rows have `label` or `labels`')
-    if not is_spec: return rows, how
-    rows,about = _load_spec(request, task, inputs.models[task])
+    rows,about = _load_spec(request, task, inputs.models[task]) if is_spec else (rows, None)
+    _check_tokenizer(request, inputs, task, rows)
+    if about is None: return rows, how
     return rows, how | dict(text=about.text or None, max_length=how['max_length'] or about.max_length)
 
 def _objective(model:PreTrainedModel, asked:Mapping[str,Any])->Any:

@@ -419,6 +419,14 @@ def test_padding_without_a_mask_is_refused(family, pad, side):
     same(mask_fisher(model, rows.add_column('attention_mask', mask)), want)
     with pytest.warns(UserWarning, match='row 1 has padding'): mask_fisher(model, rows.add_column('attention_mask', [[1]*3]*2))
 
+@pytest.mark.parametrize('columns, own', [(dict(text=PREMISES), 2), (dict(premise=PREMISES, hypothesis=HYPOTHESES), 3)])
+def test_a_limit_leaves_something_of_a_text(tmp_path, columns, own):
+    model, tok, rows = named(), tokenizer(tmp_path), Dataset.from_dict(columns | dict(label=LABELS))
+    why = f'`max_length` of {own} leaves nothing of a text, since the tokenizer adds {own} tokens of its own; expected at least {own+1}$'
+    for f in (mask_fisher, evaluate, lambda *o, **how: merge([model], data=[rows], **how)):
+        with pytest.raises(ValueError, match=why): f(model, rows, tokenizer=tok, max_length=own, progress=False)
+    assert evaluate(model, rows, tokenizer=tok, max_length=own+1, progress=False)['accuracy'] >= 0
+
 def test_rows_without_padding_need_no_mask():
     model, rows = tiny(), examples(6)
     bare = Dataset.from_list([{k: v for k, v in o.items() if k != 'attention_mask'} for o in rows])

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..core.heads import IGNORED, Head
 from .classes import head_names
 from ..methods.method import one_line
-from .text import check_text, plain_word, text_columns, text_limit, tokenize
+from .text import check_limit, check_text, plain_word, text_columns, text_limit, tokenize
 
 # %% ../../nbs/engine/05e_rows.ipynb #85f62803
 INPUTS = ('input_ids', 'pixel_values', 'input_values', 'input_features')
@@ -80,6 +80,7 @@ def _strings(rows:Rows, name:str)->list[str]: return _column(rows, name, str, 't
 
 def _encode(rows:Rows, *texts:Any, **how)->Any:
     "Texts as tokens, without padding."
+    check_limit(rows.tokenizer, rows.limit, len(texts)>1)
     return rows.tokenizer(*texts, truncation=how.pop('truncation', rows.limit is not None),
                           max_length=rows.limit, padding=False, **how)
 

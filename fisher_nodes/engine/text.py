@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'NO_TEXT', 'STRINGS', 'LOOKED_AT', 'PROBES', 'plain_word', 'known_text', 'repeats', 'trained_record',
-           'recorded_text', 'check_text', 'pick_text', 'text_columns', 'max_positions', 'text_limit', 'tokenize',
-           'same_tokens']
+           'recorded_text', 'check_text', 'pick_text', 'text_columns', 'max_positions', 'text_limit', 'check_limit',
+           'tokenize', 'same_tokens']
 
 # %% ../../nbs/engine/05a_text.ipynb #d370a3f0
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -166,12 +166,24 @@ def text_limit(
     "How much of a text is read; `ValueError` for what is no number of tokens."
     return min((o for o in (max_length, max_positions(model)) if o), default=None)
 
+def check_limit(
+    tokenizer:Any, # a Hugging Face tokenizer
+    limit:int|None, # tokens kept of a row; None keeps all
+    pair:bool=False, # whether a row has two texts
+):
+    "`ValueError` for a limit that the tokenizer's own tokens use up, so that nothing of a text is read."
+    count = getattr(tokenizer, 'num_special_tokens_to_add', None)
+    if limit is None or count is None or limit>(own := count(pair)): return
+    raise ValueError(f'`max_length` of {limit} leaves nothing of a text, since the tokenizer adds {own} '
+                     f'tokens of its own; expected at least {own+1}')
+
 def tokenize(
     texts:Sequence[Sequence[str]], # one column, or two for pairs
     tokenizer:Any, # a Hugging Face tokenizer
     max_length:int|None=None, # in tokens; longer text is cut
 )->dict[str,list]: # the tokenizer's columns, without padding
     "Tokenise text in memory."
+    check_limit(tokenizer, max_length, len(texts)>1)
     return dict(tokenizer(*texts, truncation=max_length is not None, max_length=max_length, padding=False))
 
 # %% ../../nbs/engine/05a_text.ipynb #a6889ca9

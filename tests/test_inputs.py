@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, Value
-from fisher_nodes import Merged, evaluate, finetune, linear_grams, mask_fisher, merge, parameter_fisher
+from fisher_nodes import Merged, evaluate, finetune, linear_grams, mask_fisher, merge, parameter_fisher, predict
 from fisher_nodes.app.cli import main
 from fisher_nodes.engine.models import head_tensors
 from fisher_nodes.merging.run import merge_files
@@ -426,6 +426,26 @@ def test_a_limit_leaves_something_of_a_text(tmp_path, columns, own):
     for f in (mask_fisher, evaluate, lambda *o, **how: merge([model], data=[rows], **how)):
         with pytest.raises(ValueError, match=why): f(model, rows, tokenizer=tok, max_length=own, progress=False)
     assert evaluate(model, rows, tokenizer=tok, max_length=own+1, progress=False)['accuracy'] >= 0
+
+def warned(f, *args, **how):
+    "What is said of empty texts."
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        f(*args, progress=False, **how)
+    return [str(o.message) for o in found if 'empty text' in str(o.message)]
+
+def test_empty_texts_are_counted(tmp_path):
+    a, b = saved(tmp_path/'a', named()), saved(tmp_path/'b', named(seed=1))
+    some, every = [Dataset.from_dict(dict(text=o, label=LABELS)) for o in (['it', '', 'a cat', ' \t', 'no'], PREMISES)]
+    said = '2 of 5 rows have an empty text, the first is row 1'
+    for f in (mask_fisher, evaluate, predict): assert warned(f, a, some)==[said] and warned(f, a, every)==[]
+    for method in ('mask-fisher', 'best'): assert warned(merge, dict(a=a, b=b), data=dict(a=some, b=every), method=method, refit_heads=.4)==[f"'a': {said}"]
+    task = Task('moods', ('text',), NLI)
+    assert warned(evaluate, a, some, task)==[f"'moods': {said}"]
+    assert warned(predict, a, [''])==['1 of 1 rows has an empty text, the first is row 0']
+    pairs = Dataset.from_dict(dict(premise=PREMISES, hypothesis=['no']*4+[''], label=LABELS))
+    assert warned(evaluate, a, pairs)==['1 of 5 rows has an empty text, the first is row 4']
+    assert warned(Merged.predict, merge(dict(a=a, b=b), method='average'), ['it', ''])==['1 of 2 rows has an empty text, the first is row 1']
 
 def test_rows_without_padding_need_no_mask():
     model, rows = tiny(), examples(6)

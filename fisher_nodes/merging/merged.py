@@ -44,6 +44,7 @@ from ..engine.hub import hub_name, hub_refusals
 from ..engine.models import FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
 from ..engine.reading import check_inside, load_json, read_text
+from ..engine.rows import warn_of_empty
 from ..engine.text import check_text, recorded_text, same_tokens, trained_record
 from .card import beside_files, check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
@@ -226,6 +227,7 @@ def _predict(merged:Merged, texts:Any, tasks:Any, tokenizer:Any, max_length:Coun
     data,columns = text_data(texts)
     asked = _chosen_tasks(merged, tasks)
     _check_asked(merged, asked, len(columns))
+    warn_of_empty(merged.body, data, columns)
     groups,found = _by_tokenizer(merged, asked, tokenizer),{}
     whole = nn.ModuleList([merged[t] for t in asked]) # moved and frozen together
     place = None if device is None else running_device(merged.body, device)

@@ -136,7 +136,8 @@ def warn_of_empty(
     except (ValueError, KeyError): return # whoever reads the rows says it
     if not len(blank): return
     have,start = 'has' if len(blank)==1 else 'have',f'{said}: ' if said else ''
-    warnings.warn(f'{start}{len(blank)} of {len(data)} rows {have} an empty text, the first is row {blank[0]}')
+    warnings.warn(f'{start}{len(blank)} of {len(data)} rows {have} an empty text, '
+                  f'the first is row {blank[0]}')
 
 PAIR_SCORES = ('label', 'labels', 'score', 'similarity_score')
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, Value
-from fisher_nodes import Merged, evaluate, finetune, linear_grams, mask_fisher, merge, parameter_fisher
+from fisher_nodes import Merged, evaluate, finetune, linear_grams, mask_fisher, merge, parameter_fisher, predict
 from fisher_nodes.app.cli import main
 from fisher_nodes.engine.models import head_tensors
 from fisher_nodes.merging.run import merge_files
@@ -303,6 +303,9 @@ def test_columns_are_those_of_all_rows(tmp_path):
     ('a.jsonl', b'{"text": "a"}\n["b"]', 'row 1 is list; expected an object'),
     ('a.json', b'{"rows": [1]', 'line 1 is not JSON'),
     ('a.csv', b'text,text,label\na,b,0\n', "column 'text' is there twice"),
+    ('a.csv', b'text;label\na,b;0\n', "its header is separated by ';', expected commas; save it with commas"),
+    ('a.csv', b'\xef\xbb\xbftext;label\n"a;0\n', "its header is separated by ';'"), ('a.csv', b'\n"a,b"\tlabel\na\t0\n', 'its header is separated by tabs, expected commas'),
+    ('a.tsv', b'text,label\na,0\n', 'its header is separated by commas, expected tabs'), ('a.tsv.gz', gzip.compress(b'text;label\na;0\n'), "its header is separated by ';', expected tabs"),
     ('a.csv', b'text,label\na,0,1\n', 'Expected 2 columns, got 3'),
     ('a.tsv', b'text\tlabel\n"so it\t0\nwent"\t1\n', 'a quote is not closed'),
     ('a.csv', b'text,label\na,true\nb,false\n', 'labels must be integers, floats or strings, got bool'),
@@ -328,6 +331,15 @@ def test_a_column_is_text_or_label(tmp_path, head):
     (tmp_path/'a.csv').write_text('text,label\na,0\nb,1\n')
     for read in (lambda **how: load_task(tmp_path/'a.csv', head=head, **how), lambda **how: text_rows(tmp_path/'a.csv', **how)):
         with pytest.raises(ValueError, match="a.csv: column 'text' cannot be both `text` and `label`"): read(text=['text'], label='text')
+
+@pytest.mark.parametrize('how, why', [
+    (dict(text='reviewz', label='stars'), r"column 'reviewz' is not there; expected text, among \['review', 'stars', 'label'\]"),
+    (dict(text='label', label='stars'), r"column 'label' holds labels, which are not read as text; name another with `text=` \(--text\), among \['review'\]"),
+    (dict(text='label'), r"column 'label' holds labels.*among \['review', 'stars'\]")])
+def test_columns_are_named_as_the_file_names_them(tmp_path, how, why):
+    (tmp_path/'a.csv').write_text('review,stars,label\na,0,x\nb,1,y\n')
+    for read in (load_task, text_rows):
+        with pytest.raises(ValueError, match=f'^a.csv: {why}$'): read(tmp_path/'a.csv', **how)
 
 def test_a_byte_order_mark_is_no_letter(tmp_path):
     for name, text in (('a.csv', 'text,label\nab,0\ncd,1\n'), ('a.jsonl', '{"text": "ab", "label": 0}\n{"text": "cd", "label": 1}')):
@@ -406,6 +418,34 @@ def test_padding_without_a_mask_is_refused(family, pad, side):
     same(mask_fisher(model, [whole]), want)
     same(mask_fisher(model, rows.add_column('attention_mask', mask)), want)
     with pytest.warns(UserWarning, match='row 1 has padding'): mask_fisher(model, rows.add_column('attention_mask', [[1]*3]*2))
+
+@pytest.mark.parametrize('columns, own', [(dict(text=PREMISES), 2), (dict(premise=PREMISES, hypothesis=HYPOTHESES), 3)])
+def test_a_limit_leaves_something_of_a_text(tmp_path, columns, own):
+    model, tok, rows = named(), tokenizer(tmp_path), Dataset.from_dict(columns | dict(label=LABELS))
+    why = f'`max_length` of {own} leaves nothing of a text, since the tokenizer adds {own} tokens of its own; expected at least {own+1}$'
+    for f in (mask_fisher, evaluate, lambda *o, **how: merge([model], data=[rows], **how)):
+        with pytest.raises(ValueError, match=why): f(model, rows, tokenizer=tok, max_length=own, progress=False)
+    assert evaluate(model, rows, tokenizer=tok, max_length=own+1, progress=False)['accuracy'] >= 0
+
+def warned(f, *args, **how):
+    "What is said of empty texts."
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        f(*args, progress=False, **how)
+    return [str(o.message) for o in found if 'empty text' in str(o.message)]
+
+def test_empty_texts_are_counted(tmp_path):
+    a, b = saved(tmp_path/'a', named()), saved(tmp_path/'b', named(seed=1))
+    some, every = [Dataset.from_dict(dict(text=o, label=LABELS)) for o in (['it', '', 'a cat', ' \t', 'no'], PREMISES)]
+    said = '2 of 5 rows have an empty text, the first is row 1'
+    for f in (mask_fisher, evaluate, predict): assert warned(f, a, some)==[said] and warned(f, a, every)==[]
+    for method in ('mask-fisher', 'best'): assert warned(merge, dict(a=a, b=b), data=dict(a=some, b=every), method=method, refit_heads=.4)==[f"'a': {said}"]
+    task = Task('moods', ('text',), NLI)
+    assert warned(evaluate, a, some, task)==[f"'moods': {said}"]
+    assert warned(predict, a, [''])==['1 of 1 rows has an empty text, the first is row 0']
+    pairs = Dataset.from_dict(dict(premise=PREMISES, hypothesis=['no']*4+[''], label=LABELS))
+    assert warned(evaluate, a, pairs)==['1 of 5 rows has an empty text, the first is row 4']
+    assert warned(Merged.predict, merge(dict(a=a, b=b), method='average'), ['it', ''])==['1 of 2 rows has an empty text, the first is row 1']
 
 def test_rows_without_padding_need_no_mask():
     model, rows = tiny(), examples(6)

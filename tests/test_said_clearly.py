@@ -15,6 +15,7 @@ from fisher_nodes.methods.method import SHELL, in_shell
 from reference import examples, tiny
 from test_bad_input import refuses
 from test_hostile import both, pair
+from transformers import AutoModelForSequenceClassification
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -117,6 +118,33 @@ def test_no_tokenizer_is_none(here):
         for o in (here/t).glob('*token*'): o.unlink()
     assert merge(pair(here), method='average').tokenizer is None
 
+def test_a_model_without_a_tokenizer_is_named_and_not_the_rows(here):
+    for o in (here/'b').glob('*token*'): o.unlink()
+    rows = Dataset.from_dict(dict(text=['it'], label=[0]))
+    for f in (lambda: merge(pair(here), data=dict(a=here/'rows.csv', b=here/'rows.csv')), lambda: merge(pair(here), data=[rows, rows]), lambda: mask_fisher(here/'b', rows)):
+        with refuses('^.*/b has no tokenizer; give `tokenizer=`$'): f()
+
+def test_rows_in_place_of_fishers(here):
+    rows = Dataset.from_list(examples(4, 2))
+    for given, says in ((here/'rows.csv', r'.*rows\.csv'), ('glue:rte', 'glue:rte'), (rows, 'Dataset'), ([dict(input_ids=torch.ones(1, 3))], 'list')):
+        with refuses(f"^`fishers` of 'a': {says} is not a saved MaskFisher, but rows; give `data=`$"): merge(pair(here), dict(a=given, b=given))
+        with refuses("is not a saved ParameterFisher, but rows"): merge(pair(here), [given, given], method='fisher')
+
+def test_a_tokenizer_by_the_name_of_its_folder(here):
+    from fisher_nodes import predict
+    model = AutoModelForSequenceClassification.from_pretrained(here/'a')
+    want = predict(here/'a', ['it'], progress=False)
+    torch.testing.assert_close(predict(model, ['it'], tokenizer=str(here/'a'), progress=False), want, rtol=0, atol=0)
+    with refuses('gone has no tokenizer'): predict(model, ['it'], tokenizer='gone')
+
+def test_a_merged_model_asked_wrongly(here):
+    both = merge(pair(here), method='average')
+    with pytest.raises(KeyError, match=r"there is no task 'aa'; they are \['a', 'b'\]"): both['aa']
+    assert 'aa' not in both and both.get('aa') is None and both['a'] is both.models['a']
+    tokens = dict(input_ids=torch.tensor([[1, 2]]))
+    with pytest.raises(TypeError, match=r'`logits` takes inputs by name, as `logits\(\*\*inputs\)`; got dict without a name'): both.logits(tokens)
+    assert list(both.logits(**tokens)) == ['a', 'b']
+
 
 # --- models in memory -----------------------------------------------------------------------
 
@@ -161,7 +189,9 @@ WORDS = {
     'merge a=a b=b --method average --max-shard-size x --out new': "--max-shard-size is 'x'", 'merge a=a b=b --method average --out a': 'is not empty',
     'merge a=a b=b --method average --seed 99999999999999999999999 --out new': '--seed: expected a whole number', 'merge a=a b=b --method average --out merged': 'give --overwrite to replace it',
     f'merge a=a b=b --method average --num-samples {"9"*5000} --out new': '--num-samples: expected a whole number', 'fisher a --data rows.csv --max-length ² --out x': '--max-length: expected a whole',
-    'merge a=a b=b --fisher a=rows.csv b=rows.csv --out new': 'rows.csv is not a saved', f'merge a=a b=b --method ties --base a --options density={"["*3000} --out new': '`density` is'}
+    'merge merged --out new': 'merged is a folder, not a recipe; give its recipe, merged/recipe.yml', 'merge merged --method average --out new': 'give its recipe, merged/recipe.yml',
+    'merge a --out new': 'a is a folder, not a recipe; give TASK=MODEL for each model, or a recipe file',
+    'merge a=a b=b --fisher a=rows.csv b=rows.csv --out new': 'rows.csv is not a saved MaskFisher, but rows; give --data', f'merge a=a b=b --method ties --base a --options density={"["*3000} --out new': '`density` is'}
 
 @pytest.mark.parametrize('line,says', WORDS.items(), ids=range(len(WORDS)))
 def test_words_of_the_shell(line, says, here, capsys, monkeypatch):

@@ -222,11 +222,20 @@ def _is_recipe(args:argparse.Namespace)->bool:
     given = getattr(args, 'models', None) or ['=']
     return len(given)==1 and '=' not in given[0]
 
+def _check_no_folder(name:str):
+    "`ValueError` for a folder in place of a recipe."
+    from fisher_nodes.engine.files import RECIPE
+    if not Path(name).is_dir(): return
+    own = Path(name)/RECIPE
+    hint = f'give its recipe, {own}' if own.is_file() else 'give TASK=MODEL for each model, or a recipe file'
+    raise ValueError(f'{name} is a folder, not a recipe; {hint}')
+
 def run_merge(args:argparse.Namespace)->dict|None:
     "Merge models of several tasks into one body with a head for each, or repeat a recipe."
     from fisher_nodes.engine.files import check_folder
     from fisher_nodes.engine.processes import from_main
     recipe = _is_recipe(args)
+    if recipe: _check_no_folder(args.models[0])
     if args.accept_changes and not recipe:
         raise ValueError('--accept-changes is about a recipe; these are models')
     import_methods(args.imports)

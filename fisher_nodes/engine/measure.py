@@ -35,7 +35,7 @@ from .losses import (
 from .memory import part, run_batches, shared_budget
 from .models import adapter_origin, model_name, resolve_model
 from .processes import is_main, together
-from .rows import is_dataset
+from .rows import is_dataset, is_raw, warn_of_empty
 from .spread import spread
 from ..methods.full_fisher import ParameterFisher
 from ..methods.mask_fisher import MATRICES
@@ -317,17 +317,20 @@ def measure(
     matrices:str|None=None, # as in `mask_fisher`
     one_at_a_time:bool=False, # as in `parameter_fisher`
     checkpointing:bool=False, # as in `mask_fisher`
+    said:str|None='', # whose rows they are, where some texts are empty; None warns of none
     **kwargs, # of `run_options`
 )->Any: # of the statistic's own class
     "Measure a statistic of a model on data; `ValueError` for bad input, before long work."
     about,run = STATISTICS[name],run_options(**kwargs)
     check_checkpointing(about, checkpointing)
-    model,run['tokenizer'] = resolve_model(model, run['tokenizer'], run.pop('merge_adapters'))
+    adapters = run.pop('merge_adapters')
+    model,run['tokenizer'] = resolve_model(model, run['tokenizer'], adapters, needed=is_raw(data))
     find_family(model)
     asked = dict(variant=variant, labels=labels, matrices=matrices, loss=loss, reduction=reduction)
     asked |= dict(seed=run['seed'], checkpointing=checkpointing)
     objective = check_choices(model, **asked) if 'labels' in about.takes else None
     check_placed(model, run['device'])
+    if said is not None: warn_of_empty(model, data, run['text'], said)
     choices = dict(variant=variant, objective=objective, matrices=matrices, one_at_a_time=one_at_a_time,
                    checkpointing=checkpointing)
     return _measure(about, model, data, choices, run)

@@ -506,10 +506,11 @@ def _knows_words(tokenizer:Any)->bool:
 
 def load_tokenizer(
     model:PreTrainedModel|str|Path, # a `PreTrainedModel`, a local folder or a Hub id
-    tokenizer:Any=None, # returned as it is if given
+    tokenizer:Any=None, # returned as it is if given; a folder or Hub id is read
     needed:bool=True, # whether a folder without one is an error
 )->Any: # a tokenizer, or for images and sounds another processor; None where there is none
     "The tokenizer, or other processor, saved with a model."
+    if isinstance(tokenizer, (str, Path)): return load_tokenizer(tokenizer)
     if tokenizer is not None or not isinstance(model, (str, Path)): return tokenizer
     model = fetched(model)
     auto = _processor_class(model)
@@ -525,9 +526,10 @@ def resolve_model(
     model:PreTrainedModel|str|Path, # a model, folder or Hub id
     tokenizer:Any=None, # comes before the one beside the model
     merge_adapters:bool|None=None, # as in `load_model`
+    needed:bool=False, # whether a folder without a tokenizer is an error
 )->tuple[PreTrainedModel,Any]: # model, and tokenizer or None
     "A model as it is, or loaded together with its tokenizer."
-    return load_model(model, merge_adapters), load_tokenizer(model, tokenizer, needed=False)
+    return load_model(model, merge_adapters), load_tokenizer(model, tokenizer, needed)
 
 # %% ../../nbs/engine/05_models.ipynb #7ca1970e
 def head_tensors(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'PAIR_SCORES', 'READS', 'is_dataset', 'is_made', 'shown', 'is_raw', 'Rows', 'Columns', 'class_names',
-           'read_texts', 'dataset_classes', 'read_pairs', 'read_words', 'read_questions', 'read_choices', 'hide_tokens',
-           'read_masked', 'read_next', 'read_answered', 'read_images', 'read_sounds', 'made_columns', 'read_rows']
+           'read_texts', 'dataset_classes', 'warn_of_empty', 'read_pairs', 'read_words', 'read_questions',
+           'read_choices', 'hide_tokens', 'read_masked', 'read_next', 'read_answered', 'read_images', 'read_sounds',
+           'made_columns', 'read_rows']
 
 # %% ../../nbs/engine/05e_rows.ipynb #92e8127a
 import random
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from ..core.heads import IGNORED, Head
 from .classes import head_names
 from ..methods.method import one_line
-from .text import check_text, plain_word, text_columns, text_limit, tokenize
+from .text import check_limit, check_text, plain_word, text_columns, text_limit, tokenize
 
 # %% ../../nbs/engine/05e_rows.ipynb #85f62803
 INPUTS = ('input_ids', 'pixel_values', 'input_values', 'input_features')
@@ -80,6 +81,7 @@ def _strings(rows:Rows, name:str)->list[str]: return _column(rows, name, str, 't
 
 def _encode(rows:Rows, *texts:Any, **how)->Any:
     "Texts as tokens, without padding."
+    check_limit(rows.tokenizer, rows.limit, len(texts)>1)
     return rows.tokenizer(*texts, truncation=how.pop('truncation', rows.limit is not None),
                           max_length=rows.limit, padding=False, **how)
 
@@ -114,6 +116,28 @@ def dataset_classes(
     found = [o for o in map(class_names, features) if o]
     if any(o!=found[0] for o in found): raise ValueError(f'`labels` and `label` name other classes: {found}')
     return found[0] if found else None
+
+def _blank(data:Any, names:Sequence[str])->np.ndarray: # a row for each of the data's
+    "Whether one of the texts of a row is empty, or white space."
+    from pyarrow import compute as pc
+    table = data.select_columns(names).with_format('arrow')[:]
+    found = [pc.equal(pc.utf8_trim_whitespace(table[c].cast('large_string')), '') for c in names]
+    return np.any([pc.fill_null(o, False).to_numpy() for o in found], 0)
+
+def warn_of_empty(
+    model:PreTrainedModel, # that reads them
+    data:Any, # anything that is measured or scored; rows for people are looked at
+    text:str|Sequence[str]|None=None, # columns; None goes by their names
+    said:str='', # whose rows they are
+):
+    "A warning that counts the rows with an empty text; none where it is not clear what the text is."
+    if not is_raw(data) or is_made(data) or not len(data): return
+    try: blank = np.flatnonzero(_blank(shown(data), text_columns(shown(data), text, model)))
+    except (ValueError, KeyError): return # whoever reads the rows says it
+    if not len(blank): return
+    have,start = 'has' if len(blank)==1 else 'have',f'{said}: ' if said else ''
+    warnings.warn(f'{start}{len(blank)} of {len(data)} rows {have} an empty text, '
+                  f'the first is row {blank[0]}')
 
 PAIR_SCORES = ('label', 'labels', 'score', 'similarity_score')
 

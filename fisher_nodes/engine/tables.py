@@ -8,6 +8,7 @@ __all__ = ['READERS', 'unpack_text', 'split_suffix', 'read_table']
 # %% ../../nbs/engine/05c_tables.ipynb #1769b543
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from csv import Error, reader
@@ -32,9 +33,20 @@ def unpack_text(
     return text
 
 # %% ../../nbs/engine/05c_tables.ipynb #a9cdd82c
+_MARKS = {',': 'commas', ';': "';'", '\t': 'tabs'} # what may separate values, in words
+
+def _check_header(text:str, delimiter:str):
+    "`ValueError` for a header that something else separates; what stands in quotes does not count."
+    header = re.match(r'\s*((?:"[^"]*"|[^"\r\n])*)', text)[1]
+    there = {o for o in re.sub('"[^"]*"', '', header) if o in _MARKS}
+    if delimiter in there or not there: return
+    found,want = (_MARKS[next(o for o in _MARKS if o in k)] for k in (there, delimiter))
+    raise ValueError(f'its header is separated by {found}, expected {want}; save it with {want}')
+
 def _separated(text:str, delimiter:str)->Any:
     "A table of separated values; `ValueError` for a quote that is not closed, or stands within a value."
     from pyarrow import csv
+    _check_header(text, delimiter)
     try: list(reader(StringIO(text, newline=''), delimiter=delimiter, strict=True))
     except Error as e: raise ValueError(f'a quote is not closed, or not doubled: {e}') from None
     how = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)

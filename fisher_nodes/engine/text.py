@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'NO_TEXT', 'STRINGS', 'LOOKED_AT', 'PROBES', 'plain_word', 'known_text', 'repeats', 'trained_record',
-           'recorded_text', 'check_text', 'pick_text', 'text_columns', 'max_positions', 'text_limit', 'tokenize',
-           'same_tokens']
+           'recorded_text', 'check_text', 'pick_text', 'text_columns', 'max_positions', 'text_limit', 'check_limit',
+           'tokenize', 'same_tokens']
 
 # %% ../../nbs/engine/05a_text.ipynb #d370a3f0
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from transformers import PreTrainedModel
@@ -97,13 +97,13 @@ def check_text(
     if text is None or (len(names) in (1,2) and all(isinstance(o, str) for o in names)): return names
     raise ValueError(f'`text` must name one column or two, got {quoted(text)}')
 
-def _among(kinds:Mapping[str,str])->str: return f'among {list(kinds)}'
+def _among(names:Iterable[str])->str: return f'among {list(names)}'
 
-def _check_strings(names:Sequence[str], kinds:Mapping[str,str]):
+def _check_strings(names:Sequence[str], kinds:Mapping[str,str], shown:Iterable[str]):
     "`ValueError` for a column of text that is not there, or holds something else."
     odd = [c for c in names if kinds.get(c) not in STRINGS]
     if not odd: return
-    raise ValueError(f'column {odd[0]!r} is {kinds.get(odd[0], "not there")}; expected text, {_among(kinds)}')
+    raise ValueError(f'column {odd[0]!r} is {kinds.get(odd[0], "not there")}; expected text, {_among(shown)}')
 
 _COUNTED = {1: 'single texts', 2: 'pairs of texts'}
 
@@ -120,17 +120,20 @@ def pick_text(
     recorded:Sequence[str]=(), # of `recorded_text`
     labels:Sequence[Any]|None=None, # some of them
     read:Callable|None=None, # gives as many rows of a column
+    shown:Iterable[str]|None=None, # columns as messages list them; None is those of `kinds`
 )->list[str]: # one column name, or two for pairs
     "The columns of text; `ValueError` unless it is clear which they are."
+    shown = kinds if shown is None else shown
     strings = [c for c,k in kinds.items() if k in STRINGS]
     asked = check_text(text) or (list(recorded) if set(recorded)<=set(strings) else [])
-    _check_strings(asked or known_text([c for c in kinds if plain_word(c) not in NO_TEXT]) or [], kinds)
+    known = known_text([c for c in kinds if plain_word(c) not in NO_TEXT])
+    _check_strings(asked or known or [], kinds, shown)
     found = _candidates(strings, labels, read)
     others = {plain_word(c) for c in kinds if c not in strings} & _WORDS
     chosen = asked or known_text(found) or (found if len(found)==1 and not others else [])
     _check_count(chosen, recorded)
     if chosen: return chosen
-    raise ValueError(f'it is not clear which columns are the text, {_among(kinds)}; '
+    raise ValueError(f'it is not clear which columns are the text, {_among(shown)}; '
                      'name one or two with `text=` (--text)')
 
 # %% ../../nbs/engine/05a_text.ipynb #6ed141b1
@@ -163,12 +166,24 @@ def text_limit(
     "How much of a text is read; `ValueError` for what is no number of tokens."
     return min((o for o in (max_length, max_positions(model)) if o), default=None)
 
+def check_limit(
+    tokenizer:Any, # a Hugging Face tokenizer
+    limit:int|None, # tokens kept of a row; None keeps all
+    pair:bool=False, # whether a row has two texts
+):
+    "`ValueError` for a limit that the tokenizer's own tokens use up, so that nothing of a text is read."
+    count = getattr(tokenizer, 'num_special_tokens_to_add', None)
+    if limit is None or count is None or limit>(own := count(pair)): return
+    raise ValueError(f'`max_length` of {limit} leaves nothing of a text, since the tokenizer adds {own} '
+                     f'tokens of its own; expected at least {own+1}')
+
 def tokenize(
     texts:Sequence[Sequence[str]], # one column, or two for pairs
     tokenizer:Any, # a Hugging Face tokenizer
     max_length:int|None=None, # in tokens; longer text is cut
 )->dict[str,list]: # the tokenizer's columns, without padding
     "Tokenise text in memory."
+    check_limit(tokenizer, max_length, len(texts)>1)
     return dict(tokenizer(*texts, truncation=max_length is not None, max_length=max_length, padding=False))
 
 # %% ../../nbs/engine/05a_text.ipynb #a6889ca9

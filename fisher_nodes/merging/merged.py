@@ -44,6 +44,7 @@ from ..engine.hub import hub_name, hub_refusals
 from ..engine.models import FILES, HOW, head_tensors, load_tokenizer, model_errors
 from ..engine.processes import is_main
 from ..engine.reading import check_inside, load_json, read_text
+from ..engine.rows import warn_of_empty
 from ..engine.text import check_text, recorded_text, same_tokens, trained_record
 from .card import beside_files, check_scores, kept_files, model_card, read_report
 from .recipe import entry_name, entry_names, load_recipe, public_recipe, recipe_text
@@ -129,7 +130,9 @@ class Merged(Mapping):
         self.tokenizer = None if several else tokenizer
         self.tokenizers = dict(tokenizer) if several else dict.fromkeys(models, tokenizer)
 
-    def __getitem__(self, task): return self.models[task]
+    def __getitem__(self, task):
+        if task in self.models: return self.models[task]
+        raise KeyError(f'there is no task {quoted(task)}; they are {list(self.models)}')
     def __iter__(self): return iter(self.models)
     def __len__(self): return len(self.models)
     def __repr__(self):
@@ -146,9 +149,13 @@ def _check_one_pass(models:Mapping[str,PreTrainedModel]):
 
 @patch
 def logits(self:Merged,
+    *given, # nothing: inputs have names
     **inputs, # what the body takes: `input_ids`, `attention_mask`, …
 )->dict[str,Tensor]: # task -> logits
     "The logits of every task from one pass through the shared body."
+    if given:
+        raise TypeError('`logits` takes inputs by name, as `logits(**inputs)`; '
+                        f'got {type(given[0]).__name__} without a name')
     bare = [t for t,m in self.models.items() if m is self.body]
     if bare:
         raise ValueError(f'the models of {bare} have no task head of their own; '
@@ -193,7 +200,7 @@ def _chosen_tasks(merged:Merged, tasks:str|Sequence[str]|None)->list[str]:
 
 def _by_tokenizer(merged:Merged, tasks:Sequence[str], tokenizer:Any)->list[tuple[Any,list[str]]]:
     "Tokenizers, each with the tasks that it is for."
-    found = []
+    tokenizer,found = load_tokenizer(merged.body, tokenizer),[]
     for t in tasks:
         own = tokenizer or merged.tokenizers[t]
         if own is None: raise ValueError(f'task {t!r} has no tokenizer; give `tokenizer=`')
@@ -220,6 +227,7 @@ def _predict(merged:Merged, texts:Any, tasks:Any, tokenizer:Any, max_length:Coun
     data,columns = text_data(texts)
     asked = _chosen_tasks(merged, tasks)
     _check_asked(merged, asked, len(columns))
+    warn_of_empty(merged.body, data, columns)
     groups,found = _by_tokenizer(merged, asked, tokenizer),{}
     whole = nn.ModuleList([merged[t] for t in asked]) # moved and frozen together
     place = None if device is None else running_device(merged.body, device)

@@ -27,7 +27,9 @@ from ..core.schemes import get_scheme
 from ..engine.devices import PRECISIONS
 from ..engine.importance import find_beside
 from ..engine.models import ModelReference
-from ..engine.specs import SPEC, check_spec
+from ..engine.rows import is_dataset
+from ..engine.specs import HUB, SPEC, check_spec
+from ..engine.tables import split_suffix
 from ..engine.text import check_text
 from ..methods.method import (
     CALL, METHODS, STATISTICS, Count, Seed, can_name, expected, explain, load_methods, plain_value)
@@ -381,6 +383,21 @@ def _lying_beside(fishers:Any, models:Mapping[str,Any], method:Any)->Any:
     return {t: str(find_beside(t, as_model(o), about.statistic)) if about.statistic else fishers
             for t,o in models.items()}
 
+def _is_rows(o:Any)->bool:
+    "Whether something is a data set, batches, or names rows."
+    if isinstance(o, (str, Path)): return bool(split_suffix(o)[1]) or str(o).startswith(('glue:', HUB))
+    return is_dataset(o) or isinstance(o, (list, tuple)) and bool(o) and isinstance(o[0], Mapping)
+
+def _check_no_rows(method:str, fishers:Any):
+    "`ValueError` for rows in place of what is measured on them."
+    about = METHODS.get(method) if isinstance(method, str) else None
+    if about is None or not about.statistic or not isinstance(fishers, Mapping): return
+    odd = next((t for t,o in fishers.items() if _is_rows(o)), None)
+    if odd is None: return
+    o,kind = fishers[odd],STATISTICS[about.statistic].kind.__name__
+    what = o if isinstance(o, (str, Path)) else type(o).__name__
+    raise ValueError(f'`fishers` of {odd!r}: {what} is not a saved {kind}, but rows; give `data=`')
+
 def ask(
     models:Any, # task -> model, folder, Hub id or `ModelReference`; or a list of them
     **asked, # the other fields of `MergeRequest`, and options of the method
@@ -391,6 +408,7 @@ def ask(
     method = given.get('method', MergeRequest.model_fields['method'].default)
     given['fishers'] = _lying_beside(given.get('fishers'), named, method)
     for k in BY_TASK: given[k] = _as_mapping(k, given.get(k), list(named))
+    _check_no_rows(method, given['fishers'])
     own = {k: plain_value(v) for k,v in asked.items() if k not in given}
     said = given.get('options') or {}
     if own and isinstance(said, Mapping): given['options'] = _one_each(said, own)

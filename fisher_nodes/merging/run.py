@@ -49,6 +49,7 @@ from ..engine.measure import (
 from ..engine.models import (
     HOW, ModelReference, as_reference, fetch_model, load_reference, load_tokenizer, model_errors, model_name)
 from ..engine.processes import from_main, once
+from ..engine.rows import is_raw, warn_of_empty
 from ..engine.text import same_tokens
 from .card import agreed_modules
 from .kept import average_is_nearer, fit_heads, keep_rows
@@ -364,6 +365,11 @@ def _load_spec(request:MergeRequest, task:str, model:PreTrainedModel)->tuple[Any
     try: return load_rows(request.data[task], model, **columns, loss=loss, labels=request.reads_labels)
     except (ValueError, FileNotFoundError) as e: raise ValueError(f'data of {task!r}: {e}') from None
 
+def _check_tokenizer(request:MergeRequest, inputs:Inputs, task:str, rows:Any):
+    "`ValueError` naming a model that has nothing beside it to read raw rows by."
+    place = _place(request.models[task])
+    if inputs.tokenizers[task] is None and place and is_raw(rows): load_tokenizer(place)
+
 def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[str,Any]]:
     "The rows of a task, and how they are read."
     rows,how = request.data[task],dict(tokenizer=inputs.tokenizers[task])
@@ -371,8 +377,9 @@ def _read_data(request:MergeRequest, inputs:Inputs, task:str)->tuple[Any,dict[st
     is_spec = isinstance(rows, (str, Path))
     if not is_spec and task_value(request.label, task):
         raise ValueError(f'`label` of {task!r} is about a file; rows have `label` or `labels`')
-    if not is_spec: return rows, how
-    rows,about = _load_spec(request, task, inputs.models[task])
+    rows,about = _load_spec(request, task, inputs.models[task]) if is_spec else (rows, None)
+    _check_tokenizer(request, inputs, task, rows)
+    if about is None: return rows, how
     return rows, how | dict(text=about.text or None, max_length=how['max_length'] or about.max_length)
 
 def _objective(model:PreTrainedModel, asked:Mapping[str,Any])->Any:
@@ -394,13 +401,14 @@ def measure_all(
     if 'variant' in about.takes: what['variant'] = request.variant
     for t,(rows,how) in read.items():
         model = inputs.models[t]
+        warn_of_empty(model, rows, how['text'], repr(t))
         try: statistic_batches(about, model, rows, objective=_objective(model, asked), **how, **what)
         except ValueError as e: raise ValueError(f'data of {t!r}: {e}') from None
     quiet = not run['progress'] or len(read)<3
     bar = show_bar(read, 'measure', not quiet, unit='model')
     run['precision'] = request.precision
     if request.statistic and not inputs.statistics:
-        what |= asked | run
+        what |= asked | run | dict(said=None)
         inputs.statistics = {t: measure(about.name, inputs.models[t], read[t][0], **read[t][1], **what)
                              for t in each_task(bar)}
     if request.statistic!='calls' and request.kept_share: inputs.kept = _hear_all(inputs, read, what, run)
@@ -412,7 +420,7 @@ def _lasting(rows:Any)->Any:
 def _hear_all(inputs:Inputs, read:Mapping[str,tuple], what:Mapping, run:Mapping)->dict[str,Calls]:
     "The same rows as bodies are called with them, by task."
     how = {k: what[k] for k in ('num_samples', 'seed')} | {k: run[k] for k in ('device', 'precision')}
-    return {t: measure('calls', inputs.models[t], rows, **how, **own, progress=False)
+    return {t: measure('calls', inputs.models[t], rows, **how, **own, said=None, progress=False)
             for t,(rows,own) in read.items()}
 
 # %% ../../nbs/merging/07_run.ipynb #f38abda7

@@ -26,7 +26,7 @@ from ..engine.losses import batch_logits
 from ..engine.memory import batch_budget
 from ..engine.models import load_model, load_tokenizer
 from ..engine.processes import is_main
-from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw
+from ..engine.rows import dataset_classes, is_dataset, is_made, is_raw, warn_of_empty
 from ..methods.bars import show_bar
 from ..methods.method import Count, checked, quoted
 from .scores import CHOICE_SCORES, Answered, answered, score_choices
@@ -136,6 +136,7 @@ def predict(
     if are_texts(data): data,text = text_data(data)
     name, model = model, load_model(model, merge_adapters)
     tokenizer = load_tokenizer(name, tokenizer, needed=is_raw(data))
+    warn_of_empty(model, data, text)
     found,_ = run_model(model, data, False, device, precision, progress,
         tokenizer=tokenizer, max_length=max_length, text=text, batch_tokens=batch_tokens)
     head = head_of(model)
@@ -301,6 +302,8 @@ def evaluate(
     limit,head = max_length or (as_task(task).max_length if task is not None else None),head_of(model, loss)
     how = dict(device=device, precision=precision, progress=progress, tokenizer=tokenizer, max_length=limit,
                batch_tokens=batch_tokens, head=head)
+    said = repr(as_task(task).name) if task is not None else ''
+    warn_of_empty(model, data, text or (task and task_text(as_task(task), data)), said)
     if head.name not in CHOICE_SCORES: return _evaluate_classes(model, data, task, text, **how)
     if task is not None: check_task(model, as_task(task), head)
     found = run_model(model, data, True, text=text, collect=gather_choices, **how)

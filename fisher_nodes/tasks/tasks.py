@@ -197,12 +197,13 @@ def table_text(
     text:str|Sequence[str]|None=None, # asked for
     recorded:Sequence[str]=(), # that a model was fine-tuned on
     label:str|None='label', # column of labels; None if there is none
+    shown:Sequence[str]|None=None, # columns as messages list them; None is those of `table`
 )->tuple[str,...]: # one or two column names
     "The columns of text of a table."
     kinds = {c: str(table[c].type) for c in table.column_names}
     some = table.slice(0, LOOKED_AT)
     def read(c): return some[c].to_pylist()
-    try: return tuple(pick_text(kinds, text, recorded, label and read(label), read))
+    try: return tuple(pick_text(kinds, text, recorded, label and read(label), read, shown))
     except ValueError as e: raise ValueError(f'{source}: {e}') from None
 
 # %% ../../nbs/tasks/00_tasks.ipynb #baaedf7b
@@ -238,6 +239,15 @@ def label_names(
     raise ValueError(f'{source}: only one class, {list(names)}; pass `labels` to name all of them')
 
 # %% ../../nbs/tasks/00_tasks.ipynb #689c1cff
+def _check_no_label(table:Any, source:str, text:Any, label:str|None):
+    "`ValueError` for a column that is named as text, and is one of labels."
+    of_labels = [c for c in table.column_names if c in ('label', 'labels', label)]
+    odd = [c for c in check_text(text) if c in of_labels]
+    if not odd: return
+    others = [c for c in table.column_names if c not in of_labels]
+    raise ValueError(f'{source}: column {odd[0]!r} holds labels, which are not read as text; '
+                     f'name another with `text=` (--text), among {others}')
+
 def with_class_numbers(
     table:Any, # a `pyarrow.Table` whose labels are class names
     names:Sequence[str], # of all classes, in order
@@ -263,10 +273,12 @@ def file_task(
     "Read a `Task` off the columns of a file and turn string labels into integers."
     if not len(table): raise ValueError(f'{source}: no rows')
     column = label_column(table, source, label)
-    stored,table = stored_names(table, column),with_label(table, column)
+    _check_no_label(table, source, text, column)
+    shown,stored,table = table.column_names,stored_names(table, column),with_label(table, column)
     names = stored or tuple(labels or label_names(table, source))
     metrics = ('accuracy',) if names else ('pearson','spearmanr')
-    task = as_task(Task(split_suffix(source)[0], table_text(table, source, text, recorded), names, metrics))
+    columns = table_text(table, source, text, recorded, shown=shown)
+    task = as_task(Task(split_suffix(source)[0], columns, names, metrics))
     if not (names and is_text(table['label'])): return table, task
     return with_class_numbers(table, names, source), task
 
@@ -417,6 +429,7 @@ def text_rows(
     if not len(table): raise ValueError(f'{source}: no rows')
     if label: label_column(table, source, label) # refuses a name that is not there
     labels = [c for c in (label, 'label', 'labels') if c in table.column_names]
+    _check_no_label(table, source, text, label)
     names = table_text(table, source, text, recorded, labels[0] if labels else None)
     rows = Dataset(table.drop_columns(labels), split=NamedSplit(split))
     return rows, Task(split_suffix(source)[0], names)

@@ -221,6 +221,20 @@ def test_tables_fit(here, capsys):
     lines = str(comparison(many, **{'residual-regression': many, 'average': many})).splitlines()
     assert max(map(len, lines)) <= 80 and all(any(t in o for o in lines) for t in many)
 
+def test_rows_that_the_own_models_may_know(here, capsys):
+    "Said of rows that were split, in one line; not of those given, nor where the record says that they were learned."
+    line = f'compare {BOTH} --methods average'
+    say = '{} held out of rows that the own models may have been trained on; --held-out takes others.'
+    def told(more=''):
+        assert main(f'{line} {more}'.split()) == 0
+        return ' '.join(capsys.readouterr().out.split())
+    assert say.format('x, y:') in told() and say.format('y:') in (found := told('--held-out x=held-x.csv')) and 'x, y:' not in found
+    assert 'may have been' not in told(HELD)
+    assert [o.get('split') for o in run(f'{line} --held-out x=held-x.csv', capsys)['rows'].values()] == [None, True]
+    found = comparison(dict(a=.9), average=dict(a=.9))
+    found.rows = dict(a=dict(held_out=1, rows=4, measured=4, says='as given', split=True, learned=True))
+    assert 'may have been' not in str(found) and 'a: 1 row held out' in str(found)
+
 MISTAKES = {
     'x=x y=y --data x=x.csv': "--data names ['x'], but the models are ['x', 'y']", 'x=x x=y --data x=x.csv': "task 'x' is given twice", f'{BOTH} --methods soup': "--methods has 'soup'",
     f'{BOTH} --methods ties': "'ties' needs --base", f'{BOTH} --methods average --base base': "none of the methods ['average'] takes --base", f'{BOTH} --share 0': '--share is 0; expected a number between 0 and 1',

@@ -274,6 +274,8 @@ def _cells(found:Comparison)->dict[str,dict[str,str]]: # row -> column -> text
         rows[m] = points | {f' {t}': f'{100*found.scores[m][t]:.1f}' for t in found.tasks} | took
     return rows
 
+def _rows(n:int)->str: return f'{n} row{"s"*(n!=1)}'
+
 def comparison_text(
     found:Comparison,
     width:int=WIDTH, # of a line
@@ -284,8 +286,12 @@ def comparison_text(
     for t,k in found.metrics.items(): kinds.setdefault(k, []).append(t)
     said = ['worst, mean: points gained (+) or lost (-) against the own models; then '
             + ', '.join(f'{k} of {", ".join(o)}' for k,o in kinds.items()) + ', in percent.']
-    said += [f'{t}: {o["held_out"]} rows held out ({o["says"]}); '
+    said += [f'{t}: {_rows(o["held_out"])} held out ({o["says"]}); '
              f'{o["measured"]} of {o["rows"]} others to measure on.' for t,o in found.rows.items()]
+    maybe = [t for t,o in found.rows.items() if o.get('split') and not o.get('learned')]
+    if maybe:
+        said.append(f'{", ".join(maybe)}: held out of rows that the own models may have been trained on; '
+                    '--held-out takes others.')
     learned = [t for t,o in found.rows.items() if o.get('learned')]
     if learned:
         said.append(f'the own models of {", ".join(learned)} were fine-tuned on these rows: they score how '
@@ -369,8 +375,8 @@ def _held_words(model:Any, o:Apart, num_samples:int|None)->dict[str,Any]:
     "How many rows there are, how they were held out, and whether the own model knows them."
     n = len(o.keys)
     found = dict(held_out=len(o.held), rows=n, measured=min(num_samples or n, n), says=o.says)
-    file = {'file': o.file} if o.kind=='split' and o.file else {}
-    return found | file | ({'learned': True} if _learned(model, o) else {})
+    split = {'split': True} | ({'file': o.file} if o.file else {}) if o.kind=='split' else {}
+    return found | split | ({'learned': True} if _learned(model, o) else {})
 
 def _read_all(models:Mapping, data:Mapping, held:Mapping, given:Mapping[str,Any])->dict[str,Apart]:
     "The rows of all tasks, apart from each other."

@@ -84,6 +84,20 @@ def test_best_and_heads(here, tmp_path, capsys):
     a, b = (Merged.from_pretrained(tmp_path/o) for o in ('plain', 'heads'))
     for n, t in a.body.state_dict().items(): assert_close(b.body.state_dict()[n], t, rtol=0, atol=0)
 
+def test_how_many_rows_were_measured_is_said(here, tmp_path, capsys):
+    "In the table; and a warning where there were fewer than were asked for, not where none were asked for by number, or some were kept apart."
+    rows = len((here/'x.csv').read_text().splitlines())-1
+    (tmp_path/'few.csv').write_text('\n'.join((here/'y.csv').read_text().splitlines()[:4])+'\n')
+    def told(more, y=here/'y.csv'):
+        assert main(f'merge x=x y=y --data x={here}/x.csv y={y} {more} --overwrite --out {tmp_path}/m'.split())==0
+        out, err = capsys.readouterr()
+        shown = {o.split()[0]: o.split()[-1] for o in out.splitlines()[1:3]}
+        return shown, [o for o in err.splitlines() if o.startswith('fisher-nodes')]
+    assert told('--num-samples 4', tmp_path/'few.csv')==(dict(x='4', y='3'), ["fisher-nodes merge: --num-samples asks for 4 rows of a task; there were 3 of 'y'"])
+    assert told('', tmp_path/'few.csv')==(dict(x=str(rows), y='3'), [])
+    assert told(f'--num-samples {rows}')[1]==[] and told('--num-samples 8 --method best')==(dict(x='6', y='6'), [])
+    assert f'{rows} of' in told(f'--num-samples {rows+1} --method best')[1][0]
+
 def test_rows_without_labels(here, tmp_path, capsys):
     "Methods that read no labels take files without them, and files whose labels mean nothing; to the same numbers."
     for k in 'xy':

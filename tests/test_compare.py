@@ -235,6 +235,20 @@ def test_rows_that_the_own_models_may_know(here, capsys):
     found.rows = dict(a=dict(held_out=1, rows=4, measured=4, says='as given', split=True, learned=True))
     assert 'may have been' not in str(found) and 'a: 1 row held out' in str(found)
 
+def test_few_held_out_rows_decide_little(here, capsys):
+    "One warning with the numbers, of those tasks that have fewer than 30; none where all have as many."
+    save_rows(here/'x.csv', texts(160, 'many'), 2)
+    run(f'compare {BOTH} --methods average', capsys)
+    assert len(run.err) == 1 and "8 rows of 'y' decide little: one answer is up to 12.5 points; hold out 30 or more of a task" in run.err[0] and "of 'x'" not in run.err[0]
+    run(f'compare {BOTH} --methods average --limit 1', capsys)
+    assert len(run.err) == 1 and "1 row of 'x' and 1 row of 'y' decide little: one answer is up to 100 points" in run.err[0]
+    for n, more in ((29, 1), (30, 0)):
+        save_rows(here/'held-y.csv', texts(n, 'held y'), 3)
+        run(f'compare {BOTH} --held-out y=held-y.csv --methods average', capsys)
+        assert len(run.err) == more
+    with pytest.warns(UserWarning, match="1 row of 'y' decides nothing: one answer is up to 100 points"):
+        compare(dict(x='x', y='y'), dict(x='x.csv', y='y.csv'), dict(y=Dataset.from_dict(dict(text=['a b'], label=[0]))), methods=['average'], progress=False)
+
 MISTAKES = {
     'x=x y=y --data x=x.csv': "--data names ['x'], but the models are ['x', 'y']", 'x=x x=y --data x=x.csv': "task 'x' is given twice", f'{BOTH} --methods soup': "--methods has 'soup'",
     f'{BOTH} --methods ties': "'ties' needs --base", f'{BOTH} --methods average --base base': "none of the methods ['average'] takes --base", f'{BOTH} --share 0': '--share is 0; expected a number between 0 and 1',

@@ -233,12 +233,24 @@ def run_merge(args:argparse.Namespace)->dict|None:
     from_main(lambda: str(check_folder(args.out, args.overwrite)))
     _merge_recipe(args) if recipe else _merge_models(args)
     report = from_main(lambda: json.loads((Path(args.out)/'merge_report.json').read_text()))
+    if args.data: _warn_fewer(report, args.num_samples)
     return (_merge_facts if args.json else _merge_shown)(report) | {'wrote': str(args.out)}
 
 def _same_answers(report:Mapping[str,Any])->dict[str,str]: # task -> share, where rows were kept apart
     "How often the merge answers as the task's own model."
     found = {t: (o['merged']['same'], o['rows']) for t,o in report.get('agreement', {}).items()}
     return {t: f'{100*same:.1f}% of {n} rows' for t,(same,n) in found.items() if same is not None}
+
+def _rows_measured(report:Mapping[str,Any])->dict[str,int]: # task -> rows; 0 for none
+    "How many rows of each task were measured."
+    return {t: (o.get('fisher') or {}).get('num_examples') or 0 for t,o in report['tasks'].items()}
+
+def _warn_fewer(report:Mapping[str,Any], asked:int|None):
+    "Say where there were fewer rows, with those kept apart, than were asked for."
+    kept = {t: o['rows'] for t,o in report.get('agreement', {}).items()}
+    found = {t: n+kept.get(t, 0) for t,n in _rows_measured(report).items()}
+    said = ', '.join(f'{n} of {t!r}' for t,n in found.items() if 0<n<(asked or 0))
+    if said: warnings.warn(f'--num-samples asks for {asked} rows of a task; there were {said}')
 
 def _merge_facts(report:Mapping[str,Any])->dict[str,Any]:
     "What was merged, for programs."
@@ -252,9 +264,10 @@ def _merge_shown(report:Mapping[str,Any])->dict[str,Any]:
     "The same for a reader: how often it answers as its models comes first."
     found,same = _merge_facts(report),_same_answers(report)
     first = {t: {'like its own model': same[t]} if t in same else {} for t in found['tasks']}
+    counts = {t: {'rows measured': n} if n else {} for t,n in _rows_measured(report).items()}
     zero = ', '.join(f'{n} {k}' for k,n in report['zero_fisher'].items())
     rest = {k: o for k,o in found.items() if not isinstance(o, dict)}
-    return {'tasks': {t: first[t] | o for t,o in found['tasks'].items()}} | rest | {'zero_fisher_nodes': zero}
+    return {'tasks': {t: first[t] | o | counts[t] for t,o in found['tasks'].items()}} | rest | {'zero_fisher_nodes': zero}
 
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."

@@ -334,6 +334,41 @@ def test_scores_into_the_card(here, capsys):
     run('merge x=x y=y --method average --weights x=2 y=1 --out m --overwrite', capsys)
     assert (here/'m'/'notes.txt').read_text() == 'mine'
 
+def test_how_many_rows_were_scored(here, capsys):
+    "In table, file, card and metadata; of how many, where it is a part of them."
+    from fisher_nodes.merging.card import read_report
+    run('merge x=x y=y --method average --out m', capsys)
+    for more, told, rows, said in (('--limit 10', '10 of 25', 10, '10 of 25 rows'), ('', '25', 25, '25 rows')):
+        assert main(f'{SCORED} --alone --update-card --out scores.json --overwrite {more}'.split()) == 0
+        head, *lines = capsys.readouterr().out.splitlines()
+        assert head.split() == ['accuracy', 'rows'] and [o.split(maxsplit=2)[2] for o in lines[:2]] == [told]*2
+        count = dict(rows=rows, of=25)
+        assert json.loads(Path('scores.json').read_text())['rows'] == dict(x=count, y=count)
+        card = ModelCard.load('m/README.md')
+        assert f' on {said} |' in card.text and [o.dataset_args for o in card.data.eval_results] == [count]*2
+        assert read_report(Path('m/merge_report.json'))['scored_rows'] == dict(x=count, y=count)
+    Merged.from_pretrained('m').save_pretrained('again', scores=dict(x=dict(accuracy=.5)))
+    assert 'accuracy 0.5 |' in ModelCard.load('again/README.md').text, 'of other scores nothing is known'
+    report = json.loads(Path('m/merge_report.json').read_text()) | dict(scored_rows=dict(x=dict(rows='ten', of=25)))
+    Path('odd.json').write_text(json.dumps(report))
+    with pytest.raises(ValueError, match='odd.json is not a merge report.*scored_rows'): read_report(Path('odd.json'))
+
+def test_rows_that_were_measured_on_are_named(here, capsys):
+    "By what the file holds, whatever it is called; a winner's by its name. Other rows, and a merge that measured none, are left alone."
+    run('merge x=x y=y --data x=x.csv y=y.csv --num-samples 8 --out m', capsys)
+    shutil.copy('x.csv', 'other.csv')
+    run('evaluate m --alone --data x=other.csv y=held-y.csv', capsys)
+    assert len(run.err) == 1 and "measured on rows of what is scored: 'x' (other.csv); other rows say" in run.err[0]
+    run(SCORED.replace('evaluate m', 'evaluate m --alone'), capsys)
+    assert run.err == []
+    run('merge x=x y=y --method average --out plain', capsys)
+    run('evaluate plain --alone --data x=x.csv y=y.csv', capsys)
+    assert run.err == []
+    run(f'compare {BOTH} --methods mask-fisher --save won', capsys)
+    assert 'on 8 rows |' in ModelCard.load('won/README.md').text
+    run('evaluate won --alone --data x=x.csv y=held-y.csv', capsys)
+    assert len(run.err) == 1 and "'x' (a file called x.csv)" in run.err[0]
+
 def test_a_card_of_ones_own_stays(here, capsys):
     run('merge x=x y=y --method average --out m', capsys)
     card = here/'m'/'README.md'

@@ -352,8 +352,9 @@ def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[
     key = specs[0] if specs[0].startswith(('glue:', 'hub:')) else Path(specs[0]).name
     return {key: model}, {key: specs[0]}, {key: tokenizer}, dict(model=model_name(model))
 
-def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mapping[str,str])->dict[str,tuple]:
-    "Rows and task of every data spec; `ValueError` for a split of a file."
+def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any],
+                   specs:Mapping[str,str])->tuple[dict[str,tuple],dict[str,dict[str,int]]]:
+    "Rows and task of every data spec, and how many of how many; `ValueError` for a split of a file."
     from fisher_nodes.engine.batches import sample_rows
     from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.tasks.tasks import load_rows
@@ -362,9 +363,28 @@ def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mappi
     split = either(args.split, 'validation')
     def some(rows, task):
         kept = rows if args.limit is None else rows.select(sorted(sample_rows(len(rows), args.limit)))
-        return kept, task
-    return {k: some(*load_rows(v, models[k], split, **_columns(args, k), loss=args.loss))
-            for k,v in specs.items()}
+        return (kept, task),dict(rows=len(kept), of=len(rows))
+    found = {k: some(*load_rows(v, models[k], split, **_columns(args, k), loss=args.loss))
+             for k,v in specs.items()}
+    return {k: o for k,(o,_) in found.items()}, {k: o for k,(_,o) in found.items()}
+
+def _warn_measured(merged:Any, specs:Mapping[str,str], split:str):
+    "Say where rows are scored that the merge was measured on, as far as files and names tell."
+    from fisher_nodes.engine.fingerprints import digest_file
+    from fisher_nodes.engine.specs import has_splits
+    report = merged.report
+    inputs = report.get('inputs', {}).get('data', {})
+    files = {o['file']['sha256'] for o in inputs.values() if o and 'file' in o}
+    named = {str(o) for o in ((merged.recipe or {}).get('data') or {}).values() if o}
+    parts = list(report.get('measured_rows', {}).values())
+    def place(spec):
+        path = Path(spec)
+        if not path.is_file(): return spec if has_splits(spec) and split=='train' and spec in named else ''
+        if files and digest_file(path)['sha256'] in files: return path.name
+        return f'a file called {path.name}' if any(f" rows of {path.name}, " in o for o in parts) else ''
+    said = [f'{t!r} ({found})' for t,o in specs.items() if (found := place(o))]
+    if said: warnings.warn(f'the merge was measured on rows of what is scored: {", ".join(said)}; '
+                           'other rows say how good it is')
 
 def _described(loaded:Mapping[str,tuple], specs:Mapping[str,str], split:str)->dict[str,dict]:
     "Which rows were scored, and of which split, where there are several."
@@ -374,6 +394,10 @@ def _described(loaded:Mapping[str,tuple], specs:Mapping[str,str], split:str)->di
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
     data = {k: o if k in splits else o.replace(f'/{split}#', '#') for k,o in data.items()} # a file has none
     return dict(data=data, split=splits)
+
+def _of_rows(o:Mapping[str,int])->str:
+    "How many rows, and of how many."
+    return f'{o["rows"]} of {o["of"]}' if o['rows']<o['of'] else str(o['rows'])
 
 _OF_MERGED = ('update_card', 'alone', 'fetch') # what `evaluate` takes for a merged model only
 
@@ -403,16 +427,17 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     merged = None if isinstance(models, dict) else models
     if merged is None: _check_merged_only(args)
     if args.update_card: check_card(args.model)
-    loaded,split = _rows_to_score(args, models, specs),either(args.split, 'validation')
+    (loaded,rows),split = _rows_to_score(args, models, specs),either(args.split, 'validation')
+    if merged is not None: _warn_measured(merged, specs, split)
     how = _picked(args, ('max_length', 'device', 'precision', 'loss'))
     scores = {k: evaluate(models[k], data, task, tokenizer=tokenizers[k], **how)
               for k,(data,task) in loaded.items()}
     beside = {} if merged is None or args.alone else _beside(merged, loaded, args.fetch, how)
     shown = {k: o | beside.get(k, {}) for k,o in scores.items()}
-    if out: write_record(out, scores=shown, **_described(loaded, specs, split), source=source)
+    if out: write_record(out, scores=shown, rows=rows, **_described(loaded, specs, split), source=source)
     named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
-    if args.update_card: update_card(merged, args.model, scores, named)
-    return shown
+    if args.update_card: update_card(merged, args.model, scores, named, rows)
+    return shown if args.json else {k: o | dict(rows=_of_rows(rows[k])) for k,o in shown.items()}
 
 # %% ../../nbs/app/02_cli.ipynb #137a2626
 def _check_places(args:argparse.Namespace, models:Mapping[str,str], *read:Mapping[str,str]):

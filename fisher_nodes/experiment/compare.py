@@ -30,6 +30,7 @@ from ..engine.reading import load_json
 from ..engine.text import text_columns, trained_record
 from .screen import WIDTH, sentence_lines, screen_table
 from .plots import MARKERS, PALETTE, new_axis
+from ..merging.card import check_scores
 from ..merging.merged import Merged
 from ..merging.recipe import entry_name
 from ..merging.request import as_model, ask, match_tasks, name_models
@@ -359,11 +360,13 @@ def save_winner(
     "Save the merge that won; its report and card say by what rule."
     merged = found.merged
     losses = {m: dict(worst=a, mean=b) for m,(a,b) in found.losses.items()}
-    merged.report['scored'] = {} # of rows without a name
+    rows = {t: dict(rows=o['held_out'], of=o['held_out']) for t,o in found.rows.items()}
+    won = {t: {found.metrics[t]: o} for t,o in found.scores[found.winner].items()}
+    scores = check_scores(won, list(merged))
+    merged.report |= dict(scores=scores, scored={}, scored_rows=rows) # of rows without a name
     merged.report['won'] = dict(why=found.why, rows=found.rows, points=losses)
     if rows := _measured_rows(found): merged.report['measured_rows'] = rows
-    scores = {t: {found.metrics[t]: o} for t,o in found.scores[found.winner].items()}
-    merged.save_pretrained(out, overwrite=overwrite, scores=scores)
+    merged.save_pretrained(out, overwrite=overwrite)
 
 # %% ../../nbs/experiment/07_compare.ipynb #76051d65
 def _learned(model:Any, o:Apart)->bool:

@@ -98,6 +98,21 @@ def test_how_many_rows_were_measured_is_said(here, tmp_path, capsys):
     assert told(f'--num-samples {rows}')[1]==[] and told('--num-samples 8 --method best')==(dict(x='6', y='6'), [])
     assert f'{rows} of' in told(f'--num-samples {rows+1} --method best')[1][0]
 
+def test_a_merge_without_its_report_is_called_that(here, tmp_path, capsys):
+    "Known by its recipe, or by the folders of the tasks that are named; a model with other folders inside is one model."
+    m = tmp_path/'m'
+    run(f'merge x=x y=y --method average --out {m}', capsys)
+    (m/'merge_report.json').unlink()
+    def told(line):
+        assert main(line.split())==2
+        said, = [o for o in capsys.readouterr().err.splitlines() if o.startswith('fisher-nodes')]
+        return said
+    both = f'evaluate {m} --data x=x.csv y=y.csv'
+    for line in (both, f'evaluate {m} --data x.csv', f'predict {m} word'): assert 'm has no merge_report.json, though it looks like a merge (it has recipe.yml' in told(line)
+    (m/'recipe.yml').unlink()
+    assert 'it has x, y); put the file back, or merge again' in told(both)
+    assert 'is one model, so give one data set, not 2' in told(f'evaluate {m} --data x.csv y.csv')
+
 def test_rows_without_labels(here, tmp_path, capsys):
     "Methods that read no labels take files without them, and files whose labels mean nothing; to the same numbers."
     for k in 'xy':

@@ -338,6 +338,15 @@ def _merge_models(args:argparse.Namespace):
         merged.save_pretrained(args.out, bom=args.bom, sign=args.sign, **write)
 
 # %% ../../nbs/app/02_cli.ipynb #b8031b25
+def _check_reported(name:str, tasks:Sequence[str]):
+    "`ValueError` for a folder that looks like a merge, and has lost its report."
+    from fisher_nodes.engine.files import MERGED, RECIPE
+    folder = Path(name)
+    places = {RECIPE: folder/RECIPE} | {t: folder/t/'config.json' for t in tasks}
+    found = [k for k,o in places.items() if o.is_file()]
+    if found: raise ValueError(f'{name} has no {MERGED}, though it looks like a merge (it has '
+                               f'{", ".join(found)}); put the file back, or merge again')
+
 def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[dict,dict,Any,dict]:
     "Models, data specs, tokenizers and origin of a merged model (by task), or of one model (by data spec)."
     from fisher_nodes.engine.files import is_merged
@@ -346,6 +355,7 @@ def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[
     if is_merged(name):
         merged = Merged.from_pretrained(name)
         return merged, for_tasks(specs, merged, '--data'), merged.tokenizers, merged.report
+    _check_reported(name, [t for t,eq,_ in (o.partition('=') for o in specs) if eq])
     if len(specs)!=1:
         raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
     model,tokenizer = _load(name, merge_adapters)
@@ -533,6 +543,7 @@ def _ask_model(args:argparse.Namespace)->tuple[list,dict[str,list]]:
         read = {recorded_text(merged[t]) for t in args.tasks or merged if t in merged}
         texts = _texts_to_ask(args, next(iter(read)) if len(read)==1 else ())
         return texts, merged.predict(texts, tasks=args.tasks, **how)
+    _check_reported(args.model, args.tasks or ())
     if args.tasks: raise ValueError(f'--tasks is about a merged model; {args.model} is one model')
     model,tokenizer = _load(args.model, args.merge_adapters)
     name = Path(args.model).name

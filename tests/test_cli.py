@@ -93,10 +93,12 @@ def test_how_many_rows_were_measured_is_said(here, tmp_path, capsys):
         out, err = capsys.readouterr()
         shown = {o.split()[0]: o.split()[-1] for o in out.splitlines()[1:3]}
         return shown, [o for o in err.splitlines() if o.startswith('fisher-nodes')]
-    assert told('--num-samples 4', tmp_path/'few.csv')==(dict(x='4', y='3'), ["fisher-nodes merge: --num-samples asks for 4 rows of a task; there were 3 of 'y'"])
+    assert told('--num-samples 4', tmp_path/'few.csv')==(dict(x='4', y='3'), ["fisher-nodes merge: --num-samples asks for 4 rows of a task; used were 3 of 'y'"])
     assert told('', tmp_path/'few.csv')==(dict(x=str(rows), y='3'), [])
-    assert told(f'--num-samples {rows}')[1]==[] and told('--num-samples 8 --method best')==(dict(x='6', y='6'), [])
-    assert f'{rows} of' in told(f'--num-samples {rows+1} --method best')[1][0]
+    assert told(f'--num-samples {rows}')[1]==[]
+    for k in 'xy': (tmp_path/f'{k}.csv').write_text('text,label\n'+''.join(f'{WORDS[4+i%4]} {WORDS[8+i//4]},{i%2}\n' for i in range(12)))
+    apart = f'--data x={tmp_path}/x.csv y={tmp_path}/y.csv --method best --num-samples'
+    assert told(f'{apart} 8')==(dict(x='6', y='6'), []) and "used were 12 of 'x', 12 of 'y'" in told(f'{apart} 13')[1][0], 'with those that were kept apart'
 
 def test_a_merge_without_its_report_is_called_that(here, tmp_path, capsys):
     "Known by its recipe, or by the folders of the tasks that are named; a model with other folders inside is one model."

@@ -246,11 +246,11 @@ def _rows_measured(report:Mapping[str,Any])->dict[str,int]: # task -> rows; 0 fo
     return {t: (o.get('fisher') or {}).get('num_examples') or 0 for t,o in report['tasks'].items()}
 
 def _warn_fewer(report:Mapping[str,Any], asked:int|None):
-    "Say where there were fewer rows, with those kept apart, than were asked for."
+    "Say where fewer rows were used, with those kept apart, than were asked for."
     kept = {t: o['rows'] for t,o in report.get('agreement', {}).items()}
     found = {t: n+kept.get(t, 0) for t,n in _rows_measured(report).items()}
     said = ', '.join(f'{n} of {t!r}' for t,n in found.items() if 0<n<(asked or 0))
-    if said: warnings.warn(f'--num-samples asks for {asked} rows of a task; there were {said}')
+    if said: warnings.warn(f'--num-samples asks for {asked} rows of a task; used were {said}')
 
 def _merge_facts(report:Mapping[str,Any])->dict[str,Any]:
     "What was merged, for programs."

@@ -42,7 +42,7 @@ def make(folder):
     import test_grid
     os.chdir(folder)
     for name, n in (('start', 2), ('reviews', 2), ('topics', 3)): test_cli.save_model(name, n)
-    for name, n, rows in (('reviews', 2, 30), ('topics', 3, 30), ('more-reviews', 2, 6), ('more-topics', 3, 12)):
+    for name, n, rows in (('reviews', 2, 150), ('topics', 3, 150), ('more-reviews', 2, 6), ('more-topics', 3, 12)):
         rng, labels = random.Random(name), [f'class {"abc"[i % n]}' for i in range(rows)]
         lines = [f'{" ".join(rng.choices(test_cli.WORDS[4:], k=rng.randint(2, 12)))},{o}' for o in labels]
         Path(f'{name}.csv').write_text('\n'.join(['text,label', *lines])+'\n')

@@ -84,6 +84,37 @@ def test_best_and_heads(here, tmp_path, capsys):
     a, b = (Merged.from_pretrained(tmp_path/o) for o in ('plain', 'heads'))
     for n, t in a.body.state_dict().items(): assert_close(b.body.state_dict()[n], t, rtol=0, atol=0)
 
+def test_how_many_rows_were_measured_is_said(here, tmp_path, capsys):
+    "In the table; and a warning where there were fewer than were asked for, not where none were asked for by number, or some were kept apart."
+    rows = len((here/'x.csv').read_text().splitlines())-1
+    (tmp_path/'few.csv').write_text('\n'.join((here/'y.csv').read_text().splitlines()[:4])+'\n')
+    def told(more, y=here/'y.csv'):
+        assert main(f'merge x=x y=y --data x={here}/x.csv y={y} {more} --overwrite --out {tmp_path}/m'.split())==0
+        out, err = capsys.readouterr()
+        shown = {o.split()[0]: o.split()[-1] for o in out.splitlines()[1:3]}
+        return shown, [o for o in err.splitlines() if o.startswith('fisher-nodes')]
+    assert told('--num-samples 4', tmp_path/'few.csv')==(dict(x='4', y='3'), ["fisher-nodes merge: --num-samples asks for 4 rows of a task; used were 3 of 'y'"])
+    assert told('', tmp_path/'few.csv')==(dict(x=str(rows), y='3'), [])
+    assert told(f'--num-samples {rows}')[1]==[]
+    for k in 'xy': (tmp_path/f'{k}.csv').write_text('text,label\n'+''.join(f'{WORDS[4+i%4]} {WORDS[8+i//4]},{i%2}\n' for i in range(12)))
+    apart = f'--data x={tmp_path}/x.csv y={tmp_path}/y.csv --method best --num-samples'
+    assert told(f'{apart} 8')==(dict(x='6', y='6'), []) and "used were 12 of 'x', 12 of 'y'" in told(f'{apart} 13')[1][0], 'with those that were kept apart'
+
+def test_a_merge_without_its_report_is_called_that(here, tmp_path, capsys):
+    "Known by its recipe, or by the folders of the tasks that are named; a model with other folders inside is one model."
+    m = tmp_path/'m'
+    run(f'merge x=x y=y --method average --out {m}', capsys)
+    (m/'merge_report.json').unlink()
+    def told(line):
+        assert main(line.split())==2
+        said, = [o for o in capsys.readouterr().err.splitlines() if o.startswith('fisher-nodes')]
+        return said
+    both = f'evaluate {m} --data x=x.csv y=y.csv'
+    for line in (both, f'evaluate {m} --data x.csv', f'predict {m} word'): assert 'm has no merge_report.json, though it looks like a merge (it has recipe.yml' in told(line)
+    (m/'recipe.yml').unlink()
+    assert 'it has x, y); put the file back, or merge again' in told(both)
+    assert 'is one model, so give one data set, not 2' in told(f'evaluate {m} --data x.csv y.csv')
+
 def test_rows_without_labels(here, tmp_path, capsys):
     "Methods that read no labels take files without them, and files whose labels mean nothing; to the same numbers."
     for k in 'xy':

@@ -221,6 +221,34 @@ def test_tables_fit(here, capsys):
     lines = str(comparison(many, **{'residual-regression': many, 'average': many})).splitlines()
     assert max(map(len, lines)) <= 80 and all(any(t in o for o in lines) for t in many)
 
+def test_rows_that_the_own_models_may_know(here, capsys):
+    "Said of rows that were split, in one line; not of those given, nor where the record says that they were learned."
+    line = f'compare {BOTH} --methods average'
+    say = '{} held out of rows that the own models may have been trained on; --held-out takes others.'
+    def told(more=''):
+        assert main(f'{line} {more}'.split()) == 0
+        return ' '.join(capsys.readouterr().out.split())
+    assert say.format('x, y:') in told() and say.format('y:') in (found := told('--held-out x=held-x.csv')) and 'x, y:' not in found
+    assert 'may have been' not in told(HELD)
+    assert [o.get('split') for o in run(f'{line} --held-out x=held-x.csv', capsys)['rows'].values()] == [None, True]
+    found = comparison(dict(a=.9), average=dict(a=.9))
+    found.rows = dict(a=dict(held_out=1, rows=4, measured=4, says='as given', split=True, learned=True))
+    assert 'may have been' not in str(found) and 'a: 1 row held out' in str(found)
+
+def test_few_held_out_rows_decide_little(here, capsys):
+    "One warning with the numbers, of those tasks that have fewer than 30; none where all have as many."
+    save_rows(here/'x.csv', texts(160, 'many'), 2)
+    run(f'compare {BOTH} --methods average', capsys)
+    assert len(run.err) == 1 and "8 rows of 'y' decide little: one answer is up to 12.5 points; hold out 30 or more of a task" in run.err[0] and "of 'x'" not in run.err[0]
+    run(f'compare {BOTH} --methods average --limit 1', capsys)
+    assert len(run.err) == 1 and "1 row of 'x' and 1 row of 'y' decide little: one answer is up to 100 points" in run.err[0]
+    for n, more in ((29, 1), (30, 0)):
+        save_rows(here/'held-y.csv', texts(n, 'held y'), 3)
+        run(f'compare {BOTH} --held-out y=held-y.csv --methods average', capsys)
+        assert len(run.err) == more
+    with pytest.warns(UserWarning, match="1 row of 'y' decides nothing: one answer is up to 100 points"):
+        compare(dict(x='x', y='y'), dict(x='x.csv', y='y.csv'), dict(y=Dataset.from_dict(dict(text=['a b'], label=[0]))), methods=['average'], progress=False)
+
 MISTAKES = {
     'x=x y=y --data x=x.csv': "--data names ['x'], but the models are ['x', 'y']", 'x=x x=y --data x=x.csv': "task 'x' is given twice", f'{BOTH} --methods soup': "--methods has 'soup'",
     f'{BOTH} --methods ties': "'ties' needs --base", f'{BOTH} --methods average --base base': "none of the methods ['average'] takes --base", f'{BOTH} --share 0': '--share is 0; expected a number between 0 and 1',
@@ -305,6 +333,41 @@ def test_scores_into_the_card(here, capsys):
     assert (here/'m'/'README.md').read_bytes() == after['m/README.md']
     run('merge x=x y=y --method average --weights x=2 y=1 --out m --overwrite', capsys)
     assert (here/'m'/'notes.txt').read_text() == 'mine'
+
+def test_how_many_rows_were_scored(here, capsys):
+    "In table, file, card and metadata; of how many, where it is a part of them."
+    from fisher_nodes.merging.card import read_report
+    run('merge x=x y=y --method average --out m', capsys)
+    for more, told, rows, said in (('--limit 10', '10 of 25', 10, '10 of 25 rows'), ('', '25', 25, '25 rows')):
+        assert main(f'{SCORED} --alone --update-card --out scores.json --overwrite {more}'.split()) == 0
+        head, *lines = capsys.readouterr().out.splitlines()
+        assert head.split() == ['accuracy', 'rows'] and [o.split(maxsplit=2)[2] for o in lines[:2]] == [told]*2
+        count = dict(rows=rows, of=25)
+        assert json.loads(Path('scores.json').read_text())['rows'] == dict(x=count, y=count)
+        card = ModelCard.load('m/README.md')
+        assert f' on {said} |' in card.text and [o.dataset_args for o in card.data.eval_results] == [count]*2
+        assert read_report(Path('m/merge_report.json'))['scored_rows'] == dict(x=count, y=count)
+    Merged.from_pretrained('m').save_pretrained('again', scores=dict(x=dict(accuracy=.5)))
+    assert 'accuracy 0.5 |' in ModelCard.load('again/README.md').text, 'of other scores nothing is known'
+    report = json.loads(Path('m/merge_report.json').read_text()) | dict(scored_rows=dict(x=dict(rows='ten', of=25)))
+    Path('odd.json').write_text(json.dumps(report))
+    with pytest.raises(ValueError, match='odd.json is not a merge report.*scored_rows'): read_report(Path('odd.json'))
+
+def test_rows_that_were_measured_on_are_named(here, capsys):
+    "By what the file holds, whatever it is called; a winner's by its name. Other rows, and a merge that measured none, are left alone."
+    run('merge x=x y=y --data x=x.csv y=y.csv --num-samples 8 --out m', capsys)
+    shutil.copy('x.csv', 'other.csv')
+    run('evaluate m --alone --data x=other.csv y=held-y.csv', capsys)
+    assert len(run.err) == 1 and "measured on rows of what is scored: 'x' (other.csv); other rows say" in run.err[0]
+    run(SCORED.replace('evaluate m', 'evaluate m --alone'), capsys)
+    assert run.err == []
+    run('merge x=x y=y --method average --out plain', capsys)
+    run('evaluate plain --alone --data x=x.csv y=y.csv', capsys)
+    assert run.err == []
+    run(f'compare {BOTH} --methods mask-fisher --save won', capsys)
+    assert 'on 8 rows |' in ModelCard.load('won/README.md').text
+    run('evaluate won --alone --data x=x.csv y=held-y.csv', capsys)
+    assert len(run.err) == 1 and "'x' (a file called x.csv)" in run.err[0]
 
 def test_a_card_of_ones_own_stays(here, capsys):
     run('merge x=x y=y --method average --out m', capsys)

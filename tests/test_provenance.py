@@ -84,6 +84,20 @@ def test_what_was_not_looked_at_is_said(here):
     assert not wrong and 'inputs' in unchecked and 'model of b: not there any more' in lines
     assert told(here, '--repeat')[1] == {'repeat'}, 'asked for, and not done'
 
+def test_a_repeat_without_inputs_is_not_checked(here, capsys):
+    _, wrong, unchecked, lines = told(here, '--repeat', inputs=False, key=False)
+    assert not wrong and 'repeat' in unchecked and 'give --inputs with the folders and files that were merged' in ' '.join(lines.split())
+    assert main(['verify', str(here/'out'), '--repeat']) == 0
+    (here/'out'/'config.json').write_text('{}')
+    assert 'repeat' in told(here, '--repeat', inputs=False, key=False)[1], 'a file that does not fit is the reason, not what was not given'
+    capsys.readouterr()
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    assert main(['verify', str(tmp_path/'nowhere')]) == 2
+    assert f'{tmp_path}/nowhere is not a merged model: there is no such folder' in capsys.readouterr().err
+    (tmp_path/'empty').mkdir()
+    assert main(['verify', str(tmp_path/'empty')]) == 2 and f'it has no {MERGED}' in capsys.readouterr().err
+
 def test_the_report_has_what_hashlib_says(here):
     report = json.loads((here/'out'/MERGED).read_text())
     def sha(path): return dict(size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())

@@ -242,12 +242,24 @@ def run_merge(args:argparse.Namespace)->dict|None:
     from_main(lambda: str(check_folder(args.out, args.overwrite)))
     _merge_recipe(args) if recipe else _merge_models(args)
     report = from_main(lambda: json.loads((Path(args.out)/'merge_report.json').read_text()))
+    if args.data: _warn_fewer(report, args.num_samples)
     return (_merge_facts if args.json else _merge_shown)(report) | {'wrote': str(args.out)}
 
 def _same_answers(report:Mapping[str,Any])->dict[str,str]: # task -> share, where rows were kept apart
     "How often the merge answers as the task's own model."
     found = {t: (o['merged']['same'], o['rows']) for t,o in report.get('agreement', {}).items()}
     return {t: f'{100*same:.1f}% of {n} rows' for t,(same,n) in found.items() if same is not None}
+
+def _rows_measured(report:Mapping[str,Any])->dict[str,int]: # task -> rows; 0 for none
+    "How many rows of each task were measured."
+    return {t: (o.get('fisher') or {}).get('num_examples') or 0 for t,o in report['tasks'].items()}
+
+def _warn_fewer(report:Mapping[str,Any], asked:int|None):
+    "Say where fewer rows were used, with those kept apart, than were asked for."
+    kept = {t: o['rows'] for t,o in report.get('agreement', {}).items()}
+    found = {t: n+kept.get(t, 0) for t,n in _rows_measured(report).items()}
+    said = ', '.join(f'{n} of {t!r}' for t,n in found.items() if 0<n<(asked or 0))
+    if said: warnings.warn(f'--num-samples asks for {asked} rows of a task; used were {said}')
 
 def _merge_facts(report:Mapping[str,Any])->dict[str,Any]:
     "What was merged, for programs."
@@ -261,9 +273,10 @@ def _merge_shown(report:Mapping[str,Any])->dict[str,Any]:
     "The same for a reader: how often it answers as its models comes first."
     found,same = _merge_facts(report),_same_answers(report)
     first = {t: {'like its own model': same[t]} if t in same else {} for t in found['tasks']}
+    counts = {t: {'rows measured': n} if n else {} for t,n in _rows_measured(report).items()}
     zero = ', '.join(f'{n} {k}' for k,n in report['zero_fisher'].items())
     rest = {k: o for k,o in found.items() if not isinstance(o, dict)}
-    return {'tasks': {t: first[t] | o for t,o in found['tasks'].items()}} | rest | {'zero_fisher_nodes': zero}
+    return {'tasks': {t: first[t] | o | counts[t] for t,o in found['tasks'].items()}} | rest | {'zero_fisher_nodes': zero}
 
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."
@@ -334,6 +347,15 @@ def _merge_models(args:argparse.Namespace):
         merged.save_pretrained(args.out, bom=args.bom, sign=args.sign, **write)
 
 # %% ../../nbs/app/02_cli.ipynb #b8031b25
+def _check_reported(name:str, tasks:Sequence[str]):
+    "`ValueError` for a folder that looks like a merge, and has lost its report."
+    from fisher_nodes.engine.files import MERGED, RECIPE
+    folder = Path(name)
+    places = {RECIPE: folder/RECIPE} | {t: folder/t/'config.json' for t in tasks}
+    found = [k for k,o in places.items() if o.is_file()]
+    if found: raise ValueError(f'{name} has no {MERGED}, though it looks like a merge (it has '
+                               f'{", ".join(found)}); put the file back, or merge again')
+
 def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[dict,dict,Any,dict]:
     "Models, data specs, tokenizers and origin of a merged model (by task), or of one model (by data spec)."
     from fisher_nodes.engine.files import is_merged
@@ -342,14 +364,16 @@ def _models_to_score(name:str, specs:Sequence[str], merge_adapters:bool)->tuple[
     if is_merged(name):
         merged = Merged.from_pretrained(name)
         return merged, for_tasks(specs, merged, '--data'), merged.tokenizers, merged.report
+    _check_reported(name, [t for t,eq,_ in (o.partition('=') for o in specs) if eq])
     if len(specs)!=1:
         raise ValueError(f'--data: {name} is one model, so give one data set, not {len(specs)}')
     model,tokenizer = _load(name, merge_adapters)
     key = specs[0] if specs[0].startswith(('glue:', 'hub:')) else Path(specs[0]).name
     return {key: model}, {key: specs[0]}, {key: tokenizer}, dict(model=model_name(model))
 
-def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mapping[str,str])->dict[str,tuple]:
-    "Rows and task of every data spec; `ValueError` for a split of a file."
+def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any],
+                   specs:Mapping[str,str])->tuple[dict[str,tuple],dict[str,dict[str,int]]]:
+    "Rows and task of every data spec, and how many of how many; `ValueError` for a split of a file."
     from fisher_nodes.engine.batches import sample_rows
     from fisher_nodes.engine.specs import has_splits
     from fisher_nodes.tasks.tasks import load_rows
@@ -358,9 +382,28 @@ def _rows_to_score(args:argparse.Namespace, models:Mapping[str,Any], specs:Mappi
     split = either(args.split, 'validation')
     def some(rows, task):
         kept = rows if args.limit is None else rows.select(sorted(sample_rows(len(rows), args.limit)))
-        return kept, task
-    return {k: some(*load_rows(v, models[k], split, **_columns(args, k), loss=args.loss))
-            for k,v in specs.items()}
+        return (kept, task),dict(rows=len(kept), of=len(rows))
+    found = {k: some(*load_rows(v, models[k], split, **_columns(args, k), loss=args.loss))
+             for k,v in specs.items()}
+    return {k: o for k,(o,_) in found.items()}, {k: o for k,(_,o) in found.items()}
+
+def _warn_measured(merged:Any, specs:Mapping[str,str], split:str):
+    "Say where rows are scored that the merge was measured on, as far as files and names tell."
+    from fisher_nodes.engine.fingerprints import digest_file
+    from fisher_nodes.engine.specs import has_splits
+    report = merged.report
+    inputs = report.get('inputs', {}).get('data', {})
+    files = {o['file']['sha256'] for o in inputs.values() if o and 'file' in o}
+    named = {str(o) for o in ((merged.recipe or {}).get('data') or {}).values() if o}
+    parts = list(report.get('measured_rows', {}).values())
+    def place(spec):
+        path = Path(spec)
+        if not path.is_file(): return spec if has_splits(spec) and split=='train' and spec in named else ''
+        if files and digest_file(path)['sha256'] in files: return path.name
+        return f'a file called {path.name}' if any(f" rows of {path.name}, " in o for o in parts) else ''
+    said = [f'{t!r} ({found})' for t,o in specs.items() if (found := place(o))]
+    if said: warnings.warn(f'the merge was measured on rows of what is scored: {", ".join(said)}; '
+                           'other rows say how good it is')
 
 def _described(loaded:Mapping[str,tuple], specs:Mapping[str,str], split:str)->dict[str,dict]:
     "Which rows were scored, and of which split, where there are several."
@@ -370,6 +413,10 @@ def _described(loaded:Mapping[str,tuple], specs:Mapping[str,str], split:str)->di
     data = {k: describe_data(rows) for k,(rows,_) in loaded.items()}
     data = {k: o if k in splits else o.replace(f'/{split}#', '#') for k,o in data.items()} # a file has none
     return dict(data=data, split=splits)
+
+def _of_rows(o:Mapping[str,int])->str:
+    "How many rows, and of how many."
+    return f'{o["rows"]} of {o["of"]}' if o['rows']<o['of'] else str(o['rows'])
 
 _OF_MERGED = ('update_card', 'alone', 'fetch') # what `evaluate` takes for a merged model only
 
@@ -399,16 +446,17 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     merged = None if isinstance(models, dict) else models
     if merged is None: _check_merged_only(args)
     if args.update_card: check_card(args.model)
-    loaded,split = _rows_to_score(args, models, specs),either(args.split, 'validation')
+    (loaded,rows),split = _rows_to_score(args, models, specs),either(args.split, 'validation')
+    if merged is not None: _warn_measured(merged, specs, split)
     how = _picked(args, ('max_length', 'device', 'precision', 'loss'))
     scores = {k: evaluate(models[k], data, task, tokenizer=tokenizers[k], **how)
               for k,(data,task) in loaded.items()}
     beside = {} if merged is None or args.alone else _beside(merged, loaded, args.fetch, how)
     shown = {k: o | beside.get(k, {}) for k,o in scores.items()}
-    if out: write_record(out, scores=shown, **_described(loaded, specs, split), source=source)
+    if out: write_record(out, scores=shown, rows=rows, **_described(loaded, specs, split), source=source)
     named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
-    if args.update_card: update_card(merged, args.model, scores, named)
-    return shown
+    if args.update_card: update_card(merged, args.model, scores, named, rows)
+    return shown if args.json else {k: o | dict(rows=_of_rows(rows[k])) for k,o in shown.items()}
 
 # %% ../../nbs/app/02_cli.ipynb #137a2626
 def _check_places(args:argparse.Namespace, models:Mapping[str,str], *read:Mapping[str,str]):
@@ -504,6 +552,7 @@ def _ask_model(args:argparse.Namespace)->tuple[list,dict[str,list]]:
         read = {recorded_text(merged[t]) for t in args.tasks or merged if t in merged}
         texts = _texts_to_ask(args, next(iter(read)) if len(read)==1 else ())
         return texts, merged.predict(texts, tasks=args.tasks, **how)
+    _check_reported(args.model, args.tasks or ())
     if args.tasks: raise ValueError(f'--tasks is about a merged model; {args.model} is one model')
     model,tokenizer = _load(args.model, args.merge_adapters)
     name = Path(args.model).name

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LICENSE', 'DIFFER', 'UNSTATED', 'MODULES', 'BESIDE', 'front_matter', 'read_card', 'agreed_license', 'read_modules',
-           'agreed_modules', 'files_beside', 'files_of_sources', 'check_scores', 'eval_results', 'beside_files',
-           'kept_files', 'read_report', 'Origin', 'origins', 'card_data', 'escaped', 'table', 'model_card']
+           'agreed_modules', 'files_beside', 'files_of_sources', 'check_scores', 'eval_results', 'rows_words',
+           'beside_files', 'kept_files', 'read_report', 'Origin', 'origins', 'card_data', 'escaped', 'table',
+           'model_card']
 
 # %% ../../nbs/merging/03_card.ipynb #9ce139c3
 import json
@@ -182,8 +183,17 @@ def eval_results(
     "Scores as the metadata of a model card holds them."
     data = report.get('scored', (recipe or {}).get('data')) or {}
     found = [(t, k, v) for t,o in report.get('scores', {}).items() for k,v in o.items()]
+    def rows(t): return {k: o[k] for o in [report.get('scored_rows', {}).get(t)] if o for k in ('rows', 'of')}
     return [EvalResult(task_type='text-classification', metric_type=k, metric_value=v,
-                       **_dataset_fields(t, data.get(t))) for t,k,v in found]
+                       dataset_args=rows(t) or None, **_dataset_fields(t, data.get(t))) for t,k,v in found]
+
+def rows_words(
+    scored:Mapping[str,int]|None, # `rows` that were scored, `of` how many
+)->str:
+    "How many rows a score is of, in words; empty where that is not known."
+    if not scored: return ''
+    part = f' of {scored["of"]}' if scored['of']!=scored['rows'] else ''
+    return f'{scored["rows"]}{part} row{"s"*(scored["of"]!=1)}'
 
 # %% ../../nbs/merging/03_card.ipynb #23616784
 _Words = str|list[str]|None
@@ -242,6 +252,10 @@ class _Chosen(_Told):
 class _Won(_Told):
     why:str
 
+class _Scored(_Told):
+    rows:int=Field(ge=0)
+    of:int=Field(ge=0)
+
 class _File(_Told):
     size:int=Field(ge=0)
     sha256:str=Field(pattern='^[0-9a-f]{64}$')
@@ -257,6 +271,7 @@ class _Report(_Told):
     zero_fisher:_Zero
     versions:dict[str,Any]
     scores:dict[str,dict[str,float]]={}
+    scored_rows:dict[str,_Scored]={}
     sentence_transformers:_Sentences|None=None
     beside:dict[str,dict[str,str]]={}
     agreement:dict[str,_Compared]={}
@@ -395,7 +410,10 @@ def _weighting(report:Mapping[str,Any])->list[tuple[str,str,int]]:
 
 def _task_rows(report:Mapping[str,Any])->list[tuple]:
     "For each task: model, λ, examples, scores."
-    def scores(t): return ', '.join(f'{k} {v:.4g}' for k,v in report.get('scores', {}).get(t, {}).items())
+    def scores(t):
+        said = ', '.join(f'{k} {v:.4g}' for k,v in report.get('scores', {}).get(t, {}).items())
+        rows = rows_words(report.get('scored_rows', {}).get(t))
+        return f'{said} on {rows}' if said and rows else said
     def count(o): return (o['fisher'] or {}).get('num_examples', '')
     return [(t, o['model'], f'{o["weight"]:g}', count(o), scores(t)) for t,o in report['tasks'].items()]
 

@@ -513,7 +513,9 @@ def _save(merged:Merged, path:PathName, overwrite:bool, scores:Mapping|None, rep
     "Write the folder of a merged model."
     path,seal = Path(path).resolve(),Seal(bom, key)
     check_shard_size(max_shard_size)
-    if scores is not None: merged.report['scores'] = check_scores(scores, list(merged))
+    if scores is not None:
+        merged.report['scores'] = check_scores(scores, list(merged))
+        merged.report.pop('scored_rows', None) # of other scores
     recipe = merged.recipe or {}
     check_folder(path, overwrite)
     check_inputs(path, {}, entry_names(recipe, 'fishers'), entry_names(recipe, 'data'))
@@ -661,6 +663,7 @@ def update_card(
     path:str|Path, # folder that it was saved in
     scores:Mapping[str,Mapping[str,float]], # task -> metric -> number
     scored:Mapping[str,str]={}, # task -> data spec of the rows, where it has a name
+    rows:Mapping[str,Mapping[str,int]]={}, # task -> `rows` that were scored, and `of` how many
 ):
     "Write scores into the report and the card of a saved merge, each in one step; in the main process."
     if not is_main(): return
@@ -670,7 +673,7 @@ def update_card(
         check_card(path)
         card = path/'README.md'
         name = (_called(read_text(card)) if card.exists() else None) or path.resolve().name
-        merged.report |= (new := dict(scores=found, scored=dict(scored)))
+        merged.report |= (new := dict(scores=found, scored=dict(scored), scored_rows=dict(rows)))
         with whole_file(card) as part: part.write_text(_card_text(merged, name), encoding='utf-8')
         report = load_json(path/MERGED) | new
         listed = report.get('files', {})

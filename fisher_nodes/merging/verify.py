@@ -356,8 +356,10 @@ def _read_report(folder:Path)->tuple[dict|None,Mapping,list[Finding]]:
 
 def _repeated(folder:Path, report:Mapping, given:Sequence, found:Sequence[Finding])->Finding:
     "A repeated merge, where everything is as it should be."
-    ready = all(o.state=='fits' for o in found if o.what in ('files', 'recipe', 'inputs'))
-    if not ready: return misfits('repeat', 'not begun: files, recipe and all inputs must fit first')
+    bad = {o.what for o in found if o.state!='fits'}&{'files', 'recipe', 'inputs'}
+    if bad=={'inputs'} and report.get('inputs') and not given:
+        return unchecked('repeat', 'give --inputs with the folders and files that were merged')
+    if bad: return misfits('repeat', 'not begun: files, recipe and all inputs must fit first')
     try: return repeat_merge(folder, report, given)
     except (ValueError, TypeError, OSError, ImportError) as e:
         return misfits('repeat', f'it cannot be repeated: {e}')
@@ -374,6 +376,7 @@ def verify_merge(
 )->list[Finding]:
     "Check a merge; it is sound if nothing is found that does not fit. Writes nothing, runs no code of it."
     folder,inputs = Path(path),[os.path.expanduser(o) for o in inputs]
+    if not folder.exists(): raise ValueError(f'{one_line(path)} is not a merged model: there is no such folder')
     if not is_merged(folder): raise ValueError(f'{path} is not a merged model: it has no {MERGED}')
     gone = [o for o in inputs if not os.path.exists(o)]
     if gone: raise ValueError(f'`inputs` names {one_line(gone[0], 100)}; there is no such file or folder')

@@ -30,7 +30,7 @@ def save_model(folder, num_labels=2, seed=0, words=WORDS, **kw):
     PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='[PAD]', unk_token='[UNK]', model_max_length=16).save_pretrained(folder)
 
 def save_rows(path, labels):
-    texts = [' '.join(WORDS[4+(i*j) % 8] for j in range(1, 3+i % 4)) for i in range(len(labels))]
+    texts = [' '.join(WORDS[4+o % 8] for o in (i, i//8, *(i*j for j in range(1, 3+i % 4)))) for i in range(len(labels))] # no two alike
     path.write_text('text,label\n'+''.join(f'{t},{o}\n' for t, o in zip(texts, labels)))
 
 @pytest.fixture(scope='module')
@@ -258,7 +258,7 @@ def test_tables_are_plain_in_a_pipe(tmp_path, capsys):
     assert f'wrote: {tmp_path}/{"long"*50}' in out.splitlines() and '\x1b' not in out
     assert main('evaluate x --data x.csv'.split())==0
     lines = [o.split() for o in capsys.readouterr().out.splitlines() if o.strip()]
-    assert lines[0]==['accuracy'] and lines[-1][0]=='x.csv' and 0<=float(lines[-1][1])<=1
+    assert lines[0]==['accuracy', 'rows'] and lines[-1][0]=='x.csv' and 0<=float(lines[-1][1])<=1
 
 def test_help_is_a_tour(capsys):
     with pytest.raises(SystemExit): main(['--help'])

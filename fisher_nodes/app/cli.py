@@ -276,7 +276,8 @@ def _merge_shown(report:Mapping[str,Any])->dict[str,Any]:
     counts = {t: {'rows measured': n} if n else {} for t,n in _rows_measured(report).items()}
     zero = ', '.join(f'{n} {k}' for k,n in report['zero_fisher'].items())
     rest = {k: o for k,o in found.items() if not isinstance(o, dict)}
-    return {'tasks': {t: first[t] | o | counts[t] for t,o in found['tasks'].items()}} | rest | {'zero_fisher_nodes': zero}
+    tasks = {t: first[t] | o | counts[t] for t,o in found['tasks'].items()}
+    return {'tasks': tasks} | rest | {'zero_fisher_nodes': zero}
 
 def _merge_recipe(args:argparse.Namespace):
     "Do what a recipe file says; `ValueError` for options that it has itself."

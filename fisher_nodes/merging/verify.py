@@ -376,7 +376,8 @@ def verify_merge(
 )->list[Finding]:
     "Check a merge; it is sound if nothing is found that does not fit. Writes nothing, runs no code of it."
     folder,inputs = Path(path),[os.path.expanduser(o) for o in inputs]
-    if not folder.exists(): raise ValueError(f'{one_line(path)} is not a merged model: there is no such folder')
+    if not folder.exists():
+        raise ValueError(f'{one_line(path)} is not a merged model: there is no such folder')
     if not is_merged(folder): raise ValueError(f'{path} is not a merged model: it has no {MERGED}')
     gone = [o for o in inputs if not os.path.exists(o)]
     if gone: raise ValueError(f'`inputs` names {one_line(gone[0], 100)}; there is no such file or folder')

@@ -582,7 +582,7 @@ def said_of(o):
     if isinstance(o, dict): return [w for k, v in o.items() for w in (*said_of(k), *said_of(v))]
     if not isinstance(o, (str, Path)): return []
     shown = one_line(o)
-    return [f'{shown} ', f'{shown}:', repr(str(o))] if len(shown)<2 else [str(o), shown]
+    return [f'{shown} ', f'{shown}:'] if len(shown)<2 else [str(o), shown]
 
 def is_refusal(e, case):
     "Whether an error is one of ours, in one line that names something given; Python itself says which argument there is not."

@@ -22,7 +22,8 @@ def find_device(
     "The device of that name; `ValueError` if torch knows none, has none, or would lose the numbers there."
     try: found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, ValueError) as e:
-        unknown = not isinstance(e, (RuntimeError, AssertionError)) or 'Expected one of' in str(e)
+        no_name = any(o in str(e) for o in ('Expected one of', 'Invalid device string'))
+        unknown = no_name or not isinstance(e, (RuntimeError, AssertionError))
         why = 'expected cpu, cuda, cuda:1, mps, …' if unknown else str(e).splitlines()[0]
         raise ValueError(f'no device {quoted(device)} here: {why}') from None
     if found.type=='meta': raise ValueError("the device 'meta' holds no numbers; what moves there is lost")

@@ -519,8 +519,8 @@ def load_tokenizer(
     if folder := adapter_folder(model):
         return load_tokenizer(fetch_model(_base_reference(read_adapter(folder))), needed=needed)
     if not needed: return None
-    raise ValueError(f'{model} has no processor; give it as `tokenizer=`' if auto else
-                     f'{model} has no tokenizer; give `tokenizer=`')
+    what = 'processor; give it as' if auto else 'tokenizer; give'
+    raise ValueError(f'{one_line(model)} has no {what} `tokenizer=`')
 
 def resolve_model(
     model:PreTrainedModel|str|Path, # a model, folder or Hub id

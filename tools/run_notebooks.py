@@ -3,23 +3,26 @@
 python tools/run_notebooks.py [--slow] [nbs/core/01_nodes.ipynb ...]             # no name: all of them
 python tools/run_notebooks.py --check [--workers 2] [nbs/core/01_nodes.ipynb ...] # write nothing, fail where a cell shows what is not stored
 
-`--check` is `nbdev_test`, two notebooks at a time, which also compares which cells show a value, a picture or text with which have it stored.
+`--check` is `nbdev_test`, two notebooks at a time and each in a process of its own, which also compares which cells show a value, a picture or text with which have it stored.
 Cells that carry a flag of `tst_flags` in settings.ini are left as they are, unless --slow lifts `slow`. Progress bars are not stored.
 """
 import argparse
 import copy
+import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import time
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 os.environ['TQDM_DISABLE'] = '1' # tqdm reads it when it is imported
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
-from fastcore.parallel import parallel
 from fastcore.xtras import working_directory
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -28,6 +31,10 @@ from nbdev.process import extract_directives
 
 LONG = '01_two','02_three','06_language','07_vision' # tutorials that train, which a commit does not run
 
+
+OFTEN = ('matplotlib.pyplot', 'seaborn', 'sklearn.metrics', 'scipy.stats', 'fastcore.test', 'nbdev.showdoc', 'nbdev.export', 'evaluate',
+         *(f'transformers.models.{o}.modeling_{o}' for o in ('bert', 'roberta', 'llama')), 'transformers.trainer', 'torch._dynamo',
+         'matplotlib_inline.backend_inline') # what notebooks import
 
 def is_left_out(cell, skip:set)->bool:
     "Whether this cell is prose, exports the package, or is not for running."
@@ -73,6 +80,15 @@ def check(path:Path, skip:set)->bool: # whether all is well
     print(f'{path.name}: {time.time()-start:.0f} s', flush=True)
     return not wrong
 
+def check_all(files:list, skip:set, workers:int)->list[bool]:
+    "Check each notebook in a process of its own: what one registers, such as a statistic of its own class, no other may see."
+    from run_notebooks import check as task # by a name that a process still knows when a notebook has become its `__main__`
+    import fisher_nodes
+    ours = [o.name for o in pkgutil.walk_packages(fisher_nodes.__path__, 'fisher_nodes.') if not o.ispkg]
+    for o in (*ours, *OFTEN): import_module(o) # once, before they fork
+    how = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn')
+    with how.Pool(min(workers, len(files)), maxtasksperchild=1) as pool: return pool.map(partial(task, skip=skip), files, chunksize=1)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('notebooks', nargs='*', type=Path)
@@ -89,9 +105,7 @@ def main():
     if args.check:
         os.environ.setdefault('HF_HUB_OFFLINE', '1') # names that are not there are not asked for again and again
         os.environ.setdefault('OMP_NUM_THREADS', '1') # of each worker, and of what it starts: two that share two cores are slower
-        workers = args.workers if len(files)>1 else 0
-        from run_notebooks import check as task # by a name that a worker still knows when a notebook has become its `__main__`
-        if all(parallel(task, [o.absolute() for o in files], skip=skip, n_workers=workers, pause=.01)): return
+        if all(check_all([o.absolute() for o in files], skip, args.workers)): return
         sys.exit('these notebooks failed, or show what is not stored')
     if len(files)==1: return run(files[0].absolute(), skip)
     for f in files:

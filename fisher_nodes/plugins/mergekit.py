@@ -83,12 +83,13 @@ def _name_grams(grams:Grams, model:PreTrainedModel)->dict[str,Any]: # name in th
     ones = {n: torch.ones([1]*t.ndim) for n,t in there.items()}
     return ones | {prefix+n: _GramSlot(grams.values, n, 1-out_axis(m[0])) for n,m in linear.items()}
 
-def _expand_folder(found:MaskFisher|Grams, folder:str, scheme:str|None)->tuple[dict[str,Any],dict[str,Any]]:
+def _expand_folder(found:MaskFisher|Grams, folder:str, scheme:str|None,
+                   statistic:str)->tuple[dict[str,Any],dict[str,Any]]:
     "What was measured, by the names of the model in a folder, in the model and in its files."
     check_measured_on('what it holds', found.meta, _hash_folder(folder))
     with model_errors(folder): config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model,meta = empty_model(config),found.meta
-    if isinstance(found, Grams): full = _name_grams(found, model)
+    if statistic=='grams': full = _name_grams(found, model)
     else:
         expanded = expand_importance(found, model, scheme)
         full,meta = expanded.values,expanded.meta
@@ -121,7 +122,7 @@ def _read_view(path:Path, stamp:tuple, folder:str|None, scheme:str|None, statist
     if statistic=='mask-fisher' and kind=='ExpandedFisher': return _read_expanded(path, scheme)
     found = _open_grams(path) if statistic=='grams' else MaskFisher.load(path)
     if folder is None: raise ValueError(_NAMELESS[type(found).__name__].format(path))
-    try: values,meta = _expand_folder(found, folder, scheme)
+    try: values,meta = _expand_folder(found, folder, scheme, statistic)
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     return TensorView(path, values, meta)
 

@@ -415,10 +415,6 @@ def _described(loaded:Mapping[str,tuple], specs:Mapping[str,str], split:str)->di
     data = {k: o if k in splits else o.replace(f'/{split}#', '#') for k,o in data.items()} # a file has none
     return dict(data=data, split=splits)
 
-def _of_rows(o:Mapping[str,int])->str:
-    "How many rows, and of how many."
-    return f'{o["rows"]} of {o["of"]}' if o['rows']<o['of'] else str(o['rows'])
-
 _OF_MERGED = ('update_card', 'alone', 'fetch') # what `evaluate` takes for a merged model only
 
 def _check_merged_only(args:argparse.Namespace):
@@ -435,18 +431,25 @@ def _beside(merged:Any, loaded:Mapping[str,tuple], fetch:bool, how:Mapping[str,A
         return {}
     return {t: {f'{w}_{k}': o[t][k] for w,o in found.items() for k in [score_name(o[t])]} for t in merged}
 
+def _asked_to_score(args:argparse.Namespace)->tuple[Any,dict,Any,dict]:
+    "As `_models_to_score`; `ValueError` for options that do not go with what is scored."
+    from fisher_nodes.merging.merged import check_card
+    found = _models_to_score(args.model, args.data, args.merge_adapters)
+    if isinstance(found[0], dict): _check_merged_only(args)
+    if args.update_card: check_card(args.model)
+    return found
+
 def run_evaluate(args:argparse.Namespace)->dict|None:
     """Score a merged model on all its tasks, beside its own models and their average;
     or one model on one data set."""
     from fisher_nodes.engine.files import write_record
-    from fisher_nodes.merging.merged import check_card, update_card
+    from fisher_nodes.merging.card import rows_count
+    from fisher_nodes.merging.merged import update_card
     from fisher_nodes.tasks.evaluation import evaluate
     read = (args.model, *(o.rpartition('=')[2] for o in args.data))
     out = check_file(args.out, args.overwrite, *read) if args.out else None
-    models,specs,tokenizers,source = _models_to_score(args.model, args.data, args.merge_adapters)
+    models,specs,tokenizers,source = _asked_to_score(args)
     merged = None if isinstance(models, dict) else models
-    if merged is None: _check_merged_only(args)
-    if args.update_card: check_card(args.model)
     (loaded,rows),split = _rows_to_score(args, models, specs),either(args.split, 'validation')
     if merged is not None: _warn_measured(merged, specs, split)
     how = _picked(args, ('max_length', 'device', 'precision', 'loss'))
@@ -457,7 +460,7 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     if out: write_record(out, scores=shown, rows=rows, **_described(loaded, specs, split), source=source)
     named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
     if args.update_card: update_card(merged, args.model, scores, named, rows)
-    return shown if args.json else {k: o | dict(rows=_of_rows(rows[k])) for k,o in shown.items()}
+    return shown if args.json else {k: o | dict(rows=rows_count(rows[k])) for k,o in shown.items()}
 
 # %% ../../nbs/app/02_cli.ipynb #137a2626
 def _check_places(args:argparse.Namespace, models:Mapping[str,str], *read:Mapping[str,str]):

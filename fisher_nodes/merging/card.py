@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LICENSE', 'DIFFER', 'UNSTATED', 'MODULES', 'BESIDE', 'front_matter', 'read_card', 'agreed_license', 'read_modules',
-           'agreed_modules', 'files_beside', 'files_of_sources', 'check_scores', 'eval_results', 'rows_words',
-           'beside_files', 'kept_files', 'read_report', 'Origin', 'origins', 'card_data', 'escaped', 'table',
-           'model_card']
+           'agreed_modules', 'files_beside', 'files_of_sources', 'check_scores', 'eval_results', 'rows_count',
+           'rows_words', 'beside_files', 'kept_files', 'read_report', 'Origin', 'origins', 'card_data', 'escaped',
+           'table', 'model_card']
 
 # %% ../../nbs/merging/03_card.ipynb #9ce139c3
 import json
@@ -187,13 +187,17 @@ def eval_results(
     return [EvalResult(task_type='text-classification', metric_type=k, metric_value=v,
                        dataset_args=rows(t) or None, **_dataset_fields(t, data.get(t))) for t,k,v in found]
 
+def rows_count(
+    scored:Mapping[str,int], # `rows` that were scored, `of` how many
+)->str:
+    "How many rows, and of how many where these are more."
+    return str(scored['rows'])+f' of {scored["of"]}'*(scored['of']!=scored['rows'])
+
 def rows_words(
     scored:Mapping[str,int]|None, # `rows` that were scored, `of` how many
 )->str:
     "How many rows a score is of, in words; empty where that is not known."
-    if not scored: return ''
-    part = f' of {scored["of"]}' if scored['of']!=scored['rows'] else ''
-    return f'{scored["rows"]}{part} row{"s"*(scored["of"]!=1)}'
+    return f'{rows_count(scored)} row{"s"*(scored["of"]!=1)}' if scored else ''
 
 # %% ../../nbs/merging/03_card.ipynb #23616784
 _Words = str|list[str]|None

@@ -328,12 +328,17 @@ def _cell(value, digits):
     whole = isinstance(value, (int,np.integer)) and not isinstance(value, bool)
     return f'{value:,}' if whole else ''.join(o for o in str(value) if o.isprintable())
 
+def _digits_of(digits:int|Mapping[str,int], column)->int: # of several lines, a title is a tuple
+    "How many digits a column has; 1 where nothing is said of any line of its title."
+    if isinstance(digits, int): return digits
+    return next((n for k,n in digits.items() if k in np.ravel(column)), 1)
+
 def as_text(
     table:Any, # a `pandas.DataFrame`
-    digits:int=1, # after the decimal point
+    digits:int|Mapping[str,int]=1, # after the decimal point, of all columns or by title; 1 for others
 )->Any: # a `pandas.DataFrame` of strings
     "A table for reading: rounded, with a dash for what is missing."
-    return table.astype(object).map(lambda o: _cell(o, digits))
+    return table.astype(object).apply(lambda o: o.map(lambda v: _cell(v, _digits_of(digits, o.name))))
 
 def _title(column): # of a table; a title of several lines is a tuple
     return ' '.join(filter(None, column)) if isinstance(column, tuple) else str(column).replace('_', ' ')
@@ -361,7 +366,7 @@ def _margin(o): # a label of a line or a column: whole numbers with commas
 
 def for_readers(
     table:Any, # a `pandas.DataFrame`
-    digits:int=1, # after the decimal point
+    digits:int|Mapping[str,int]=1, # as in `as_text`
 )->Any: # a `pandas.DataFrame` of strings
     "A table as a page shows it: `as_text`, with words for the names of columns."
     table = as_text(table, digits).rename_axis(index=_heading, columns=_heading)

@@ -460,7 +460,8 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     if out: write_record(out, scores=shown, rows=rows, **_described(loaded, specs, split), source=source)
     named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
     if args.update_card: update_card(merged, args.model, scores, named, rows)
-    return shown if args.json else {k: o | dict(rows=rows_count(rows[k])) for k,o in shown.items()}
+    def count(k): return rows[k]['rows'] if args.json else rows_count(rows[k])
+    return {k: o | dict(rows=count(k)) for k,o in shown.items()}
 
 # %% ../../nbs/app/02_cli.ipynb #137a2626
 def _check_places(args:argparse.Namespace, models:Mapping[str,str], *read:Mapping[str,str]):

@@ -74,7 +74,7 @@ def test_best_and_heads(here, tmp_path, capsys):
     "The best merge says what it chose, and how often it answers as its models; layers wait in a folder."
     both = '--data x=x.csv y=y.csv --num-samples 12'
     said = run(f'merge x=x y=y {both} --method best --work {tmp_path}/work --out {tmp_path}/best', capsys)
-    assert said['chosen'] == 'residual-regression' and '% of 3 rows' in said['answers_like_its_own_model']['y']
+    assert said['chosen'] == 'residual-regression' and '% of 1 row ' in said['answers_like_its_own_model']['y']
     assert len(list((tmp_path/'work').glob('fit.*.safetensors'))) == 3
     assert '## Does it answer as its models do?' in (tmp_path/'best'/'README.md').read_text()
     said = run(f'merge x=x y=y {both} --method average --refit-heads 1 --out {tmp_path}/heads', capsys)
@@ -98,7 +98,7 @@ def test_how_many_rows_were_measured_is_said(here, tmp_path, capsys):
     assert told(f'--num-samples {rows}')[1]==[]
     for k in 'xy': (tmp_path/f'{k}.csv').write_text('text,label\n'+''.join(f'{WORDS[4+i%4]} {WORDS[8+i//4]},{i%2}\n' for i in range(12)))
     apart = f'--data x={tmp_path}/x.csv y={tmp_path}/y.csv --method best --num-samples'
-    assert told(f'{apart} 8')==(dict(x='6', y='6'), []) and "used were 12 of 'x', 12 of 'y'" in told(f'{apart} 13')[1][0], 'with those that were kept apart'
+    assert told(f'{apart} 8')==(dict(x='7', y='7'), []) and "used were 12 of 'x', 12 of 'y'" in told(f'{apart} 13')[1][0], 'with those that were kept apart'
 
 def test_a_merge_without_its_report_is_called_that(here, tmp_path, capsys):
     "Known by its recipe, or by the folders of the tasks that are named; a model with other folders inside is one model."
@@ -137,7 +137,7 @@ def test_rows_without_labels(here, tmp_path, capsys):
     ('--method best --work w', "'best' fits none without --data"),
     ('--method best --data x=x.csv y=y.csv --refit-heads 2', "from 0 to 1, got '2'"), ('--method best --data x=x.csv y=y.csv --work out', '--work and --out are one folder'), ('--method best --data x=x.csv y=y.csv --work x', "is, holds or lies in the model of 'x'"),
     ('--method best --refit-heads .5', '--refit-heads says how to measure, but without --data nothing is measured'),
-    ('--method best --data x=x.csv y=y.csv --num-samples 2', "'x' has 2 rows, too few to keep a share of 0.25")])
+    ('--method best --data x=x.csv y=y.csv --num-samples 1', "'x' has one row, so that none can be kept apart")])
 def test_best_and_heads_asked_wrongly(line, said, tmp_path, capsys):
     try: status = main(f'merge x=x y=y {line} --out out'.split())
     except SystemExit as e: status = e.code

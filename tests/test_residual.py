@@ -34,7 +34,7 @@ from test_cli import save_model, save_rows
 
 QUIET = dict(progress=False)
 ALL = dict(method='residual-regression', **QUIET)
-HOW = dict(refit_heads=0, **ALL)
+HOW = dict(refit_heads=0, copies=0, **ALL)
 SHARED = {'albert', 'albert-groups', 'deberta-v3', 'deberta-v2-conv'} # layers or matrices that are used more than once
 PARALLEL = {'cohere', 'cohere-norms', 'gptj', 'gpt_neox', 'falcon', 'falcon-one-key', 'phi', 'phi-norms', 'stablelm-norms'}
 SIZES = (7, 2)
@@ -335,25 +335,26 @@ def slow_head(F, E):
     move = torch.linalg.solve(f.T @ f+.1*f.square().sum()/len(f)*torch.eye(16, dtype=f.dtype), f.T @ e).T
     return move, E.mean(0)-move @ F.mean(0)
 
-def test_heads_are_fitted_on_rows_that_the_body_did_not_see(two):
+def test_heads_are_fitted_on_all_rows_and_compared_on_others_than_the_body(two):
     "The body is that of the other rows alone; heads by the normal equations; what is said of a row, by heads fitted without it."
     rows = {t: sorted(v, key=len, reverse=True) for t, v in texts(1, 64).items()}
     data = {t: [dict(input_ids=torch.tensor([o])) for o in v] for t, v in rows.items()} # every fourth is kept
-    merged = merge(two, data=data, refit_heads=.25, **ALL)
+    merged = merge(two, data=data, **HOW | dict(refit_heads=.25))
     first = {t: [o for i, o in enumerate(v) if i % 4 != 3] for t, v in data.items()}
     alone = merge(two, data=first, **HOW)
     same(alone, merged)
     told = merged.report['agreement']
     for t, m in two.items():
-        kept = [o for i, o in enumerate(rows[t]) if i % 4 == 3]
-        with torch.no_grad(): F = torch.cat([alone.body(torch.tensor([o])).pooler_output for o in kept])
-        Y, W, b = torch.stack([answer(m, o) for o in kept]), m.classifier.weight.detach(), m.classifier.bias.detach()
-        E, fold = Y-F @ W.T-b, torch.arange(len(kept)) % 4
-        assert told[t]['moved'] and told[t]['rows'] == len(kept)
+        with torch.no_grad(): F = torch.cat([alone.body(torch.tensor([o])).pooler_output for o in rows[t]])
+        Y, W, b = torch.stack([answer(m, o) for o in rows[t]]), m.classifier.weight.detach(), m.classifier.bias.detach()
+        E, kept = Y-F @ W.T-b, torch.arange(len(F)) % 4 == 3
+        fold = torch.where(kept, (kept.cumsum(0)-1) % 4, -1)
+        assert told[t]['moved'] and told[t]['rows'] == kept.sum()
         (move, shift), got = slow_head(F, E), merged[t].classifier
         assert_close(got.weight.detach(), W+move, rtol=1e-7, atol=1e-9)
         assert_close(got.bias.detach(), b+shift, rtol=1e-7, atol=1e-9)
-        said = torch.stack([f @ (W+w).T+b+v for f, k in zip(F, fold.tolist()) for w, v in [slow_head(F[fold!=k], E[fold!=k])]])
+        said = torch.stack([f @ (W+w).T+b+v for f, k in zip(F[kept], fold[kept].tolist()) for w, v in [slow_head(F[fold!=k], E[fold!=k])]])
+        Y = Y[kept]
         p, q = Y.log_softmax(-1), said.log_softmax(-1)
         assert_close(torch.tensor(told[t]['merged']['kl']), (p.exp()*(p-q)).sum(1).mean(), rtol=1e-6, atol=1e-12, check_dtype=False)
         assert told[t]['merged']['same'] == (p.argmax(1) == q.argmax(1)).double().mean().item()
@@ -371,7 +372,7 @@ def test_heads_are_saved_and_loaded_and_written_down(two, tmp_path):
         for n, p in merged[t].state_dict().items(): assert_close(again[t].state_dict()[n], p, rtol=0, atol=0)
     plain = T.AutoModelForSequenceClassification.from_pretrained(tmp_path/'out'/'b')
     assert_close(plain.classifier.weight, merged['b'].classifier.weight.to(plain.dtype), rtol=0, atol=0)
-    assert merged.recipe['options'] == dict(ridge=.1) and 'refit_heads' not in merged.recipe
+    assert merged.recipe['options'] == dict(ridge=.1, copies=3) and 'refit_heads' not in merged.recipe
     assert again.report['agreement'] == merged.report['agreement']
 
 def test_a_model_merged_with_itself_keeps_its_head(two):
@@ -402,8 +403,8 @@ def test_heads_of_every_kind(cls):
     assert heads and all(('classifier' in n or 'score' in n or 'qa_outputs' in n) and n.count('dense') == 0 for n in heads)
 
 def test_too_few_rows_for_heads(two):
-    data = as_data({t: v[:3] for t, v in texts(1).items()})
-    with pytest.raises(ValueError, match="'a' has 3 rows, too few to keep a share of 0.25 for its head; give more, or none to heads: 0 for `refit_heads`"): merge(two, data=data, **ALL)
+    data = as_data({t: v[:1] for t, v in texts(1).items()})
+    with pytest.raises(ValueError, match="'a' has one row, so that none can be kept apart; give more, or leave heads alone: 0 for `refit_heads`"): merge(two, data=data, **ALL)
     with pytest.raises(ValueError, match='`refit_heads` is 2; expected a finite number of at most 1'): merge(two, data=data, **ALL | dict(refit_heads=2))
     with pytest.raises(ValueError, match='`refit_heads` is 1, which leaves no rows to fit the body to'): merge(two, data=data, **ALL | dict(refit_heads=1))
 
@@ -472,13 +473,17 @@ def test_a_head_whose_last_layer_does_not_answer_stays(two):
         assert_close(merged['a'].aux.get_parameter(n), models['a'].aux.get_parameter(n), rtol=0, atol=0)
 
 def test_one_row_moves_no_head(two):
-    merged = merge(two, data=as_data({t: v[:4] for t, v in texts(1).items()}), method='average', refit_heads=.25, **QUIET)
-    told = merged.report['agreement']['a']
+    how = dict(method='average', refit_heads=1., **QUIET)
+    def moved(n): return merge(two, data=as_data({t: v[:n] for t, v in texts(1).items()}), **how)
+    told = (merged := moved(1)).report['agreement']['a']
     assert told['rows'] == 1 and not told['moved'] and torch.equal(merged['a'].classifier.weight, two['a'].classifier.weight)
+    assert moved(2).report['agreement']['a']['moved']
+    kept = merge(two, data=as_data({t: v[:4] for t, v in texts(1).items()}), **how | dict(refit_heads=.25)).report['agreement']['a']
+    assert kept['rows'] == 1 and kept['moved'] # by the three others
 
 def test_numbers_of_rows_are_told(two):
     merged = merge(two, data=as_data(texts(1, 32)), **ALL)
-    assert merged.report['tasks']['a']['fisher']['num_examples'] == 24 and merged.report['agreement']['a']['rows'] == 8
+    assert merged.report['tasks']['a']['fisher']['num_examples'] == 28 and merged.report['agreement']['a']['rows'] == 4
 
 def test_rows_from_generators(two):
     rows = texts(1)
@@ -534,7 +539,7 @@ def test_best_gives_way_where_the_average_is_nearer(monkeypatch):
     plain = merge(models, method='average', **QUIET)
     same(found, plain)
     told = found.report['agreement']['a']
-    assert found.report['chosen']['method'] == 'average' and found.report['method'] == 'best' and told['rows'] == 10
+    assert found.report['chosen']['method'] == 'average' and found.report['method'] == 'best' and told['rows'] == 6
     assert not torch.equal(found['a'].classifier.weight, models['a'].classifier.weight)
 
 def test_which_is_nearer():

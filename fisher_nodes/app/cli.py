@@ -248,7 +248,7 @@ def run_merge(args:argparse.Namespace)->dict|None:
 def _same_answers(report:Mapping[str,Any])->dict[str,str]: # task -> share, where rows were kept apart
     "How often the merge answers as the task's own model."
     found = {t: (o['merged']['same'], o['rows']) for t,o in report.get('agreement', {}).items()}
-    return {t: f'{100*same:.1f}% of {n} rows' for t,(same,n) in found.items() if same is not None}
+    return {t: f'{100*same:.1f}% of {n} row{"s"*(n!=1)}' for t,(same,n) in found.items() if same is not None}
 
 def _rows_measured(report:Mapping[str,Any])->dict[str,int]: # task -> rows; 0 for none
     "How many rows of each task were measured."
@@ -460,8 +460,7 @@ def run_evaluate(args:argparse.Namespace)->dict|None:
     if out: write_record(out, scores=shown, rows=rows, **_described(loaded, specs, split), source=source)
     named = {k: o for k,o in specs.items() if str(o).startswith('glue:')}
     if args.update_card: update_card(merged, args.model, scores, named, rows)
-    def count(k): return rows[k]['rows'] if args.json else rows_count(rows[k])
-    return {k: o | dict(rows=count(k)) for k,o in shown.items()}
+    return shown if args.json else {k: o | dict(rows=rows_count(rows[k])) for k,o in shown.items()}
 
 # %% ../../nbs/app/02_cli.ipynb #137a2626
 def _check_places(args:argparse.Namespace, models:Mapping[str,str], *read:Mapping[str,str]):

@@ -93,7 +93,8 @@ ENTRIES = {
     'regmean-0.99-heads': Entry('regmean', options=dict(off_diagonal=.99), refit_heads=1.),
     'sequential-regmean': Entry('sequential-regmean'),
     'chain-of-merges': Entry('chain-of-merges'),
-    'residual-body': Entry('residual-regression', refit_heads=0.),
+    'residual-no-copies': Entry('residual-regression', options=dict(copies=0)),
+    'residual-body': Entry('residual-regression', options=dict(copies=0), refit_heads=0.),
     'residual-regression': Entry('residual-regression')}
 
 # %% ../../nbs/experiment/01_grid.ipynb #ca4f58a6

@@ -7,7 +7,7 @@ __all__ = ['HEAD_RIDGE', 'FOLDS', 'HeadSums', 'can_refit', 'last_linear', 'kept_
            'refit_head']
 
 # %% ../../nbs/methods/07a_refit.ipynb #55eab6d4
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 import torch
@@ -138,14 +138,14 @@ def head_folds(
 class Refit:
     "How a head is moved to answer on another body as on its own."
     name:str # of the matrix that is moved
-    folds:list[HeadSums] # what was missing; two or more
+    folds:list[HeadSums] # what was missing
     bias:bool=True # whether the matrix has one
+    others:Sequence[HeadSums]=() # of rows that are in no fold
 
     def _without(self, i:int)->HeadSums:
         "All folds but one."
         out = HeadSums()
-        for k,o in enumerate(self.folds):
-            if k!=i: out += o
+        for o in (*self.others, *(o for k,o in enumerate(self.folds) if k!=i)): out += o
         return out
 
     def apart(self)->list[tuple[Tensor,Tensor]]: # one for each fold
@@ -167,9 +167,13 @@ def refit_head(
     model:PreTrainedModel, # a task's own, in evaluation mode
     body:PreTrainedModel, # the merged one
     rows:Calls,
+    others:Calls|None=None, # more rows, that will not be compared
 )->Refit|None: # None where there is nothing to be fitted
-    "Fit a head to a body that is not its own."
+    "Fit a head to a body that is not its own, on all rows."
     if not can_refit(model): return None
     name = last_linear(model, as_given(rows.calls[0], model))
-    folds = head_folds(model, body, rows, name) if name else ()
-    return Refit(name, folds, model.get_submodule(name).bias is not None) if len(folds)>1 else None
+    if name is None: return None
+    folds = head_folds(model, body, rows, name)
+    more = head_folds(model, body, others, name) if others and others.calls else ()
+    found = Refit(name, folds, model.get_submodule(name).bias is not None, more)
+    return found if len(folds)+len(more)>1 else None

@@ -301,8 +301,8 @@ class MergeRequest(BaseModel):
     max_length:Lengths=Field(None, description="tokens read of a row; by default the task's")
     text:TextLike=Field(None, description='columns of text; by default those known by name')
     label:LabelLike=Field(None, description='column of labels of a file (label)')
-    refit_heads:Share|None=Field(None, description='share of the rows kept apart, to fit heads on and to '
-        "compare the answers; by default the method's")
+    refit_heads:Share|None=Field(None, description='0 leaves heads alone; else they are fitted, and this '
+        "share of the rows is kept apart to compare the answers; by default the method's")
     options:dict[str,Any]=Field({}, description='of the method')
     loss:LossLike=Field(None, description='bce for rerankers with one output; by default that of the head')
     reduction:ReductionName=Field('sum',

@@ -230,6 +230,7 @@ class Inputs:
     statistics:Mapping[str,Any]=field(default_factory=dict) # task -> what was measured
     lengths:Mapping[str,int]=field(default_factory=dict) # task -> tokens read of a row
     kept:dict[str,Calls]=field(default_factory=dict) # task -> rows kept apart
+    others:dict[str,Calls]=field(default_factory=dict) # task -> the rows beside them
     alike:list[Likeness]=field(default_factory=list) # of weights, for every pair of tasks
     hashes:dict[str|None,str]=field(default_factory=dict) # fingerprints that are known; the base's under None
     device:Any=None # where models run; None is where each is
@@ -462,8 +463,9 @@ def _keep_rows(request:MergeRequest, inputs:Inputs):
     "Keep rows apart. A body that is fitted to rows is fitted to the others."
     if not request.kept_share: return
     fits = request.statistic=='calls'
-    rest,inputs.kept = keep_rows(inputs.statistics if fits else inputs.kept, request.kept_share, fits)
-    if fits: inputs.statistics = rest
+    rows = inputs.statistics if fits else inputs.kept
+    inputs.others,inputs.kept = keep_rows(rows, request.kept_share, fits)
+    if fits: inputs.statistics = inputs.others
 
 def load_inputs(
     request:MergeRequest,
@@ -667,8 +669,8 @@ def _open_shelf(request:MergeRequest, inputs:Inputs, work:Any)->Shelf|None:
 def _with_heads(inputs:Inputs, store:MemoryStore, job:Job, progress:bool)->tuple[Merged,dict]:
     "The merged body with a head for each task, fitted where rows were kept; and what these rows say."
     merged = assemble(inputs.models, store.result, one_tokenizer(inputs.tokenizers))
-    how = dict(device=inputs.device, progress=progress)
-    return merged, fit_heads(merged, inputs.models, inputs.kept, partial(average_model, job), **how)
+    rows,how = (inputs.kept, inputs.others),dict(device=inputs.device, progress=progress)
+    return merged, fit_heads(merged, inputs.models, *rows, partial(average_model, job), **how)
 
 def _give_way(request:MergeRequest, inputs:Inputs, progress:bool)->tuple:
     "The average in place of what was fitted, and a word about it."
@@ -735,7 +737,7 @@ def merge(
     loss:Callable|str|None=None, # as in `mask_fisher`
     reduction:str='sum', # as in `mask_fisher`
     device:str|torch.device|None=None, # where Fishers are measured; None is where each model is
-    refit_heads:float|None=None, # share of the rows kept apart for heads; None is the method's
+    refit_heads:float|None=None, # 0 leaves heads alone, else the share of rows kept apart to compare
     checkpointing:bool=False, # as in `mask_fisher`
     merge_adapters:bool=False, # whether LoRA adapters are merged into their base first, in a copy
     work:PathName|None=None, # folder for layers that are fitted, from which an interrupted merge goes on

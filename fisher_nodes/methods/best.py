@@ -49,7 +49,7 @@ def _without_rows(job:Job)->Rule:
     return _chosen(rule(job), name, why)
 
 @merge_method('best', statistic='calls', optional=True, takes_base=True, runs_models=True,
-              keeps_layers=True, gives_way=True, refit_heads=.25)
+              keeps_layers=True, gives_way=True, refit_heads=.15)
 def best_rule(
     job:Job, # statistics are `Calls` if there are rows, with a base or without
 )->Rule:

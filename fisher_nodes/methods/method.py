@@ -183,7 +183,7 @@ class MergeMethod:
     keeps_layers:bool=False # whether an interrupted merge can go on from the layers that it has
     gives_way:bool=False # whether the average is taken where rows that were kept say so
     optional:bool=False # whether it also merges without its statistic
-    refit_heads:float=0. # share of the rows that is kept apart for heads, unless another is asked for
+    refit_heads:float=0. # share of the rows kept apart where heads are fitted, unless another is asked for
 
     @property
     def evidence(self)->str|None: return self.statistic # its name in version 0.1

@@ -8,7 +8,7 @@ __all__ = ['HEAD_RIDGE', 'FOLDS', 'HeadSums', 'can_refit', 'last_linear', 'kept_
 
 # %% ../../nbs/methods/07a_refit.ipynb #55eab6d4
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 import torch
 from torch import Tensor, nn
@@ -140,12 +140,12 @@ class Refit:
     name:str # of the matrix that is moved
     folds:list[HeadSums] # what was missing; two or more
     bias:bool=True # whether the matrix has one
+    others:HeadSums=field(default_factory=HeadSums) # of rows that are in no fold
 
     def _without(self, i:int)->HeadSums:
         "All folds but one."
         out = HeadSums()
-        for k,o in enumerate(self.folds):
-            if k!=i: out += o
+        for o in (self.others, *(o for k,o in enumerate(self.folds) if k!=i)): out += o
         return out
 
     def apart(self)->list[tuple[Tensor,Tensor]]: # one for each fold
@@ -167,9 +167,13 @@ def refit_head(
     model:PreTrainedModel, # a task's own, in evaluation mode
     body:PreTrainedModel, # the merged one
     rows:Calls,
+    others:Calls|None=None, # more rows, that will not be compared
 )->Refit|None: # None where there is nothing to be fitted
-    "Fit a head to a body that is not its own."
+    "Fit a head to a body that is not its own, on all rows."
     if not can_refit(model): return None
     name = last_linear(model, as_given(rows.calls[0], model))
     folds = head_folds(model, body, rows, name) if name else ()
-    return Refit(name, folds, model.get_submodule(name).bias is not None) if len(folds)>1 else None
+    if len(folds)<2: return None
+    found = Refit(name, folds, model.get_submodule(name).bias is not None)
+    for o in head_folds(model, body, others, name) if others and others.calls else (): found.others += o
+    return found

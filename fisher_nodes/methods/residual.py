@@ -9,10 +9,11 @@ __all__ = ['ROOM', 'with_ones', 'Sums', 'solve_residual', 'Lane', 'make_lanes', 
 # %% ../../nbs/methods/08_residual.ipynb #b5657084
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +27,7 @@ from .average import average_model
 from .calls import as_given, tokens
 from .method import Job, Positive, Rule, merge_method
 from .regmean import WAITING, linear_modules, solve_positive
+from .replaced import with_replaced
 
 # %% ../../nbs/methods/08_residual.ipynb #d9bb49b2
 def with_ones(
@@ -379,10 +381,14 @@ def fit_rule(
     return Rule(combine, kinds, dict(fitted_matrices=len(fitted), unused_inputs=unused))
 
 @merge_method('residual-regression', statistic='calls', runs_models=True, keeps_layers=True,
-              refit_heads=.25)
+              refit_heads=.15)
 def residual_rule(
     job:Job, # statistics are `Calls`, and the models are in memory
     ridge:Positive=.1, # ρ, the pull towards the owners' weights
+    copies:Annotated[int, Ge(0)]=3, # of each text, with some of its tokens replaced
 )->Rule:
     "Least squares through the merged layers for linear layers, the average for the rest; no labels."
-    return fit_rule(job, ridge, 'sums')
+    rows = {t: with_replaced(o, copies) for t,o in job.statistics.items()}
+    rule = fit_rule(replace(job, statistics=rows), ridge, 'sums')
+    count = sum(o.num_examples for o in rows.values())
+    return replace(rule, counts=rule.counts | dict(rows_and_copies=count))

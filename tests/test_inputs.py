@@ -294,6 +294,8 @@ def test_columns_are_those_of_all_rows(tmp_path):
     for name in ('whole.json', 'whole.jsonl.gz'):
         same(mask_fisher(model, load_task(tmp_path/name)[0], tokenizer=tok), heads_of(model, read(tok, PREMISES, HYPOTHESES)))
 
+def zipped(o): return gzip.compress(o, mtime=0) # a time would give a test another name in each process
+
 @pytest.mark.parametrize('name, content, why', [
     ('a.csv', 'text,label\nÜber,0\nunter,1\n'.encode('latin1'), 'not text in UTF-8'),
     ('a.csv', 'text,label\nab,0\ncd,1\n'.encode('utf-16'), 'UTF-8'),
@@ -305,15 +307,15 @@ def test_columns_are_those_of_all_rows(tmp_path):
     ('a.csv', b'text,text,label\na,b,0\n', "column 'text' is there twice"),
     ('a.csv', b'text;label\na,b;0\n', "its header is separated by ';', expected commas; save it with commas"),
     ('a.csv', b'\xef\xbb\xbftext;label\n"a;0\n', "its header is separated by ';'"), ('a.csv', b'\n"a,b"\tlabel\na\t0\n', 'its header is separated by tabs, expected commas'),
-    ('a.tsv', b'text,label\na,0\n', 'its header is separated by commas, expected tabs'), ('a.tsv.gz', gzip.compress(b'text;label\na;0\n'), "its header is separated by ';', expected tabs"),
+    ('a.tsv', b'text,label\na,0\n', 'its header is separated by commas, expected tabs'), ('a.tsv.gz', zipped(b'text;label\na;0\n'), "its header is separated by ';', expected tabs"),
     ('a.csv', b'text,label\na,0,1\n', 'Expected 2 columns, got 3'),
     ('a.tsv', b'text\tlabel\n"so it\t0\nwent"\t1\n', 'a quote is not closed'),
     ('a.csv', b'text,label\na,true\nb,false\n', 'labels must be integers, floats or strings, got bool'),
     ('a.csv', b'text,label\na,0\nb,\nc,1\n', "column 'label' is empty in 1 rows, first in row 1"),
     ('a.csv.gz', b'text,label\na,0\n', 'it is no whole gzip file: Not a gzipped file'),
-    ('a.csv.gz', gzip.compress(b'text,label\nab,0\ncd,1\n')[:-9], 'it is no whole gzip file: Compressed file ended'),
-    ('a.csv.gz', gzip.compress(b'text,label\nab,0\ncd,1\n')[:10]+b'\xff'*20, 'it is no whole gzip file: Error -3 while decompressing'),
-    ('a.csv.gz', gzip.compress('text,label\nÜber,0\n'.encode('latin1')), 'not text in UTF-8'),
+    ('a.csv.gz', zipped(b'text,label\nab,0\ncd,1\n')[:-9], 'it is no whole gzip file: Compressed file ended'),
+    ('a.csv.gz', zipped(b'text,label\nab,0\ncd,1\n')[:10]+b'\xff'*20, 'it is no whole gzip file: Error -3 while decompressing'),
+    ('a.csv.gz', zipped('text,label\nÜber,0\n'.encode('latin1')), 'not text in UTF-8'),
     ('a.json', b'{"data": [{"text": "a", "label": 0}]}', r"it is one object, with \['data'\]; expected a list of rows"),
     ('a.json', b'{\n "version": 1,\n "rows": [{"text": "a", "label": 0}]\n}', 'it is one object, with .*; expected a list of rows')])
 def test_a_file_that_says_something_else_is_refused(tmp_path, name, content, why):

@@ -27,7 +27,7 @@ from fisher_nodes.methods.residual import Lane, fit_body, fitted_maps
 from fisher_nodes.methods import agreement as agreeing
 from fisher_nodes.methods.agreement import agreement
 from fisher_nodes.merging import run
-from fisher_nodes.merging.kept import average_is_nearer
+from fisher_nodes.merging.kept import average_is_nearer, keep_rows
 from fisher_nodes.methods.calls import Calls
 from fisher_nodes.methods.refit import kept_answers
 from test_cli import save_model, save_rows
@@ -542,12 +542,30 @@ def test_best_gives_way_where_the_average_is_nearer(monkeypatch):
     assert found.report['chosen']['method'] == 'average' and found.report['method'] == 'best' and told['rows'] == 6
     assert not torch.equal(found['a'].classifier.weight, models['a'].classifier.weight)
 
+def test_copies_go_by_the_row(two):
+    "Not by its batch, its place or its padding; labels and the order of models are nothing to them."
+    rows = texts(1, 12)
+    how = HOW | dict(copies=3)
+    first = merge(two, data=as_data(rows), **how)
+    same(first, merge(two, data=as_data(rows, label=dict(a=[1, 0]*6, b=[1, 1]*6)), **how))
+    same(first, merge({t: two[t] for t in 'ba'}, data={t: as_data(rows)[t] for t in 'ba'}, **how), rtol=1e-8)
+    alone = {t: [dict(input_ids=torch.tensor([o])) for o in v[::-1]] for t, v in rows.items()}
+    same(first, merge(two, data=alone, **how), rtol=1e-7)
+    assert not torch.equal(first.body.encoder.layer[0].output.dense.weight, merge(two, data=as_data(rows), **HOW).body.encoder.layer[0].output.dense.weight)
+
+@pytest.mark.parametrize('n', [2, 6, 49, 98, 103])
+def test_one_row_at_least_is_kept(n):
+    rows = {'a': Calls({'0.input_ids': torch.arange(1, 1+2*n).view(n, 2)}, n)}
+    rest, kept = keep_rows(rows, 1e-3, True)
+    assert (rest['a'].num_examples, kept['a'].num_examples) == (n-1, 1)
+
 def test_which_is_nearer():
-    def task(merged, average): return dict(merged=merged, average=average)
+    def task(merged, average, rows=12): return dict(merged=merged, average=average, rows=rows)
     def said(same, explained=.5, layers=(.1,)): return dict(same=same, explained=explained, layers=list(layers))
     assert average_is_nearer(dict(a=task(said(.8), said(.9)))) and not average_is_nearer(dict(a=task(said(.9), said(.8))))
     assert not average_is_nearer(dict(a=task(said(1.), said(1.))))
     assert average_is_nearer(dict(a=task(said(None, .3), said(None, .4)))) and not average_is_nearer(dict(a=task(said(None, None, (.9, .5)), said(None, None, (.9, .4)))))
+    assert not average_is_nearer(dict(a=task(said(.8), said(.9), 11))), 'too few to tell'
     assert not average_is_nearer({}) and not average_is_nearer(dict(a=task(said(None, None, (None,)), said(None, None, (None,)))))
     both = dict(a=task(said(.7), said(.9)), b=task(said(.9), said(.8)))
     assert average_is_nearer(both) and not average_is_nearer(both | dict(c=task(said(.95), said(.5))))

@@ -373,7 +373,7 @@ def test_methods_and_statistics_say_what_they_need():
                      'ties': (None, True, False), 'wudi': (None, True, False)}
     assert {k: METHODS[k].options for k in needs} == {
         'actmat': dict(ridge=0.), 'average': {}, 'dare': dict(density=.1, scale=.4), 'fisher': dict(normalise=False, floor=1e-6), 'mask-fisher': dict(scheme=None, variant='paper'),
-        'prodistill': dict(coefficients='nodes', start=.3, epochs=50, learning_rate=.01), 'regmean': dict(off_diagonal=.9, anchor=0.), 'residual-regression': dict(ridge=.1, copies=3), 'best': {}, 'chain-of-merges': dict(ridge=.1), 'sequential-regmean': dict(ridge=.1), 'task-arithmetic': dict(scale=.4), 'ties': dict(density=.2, scale=1.), 'wudi': dict(ridge=0.)}
+        'prodistill': dict(coefficients='nodes', start=.3, epochs=50, learning_rate=.01), 'regmean': dict(off_diagonal=.9, anchor=0.), 'residual-regression': dict(ridge=.1, copies=3), 'best': dict(copies=3), 'chain-of-merges': dict(ridge=.1), 'sequential-regmean': dict(ridge=.1), 'task-arithmetic': dict(scale=.4), 'ties': dict(density=.2, scale=1.), 'wudi': dict(ridge=0.)}
     assert METHODS['ties'].evidence is None and METHODS['regmean'].evidence == 'grams'
     takes = {k: (o.takes, o.kind.__name__) for k, o in STATISTICS.items()}
     assert takes == {'calls': ((), 'Calls'), 'mask-fisher': (('variant', 'labels', 'loss', 'matrices', 'checkpointing'), 'MaskFisher'), 'grams': ((), 'Grams'),

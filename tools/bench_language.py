@@ -97,7 +97,7 @@ def fit(folder, how, seed):
     from fisher_nodes.engine.models import load_model
     config = load_model(folder/'m0').config
     data = {o: [batch(config, *how[:3], seed+i)] for i, o in enumerate(('m0', 'm1'))}
-    merged = merge({o: folder/o for o in data}, data=data, method='residual-regression', refit_heads=0, progress=False)
+    merged = merge({o: folder/o for o in data}, data=data, method='residual-regression', refit_heads=0, copies=0, progress=False)
     merged.save_pretrained(folder/'fitted', max_shard_size='500MB')
     files = list((folder/'fitted').glob('*.safetensors'))
     return dict(tokens=how[0]*how[1], matrices=merged.report['averaged'].get('fit'), bytes=sum(o.stat().st_size for o in files))

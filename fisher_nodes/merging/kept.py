@@ -29,7 +29,8 @@ def keep_rows(
 )->tuple[dict[str,Calls],dict[str,Calls]]: # the others, and those kept
     "Divide every task's rows; `ValueError` naming a task that has too few."
     counts = {t: len(set(sum(example_keys(o), []))) for t,o in rows.items()}
-    found = {t: split_calls(o, max(share, 1/n) if (n := counts[t])>1 else share) for t,o in rows.items()}
+    least = {t: (1+1e-9)/n if n>1 else 0 for t,n in counts.items()} # a little more, since 49*(1/49) is less than 1
+    found = {t: split_calls(o, max(share, least[t])) for t,o in rows.items()}
     few = next((t for t,(rest,kept) in found.items() if not kept.calls or fits and not rest.calls), None)
     if few is None: return {t: o[0] for t,o in found.items()}, {t: o[1] for t,o in found.items()}
     if fits and share==1: raise ValueError('`refit_heads` is 1, which leaves no rows to fit the body to')
@@ -50,7 +51,7 @@ ADVICE = { # least share of the same answers -> what to expect
     .8: 'answers mostly as its own model; score it before you use it',
     0.: 'often answers otherwise than its own model; give more rows, merge fewer models, or do not merge it'}
 
-FEW_KEPT = 16 # rows below which a share of them says nothing
+FEW_KEPT = 12 # rows below which a share of them says nothing
 
 def advise(
     same:float|None, # share of the same answers on rows that were kept
@@ -58,7 +59,7 @@ def advise(
 )->str|None: # None where nothing is chosen
     "What to make of it."
     if same is None: return None
-    if rows<FEW_KEPT: return f'{rows} different rows were kept, too few to tell'
+    if rows<FEW_KEPT: return f'different rows that were kept: {rows}, too few to tell'
     return next(v for k,v in ADVICE.items() if same>=k)
 
 def _fit_head(merged:Merged, task:str, model:PreTrainedModel, average:PreTrainedModel, rows:Calls,
@@ -80,7 +81,8 @@ def _gap(o:Mapping[str,Any])->float|None: # of `_told`; None where nothing can b
 def average_is_nearer(
     agreed:Mapping[str,Mapping], # of `fit_heads`
 )->bool:
-    "Whether, on rows that were kept, the average with its own heads answers more like the own models."
+    "Whether, on rows that were kept, the average answers more like the own models; False if they are few."
+    if sum(o['rows'] for o in agreed.values())<FEW_KEPT: return False
     gaps = [(_gap(o['merged']), _gap(o['average'])) for o in agreed.values()]
     told = [(a, b) for a,b in gaps if a is not None and b is not None]
     return sum(a for a,_ in told)>sum(b for _,b in told)

@@ -8,6 +8,8 @@ __all__ = ['OFF_DIAGONAL', 'grams_of', 'best_rule']
 # %% ../../nbs/methods/10_best.ipynb #5b26071d
 import warnings
 from dataclasses import replace
+from typing import Annotated
+from annotated_types import Ge
 from transformers import PreTrainedModel
 from ..core.families import body_of
 from ..core.walk import UsedTwice
@@ -52,10 +54,11 @@ def _without_rows(job:Job)->Rule:
               keeps_layers=True, gives_way=True, refit_heads=.15)
 def best_rule(
     job:Job, # statistics are `Calls` if there are rows, with a base or without
+    copies:Annotated[int, Ge(0)]=3, # of each text, as in residual regression
 )->Rule:
     "Residual regression where there are rows and it can be, else RegMean; ACTMat or the average without."
     if not job.statistics: return _without_rows(job)
-    try: return _chosen(residual_rule(job), 'residual-regression', 'there are rows of every task')
+    try: return _chosen(residual_rule(job, copies=copies), 'residual-regression', 'there are rows of every task')
     except UsedTwice as e:
         warnings.warn(f"method 'best' takes RegMean: {e}", stacklevel=2)
         return _instead(job, str(e))

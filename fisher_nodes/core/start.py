@@ -114,8 +114,8 @@ def warn_of_starts(
     "A warning naming the two models that are least alike, if that is little, or two that are the same."
     if count<ENOUGH: return
     if o := next((o for o in found if o.cosine>1-SAME), None):
-        warnings.warn(f'{o.a!r} and {o.b!r} have the same heads and neurons; is one folder given twice, or did the '
-                      'body stay as it was?', SameWeights,
+        warnings.warn(f'{o.a!r} and {o.b!r} have the same heads and neurons; is one folder given twice, '
+                      'or did the body stay as it was?', SameWeights,
                       stacklevel=2)
     if (o := least_alike(found)) is None: return
     warnings.warn(f'the weights of {o.a!r} and {o.b!r} have {starts_words(o)}, where models fine-tuned from '

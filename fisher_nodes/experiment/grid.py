@@ -56,7 +56,7 @@ class Entry:
     scheme:Any=None # a name in `SCHEMES` or a table, role -> kind; None is the variant's own
     labels:str='empirical' # a name in `ESTIMATORS`
     options:Mapping[str,Any]=field(default_factory=dict) # of the method
-    refit_heads:float|None=None # share of the rows kept apart where heads are fitted; None is the method's own
+    refit_heads:float|None=None # share of the rows kept apart if heads are fitted; None is the method's own
 
     @property
     def statistic(self)->Statistic|None: # None if nothing is measured

@@ -29,7 +29,7 @@ def keep_rows(
 )->tuple[dict[str,Calls],dict[str,Calls]]: # the others, and those kept
     "Divide every task's rows; `ValueError` naming a task that has too few."
     counts = {t: len(set(sum(example_keys(o), []))) for t,o in rows.items()}
-    least = {t: (1+1e-9)/n if n>1 else 0 for t,n in counts.items()} # a little more, since 49*(1/49) is less than 1
+    least = {t: (1+1e-9)/n if n>1 else 0 for t,n in counts.items()} # 49*(1/49) is less than 1
     found = {t: split_calls(o, max(share, least[t])) for t,o in rows.items()}
     few = next((t for t,(rest,kept) in found.items() if not kept.calls or fits and not rest.calls), None)
     if few is None: return {t: o[0] for t,o in found.items()}, {t: o[1] for t,o in found.items()}

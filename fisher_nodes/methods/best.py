@@ -58,7 +58,8 @@ def best_rule(
 )->Rule:
     "Residual regression where there are rows and it can be, else RegMean; ACTMat or the average without."
     if not job.statistics: return _without_rows(job)
-    try: return _chosen(residual_rule(job, copies=copies), 'residual-regression', 'there are rows of every task')
+    why = 'there are rows of every task'
+    try: return _chosen(residual_rule(job, copies=copies), 'residual-regression', why)
     except UsedTwice as e:
         warnings.warn(f"method 'best' takes RegMean: {e}", stacklevel=2)
         return _instead(job, str(e))

@@ -18,7 +18,7 @@ from ..engine.guard import frozen_eval
 from .merged import Merged
 from ..methods.agreement import Agreement, agreement
 from ..methods.bars import show_bar
-from ..methods.calls import Calls, example_keys, split_calls
+from ..methods.calls import Calls, split_calls
 from ..methods.refit import refit_head
 
 # %% ../../nbs/merging/06a_kept.ipynb #0e01533c
@@ -28,9 +28,7 @@ def keep_rows(
     fits:bool, # whether the body is fitted to the others
 )->tuple[dict[str,Calls],dict[str,Calls]]: # the others, and those kept
     "Divide every task's rows; `ValueError` naming a task that has too few."
-    counts = {t: len(set(sum(example_keys(o), []))) for t,o in rows.items()}
-    least = {t: (1+1e-9)/n if n>1 else 0 for t,n in counts.items()} # 49*(1/49) is less than 1
-    found = {t: split_calls(o, max(share, least[t])) for t,o in rows.items()}
+    found = {t: split_calls(o, share, least=1) for t,o in rows.items()}
     few = next((t for t,(rest,kept) in found.items() if not kept.calls or fits and not rest.calls), None)
     if few is None: return {t: o[0] for t,o in found.items()}, {t: o[1] for t,o in found.items()}
     if fits and share==1: raise ValueError('`refit_heads` is 1, which leaves no rows to fit the body to')

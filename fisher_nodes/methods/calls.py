@@ -146,10 +146,13 @@ def example_keys(
 def split_calls(
     given:Calls,
     share:float, # of the examples, that the second part gets
+    least:int=0, # examples that it gets in any case, if there are more
 )->tuple[Calls,Calls]:
     "Divide examples in two, evenly over all batches; those that are alike stay together, and count once."
-    first,second,late = [],[],{}
-    for keys in example_keys(given):
+    first,second,late,every = [],[],{},example_keys(given)
+    if (count := len({k for keys in every for k in keys}))>least:
+        share = max(share, least*(1+1e-9)/count) # 49*(1/49) is less than 1
+    for keys in every:
         first.append([]), second.append([])
         for i,k in enumerate(keys):
             is_new,n = k not in late,len(late)
